@@ -1,0 +1,191 @@
+package call
+
+import (
+	"context"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Kind says what a call does. The zero Kind is invalid, so that a forgotten kind is refused.
+type Kind uint8
+
+// The kinds of calls. Every kind takes the same path.
+const (
+	Tool          Kind = iota + 1 // run a tool (tools/call)
+	Resource                      // read a resource (resources/read)
+	Prompt                        // render a prompt (prompts/get)
+	Complete                      // suggest values for an argument (completion/complete)
+	ListTools                     // tools/list
+	ListResources                 // resources/list
+	ListTemplates                 // resources/templates/list
+	ListPrompts                   // prompts/list
+	Subscribe                     // follow changes until the context ends (subscriptions/listen, resources/subscribe)
+)
+
+var kindNames = [...]string{"invalid", "tool", "resource", "prompt", "completion", "list_tools", "list_resources", "list_templates", "list_prompts", "subscribe"}
+
+// String returns the low-cardinality name used in logs and metric labels.
+func (k Kind) String() string {
+	if int(k) >= len(kindNames) {
+		return kindNames[0]
+	}
+	return kindNames[k]
+}
+
+// IsList reports whether the call asks for a list of capabilities.
+func (k Kind) IsList() bool { return k >= ListTools && k <= ListPrompts }
+
+// A Call is one request, whatever door it came through.
+//
+// Fields above the line are set by the door and never change. Fields below are set once, by
+// the step named beside them. The steps of one call run on one goroutine; a handler that
+// starts goroutines must not write to the Call.
+type Call struct {
+	Kind Kind
+
+	// Name is what is called, as the caller wrote it: a tool or prompt name, a resource URI,
+	// for completion the prompt name or template URI. Empty for lists and subscriptions.
+	Name string
+
+	// Args is the arguments object: strict JSON (no duplicate names, valid UTF-8, bounded depth
+	// and size), byte for byte as received. Nil means no arguments were sent.
+	Args jsontext.Value
+
+	Completion *Completion // for Complete only
+	Filter     *Filter     // for Subscribe only
+	Cursor     string      // for lists: where the page starts; "" is the first page
+
+	Credential Credential // what the caller presented; nothing verified yet
+	Key        string     // idempotency key, or ""
+	Client     Client     // what the caller's side can do, as it declared for this call
+	Trace      Trace      // correlation and W3C trace context
+	Door       string     // "http", "stdio", "memory": for records only, never for decisions
+	Revision   string     // protocol revision as the door knows it: for records only
+	SessionID  string     // session of an older revision: for records only, or ""
+	Size       int        // bytes of the message as received
+
+	Sink  Sink  // progress and log messages to the caller; never nil
+	Asker Asker // asks the caller's side for input; never nil
+
+	// ---- set along the path ----
+
+	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)
+	Target    *Capability // resolve; nil for lists and subscriptions
+	Event     Event       // any step; written once, by observe
+}
+
+// Completion is what a Complete call asks for. Ref kinds are Prompt and Resource (a template).
+type Completion struct {
+	Ref      Kind              // Prompt or Resource
+	Argument string            // name of the argument or template variable
+	Value    string            // what has been typed so far
+	Context  map[string]string // values already chosen for other arguments
+}
+
+// Filter is what a Subscribe call wants to hear of.
+type Filter struct {
+	ToolsChanged     bool
+	ResourcesChanged bool
+	PromptsChanged   bool
+	URIs             []string // resources whose updates are wanted
+}
+
+// Credential is what the caller presented, unverified. It prints as nothing.
+type Credential struct {
+	Bearer string // access token, or ""
+	Peer   string // remote address, or "stdio"
+}
+
+// String keeps tokens out of logs.
+func (Credential) String() string { return "[redacted]" }
+
+// GoString keeps tokens out of %#v.
+func (Credential) GoString() string { return "[redacted]" }
+
+// Principal is a verified caller.
+type Principal struct {
+	ID     string   // stable subject, unique within Tenant
+	Tenant string   // exactly one
+	Client string   // OAuth client id, or ""
+	Scopes []string // granted scopes
+}
+
+// Trace carries correlation in and out.
+type Trace struct {
+	Correlation string // X-Correlation-Id as received, or ""
+	Parent      string // W3C traceparent as received, or ""
+	State       string // W3C tracestate
+	Baggage     string // W3C baggage
+}
+
+// Client is what the caller's side declared for this call.
+type Client struct {
+	Name, Version string // self-reported: for display and records, never for decisions
+	ElicitForm    bool
+	ElicitURL     bool
+	Sampling      bool
+	SamplingTools bool
+	Roots         bool
+	Extensions    []string       // ids of declared extensions
+	Raw           jsontext.Value // the capabilities object as received, or nil
+}
+
+// Event is the record of one call. Every field has one writer; observe writes it out once.
+type Event struct {
+	Step        string        // the step that refused the call, or ""
+	Outcome     string        // "ok", "tool_error", "input_required", "refused", "error"
+	Code        Code          // of the error, or OK
+	QueueTime   time.Duration // time spent waiting for admission
+	ResultBytes int           // bytes of the result as sent
+	Tokens      int           // estimated tokens of the result
+	Paged       bool          // bound cut the result into pages or an artifact
+}
+
+// A Sink takes what a handler tells the caller while it works. Implementations are safe for
+// concurrent use. After the call has ended they return an error and send nothing.
+type Sink interface {
+	// Progress reports progress; it does nothing if the caller did not ask for progress.
+	Progress(ctx context.Context, p Progress) error
+	// Log sends a log message; it does nothing below the level the caller asked for.
+	Log(ctx context.Context, m LogMessage) error
+	// Notify sends a change notification on a subscription; other calls refuse it.
+	Notify(ctx context.Context, n Notification) error
+}
+
+// Progress is how far a call has come. Done must increase with every report.
+type Progress struct {
+	Done    float64
+	Total   float64 // 0 means unknown
+	Message string
+}
+
+// LogMessage is a log message to the caller. It must hold no secrets.
+type LogMessage struct {
+	Level  string // RFC 5424 level as MCP spells it: debug, info, notice, warning, error, critical, alert, emergency
+	Logger string
+	Data   jsontext.Value
+}
+
+// Notification tells a subscriber of a change.
+type Notification struct {
+	Method string // e.g. notifications/tools/list_changed
+	URI    string // for notifications/resources/updated
+}
+
+// A Handler ends a call or passes it on. It is safe for concurrent use. It returns either a
+// result or an error; an error that is not (or does not wrap) an [*Error] or [*InputRequired]
+// leaves the house as "internal error".
+type Handler func(ctx context.Context, c *Call) (*Result, error)
+
+// A Guard wraps a handler with one step of the path.
+type Guard func(next Handler) Handler
+
+// Discard is a Sink that sends nothing.
+var Discard Sink = discard{}
+
+type discard struct{}
+
+func (discard) Progress(context.Context, Progress) error   { return nil }
+func (discard) Log(context.Context, LogMessage) error      { return nil }
+func (discard) Notify(context.Context, Notification) error { return nil }

@@ -1,0 +1,103 @@
+package call
+
+import (
+	"context"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Effect is what running a tool does to the world.
+type Effect uint8
+
+// The side-effect classes. The zero Effect is Unknown and is treated like Destructive.
+const (
+	Unknown     Effect = iota
+	Read               // changes nothing
+	Write              // changes something; can be undone or repeated by a person
+	Destructive        // deletes or overwrites, or cannot be undone
+)
+
+// String returns the name used in configuration and records.
+func (e Effect) String() string {
+	switch e {
+	case Read:
+		return "read"
+	case Write:
+		return "write"
+	case Destructive:
+		return "destructive"
+	}
+	return "unknown"
+}
+
+// A Capability is one thing a server publishes: a tool, a resource, a resource template or a
+// prompt. It is immutable once registered.
+type Capability struct {
+	Kind Kind // Tool, Resource or Prompt
+
+	// Name identifies a tool or prompt. For resources and templates it is the display name.
+	Name string
+	// URI identifies a resource. Exactly one of URI and Template is set for Kind Resource.
+	URI string
+	// Template is an RFC 6570 URI template; a read of any matching URI resolves to it.
+	Template string
+
+	Title       string
+	Description string
+	Icons       jsontext.Value // JSON array, or nil
+	MIME        string         // resources and templates
+	Size        int64          // bytes, for resources; 0 means unknown
+
+	Input       jsontext.Value // JSON Schema 2020-12 of the arguments (tools); nil means no arguments
+	Output      jsontext.Value // JSON Schema 2020-12 of structuredContent, or nil
+	Annotations jsontext.Value // as MCP spells them, or nil: derived from Effect for tools
+	Meta        jsontext.Value // _meta of the listed definition, or nil
+	Arguments   []Argument     // prompts
+
+	Effect  Effect
+	Scopes  []string // scopes a caller needs
+	Owner   string
+	Version string
+	Tags    []string
+
+	// Origin says where this was declared (file:line, or the Go function): registration errors name it.
+	Origin string
+
+	// MaxResultBytes bounds the result; 0 means the house's default.
+	MaxResultBytes int
+
+	// Run ends a call of this capability. Required.
+	Run Handler
+	// Suggest completes an argument or template variable; nil means no suggestions. At most 100
+	// values are sent. total is the number of all matches, or -1 if unknown.
+	Suggest func(ctx context.Context, q *Completion) (values []string, total int, err error)
+
+	// Check validates arguments against Input. The catalog compiles it at registration.
+	Check func(args jsontext.Value) error
+}
+
+// Argument is one argument of a prompt. All values are strings.
+type Argument struct {
+	Name        string
+	Title       string
+	Description string
+	Required    bool
+	Enum        []string // allowed values, or nil for any; also its completion
+}
+
+// A Backend publishes capabilities. Methods are safe for concurrent use.
+type Backend interface {
+	// Name identifies the backend in errors and records; unique in one server.
+	Name() string
+	// Capabilities returns what the backend publishes now. It is called at start, before any
+	// door opens, and again after each change it announced. It must not return partial lists.
+	Capabilities(ctx context.Context) ([]*Capability, error)
+}
+
+// A Watcher is a Backend whose capabilities or resources change while it runs.
+type Watcher interface {
+	Backend
+	// Run blocks until ctx ends. It calls changed after its capabilities changed, and updated
+	// when the content of the resource at uri changed. Both return quickly.
+	Run(ctx context.Context, changed func(), updated func(uri string)) error
+}

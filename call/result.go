@@ -1,0 +1,61 @@
+package call
+
+import (
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// A Result is the answer to a call, as raw JSON from backend to door. It must not be changed
+// once returned: results may be shared between callers.
+type Result struct {
+	// Content is a JSON array: content blocks of a tool, contents of a resource, messages of a
+	// prompt, items of a list. For Complete it is the completion object. Nil means empty.
+	Content jsontext.Value
+	// Structured is a tool's structuredContent: any JSON value, or nil.
+	Structured jsontext.Value
+	// IsError marks a tool result that reports failure to the model.
+	IsError bool
+	// Extra holds further members of the result object (_meta, description, unknown fields of an
+	// upstream) as one JSON object, or nil. Members named like the fields above are refused.
+	Extra jsontext.Value
+	// Next is the cursor of the next page of a list, or "".
+	Next string
+	// TTL says how long lists and resources may be cached; 0 means not at all.
+	TTL time.Duration
+	// Public allows shared caches to serve the result to other callers. Default: private.
+	Public bool
+}
+
+// Text returns a tool result with one text block.
+func Text(s string) *Result {
+	return &Result{Content: TextContent(s)}
+}
+
+// TextContent returns a content array with one text block. Invalid UTF-8 is replaced.
+func TextContent(s string) jsontext.Value {
+	b := append(make(jsontext.Value, 0, len(s)+32), `[{"type":"text","text":`...)
+	b = AppendString(b, s)
+	return append(b, "}]"...)
+}
+
+// AppendString appends s as a JSON string, replacing invalid UTF-8.
+func AppendString(dst []byte, s string) []byte {
+	out, err := jsontext.AppendQuote(dst, s)
+	_ = err // AppendQuote reports invalid UTF-8 and has replaced it
+	return out
+}
+
+// Structured returns a tool result for v: its JSON as structuredContent and text as the block
+// for people; with an empty text the JSON itself is the block, as MCP asks for old clients.
+func Structured(v any, text string) (*Result, error) {
+	raw, err := json.Marshal(v, json.Deterministic(true))
+	if err != nil {
+		return nil, Errorf(Internal, "the result could not be encoded").Because(err)
+	}
+	if text == "" {
+		text = string(raw)
+	}
+	return &Result{Content: TextContent(text), Structured: raw}, nil
+}
