@@ -189,3 +189,7 @@ type discard struct{}
 func (discard) Progress(context.Context, Progress) error   { return nil }
 func (discard) Log(context.Context, LogMessage) error      { return nil }
 func (discard) Notify(context.Context, Notification) error { return nil }
+
+// Acknowledged is the Method of the first notification on every subscription: from now on
+// changes are delivered (MCP 2026-07-28, basic/patterns/subscriptions).
+const Acknowledged = "notifications/subscriptions/acknowledged"

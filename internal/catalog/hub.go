@@ -1,0 +1,89 @@
+package catalog
+
+import (
+	"context"
+	"slices"
+	"sync"
+
+	"newel.dev/newel/call"
+)
+
+// A Hub tells subscribers what changed. Changes that a slow subscriber has not taken yet are
+// merged, so that it costs a bounded amount however slow it is. Methods are safe for
+// concurrent use.
+type Hub struct {
+	mu        sync.Mutex
+	listeners map[*listener]struct{}
+}
+
+// listener holds what one subscriber has yet to hear; pending is guarded by Hub.mu.
+type listener struct {
+	filter  *call.Filter
+	pending []call.Notification
+	wake    chan struct{}
+}
+
+// NewHub returns a hub without subscribers.
+func NewHub() *Hub { return &Hub{listeners: map[*listener]struct{}{}} }
+
+// Listen delivers the changes that f asks for, one after the other, until ctx ends (it returns
+// nil) or deliver fails (it returns that error).
+func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
+	l := &listener{filter: f, wake: make(chan struct{}, 1)}
+	h.mu.Lock()
+	h.listeners[l] = struct{}{}
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		delete(h.listeners, l)
+		h.mu.Unlock()
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.wake:
+		}
+		h.mu.Lock()
+		pending := l.pending
+		l.pending = nil
+		h.mu.Unlock()
+		for _, n := range pending {
+			if err := deliver(n); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// ListChanged says that the list of a kind (call.ListTools and so on) changed.
+func (h *Hub) ListChanged(kind call.Kind) {
+	switch kind {
+	case call.ListTools:
+		h.publish(call.Notification{Method: "notifications/tools/list_changed"}, func(f *call.Filter) bool { return f.ToolsChanged })
+	case call.ListPrompts:
+		h.publish(call.Notification{Method: "notifications/prompts/list_changed"}, func(f *call.Filter) bool { return f.PromptsChanged })
+	case call.ListResources, call.ListTemplates:
+		h.publish(call.Notification{Method: "notifications/resources/list_changed"}, func(f *call.Filter) bool { return f.ResourcesChanged })
+	}
+}
+
+// Updated says that the content of the resource at uri changed.
+func (h *Hub) Updated(uri string) {
+	h.publish(call.Notification{Method: "notifications/resources/updated", URI: uri}, func(f *call.Filter) bool { return slices.Contains(f.URIs, uri) })
+}
+
+func (h *Hub) publish(n call.Notification, wanted func(*call.Filter) bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for l := range h.listeners {
+		if !wanted(l.filter) || slices.Contains(l.pending, n) {
+			continue
+		}
+		l.pending = append(l.pending, n)
+		select {
+		case l.wake <- struct{}{}:
+		default:
+		}
+	}
+}

@@ -1,0 +1,77 @@
+// Package resolve finds what a call is for and sets Call.Target.
+//
+// Refuses: names that are not in the current snapshot. Needs: the catalog. Fails: never for a
+// dependency (the snapshot is in memory). Records: nothing of its own. Costs: one map access;
+// for resources one match per template.
+package resolve
+
+import (
+	"context"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+)
+
+// New returns the guard of the resolve step.
+func New(cat *catalog.Catalog) call.Guard {
+	return func(next call.Handler) call.Handler {
+		return func(ctx context.Context, c *call.Call) (*call.Result, error) {
+			if c.Target != nil {
+				return nil, call.Errorf(call.Internal, "internal error")
+			}
+			target, err := find(cat.Load(), c)
+			if err != nil {
+				return nil, err
+			}
+			c.Target = target
+			return next(ctx, c)
+		}
+	}
+}
+
+// find returns nil for lists and subscriptions, which have no target.
+func find(s *catalog.Snapshot, c *call.Call) (*call.Capability, error) {
+	var found *call.Capability
+	kind := c.Kind
+	if kind == call.Complete && c.Completion != nil {
+		kind = c.Completion.Ref
+	}
+	switch kind {
+	case call.Tool:
+		if found = s.Tool(c.Name); found == nil {
+			return nil, call.Errorf(call.NotFound, "unknown tool %q; tools/list names the tools", clip(c.Name))
+		}
+	case call.Prompt:
+		if found = s.Prompt(c.Name); found == nil {
+			return nil, call.Errorf(call.NotFound, "unknown prompt %q; prompts/list names the prompts", clip(c.Name))
+		}
+	case call.Resource:
+		if c.Kind == call.Complete {
+			found = s.Template(c.Name)
+		}
+		if found == nil {
+			found = s.Resource(c.Name)
+		}
+		if found == nil {
+			return nil, call.Errorf(call.NotFound, "resource not found: %q; resources/list and resources/templates/list name what there is", clip(c.Name))
+		}
+	case call.Subscribe:
+		for _, uri := range c.Filter.URIs {
+			if s.Resource(uri) == nil {
+				return nil, call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", clip(uri))
+			}
+		}
+	default:
+		if !kind.IsList() {
+			return nil, call.Errorf(call.Malformed, "the call has no valid kind")
+		}
+	}
+	return found, nil
+}
+
+func clip(s string) string {
+	if len(s) > 200 {
+		return s[:200]
+	}
+	return s
+}
