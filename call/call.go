@@ -20,10 +20,11 @@ const (
 	ListResources                 // resources/list
 	ListTemplates                 // resources/templates/list
 	ListPrompts                   // prompts/list
+	Discover                      // what is served at all (server/discover)
 	Subscribe                     // follow changes until the context ends (subscriptions/listen, resources/subscribe)
 )
 
-var kindNames = [...]string{"invalid", "tool", "resource", "prompt", "completion", "list_tools", "list_resources", "list_templates", "list_prompts", "subscribe"}
+var kindNames = [...]string{"invalid", "tool", "resource", "prompt", "completion", "list_tools", "list_resources", "list_templates", "list_prompts", "discover", "subscribe"}
 
 // String returns the low-cardinality name used in logs and metric labels.
 func (k Kind) String() string {

@@ -43,6 +43,8 @@ func End(cat *catalog.Catalog, hub *catalog.Hub) call.Handler {
 		switch {
 		case c.Kind.IsList():
 			return cat.Load().Page(c.Kind, c.Cursor)
+		case c.Kind == call.Discover:
+			return &call.Result{}, nil // the door knows what it speaks
 		case c.Kind == call.Subscribe:
 			return subscribe(ctx, hub, c)
 		case c.Kind == call.Complete:

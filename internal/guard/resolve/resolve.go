@@ -62,7 +62,7 @@ func find(s *catalog.Snapshot, c *call.Call) (*call.Capability, error) {
 			}
 		}
 	default:
-		if !kind.IsList() {
+		if !kind.IsList() && kind != call.Discover {
 			return nil, call.Errorf(call.Malformed, "the call has no valid kind")
 		}
 	}

@@ -1,0 +1,314 @@
+// Package mcphttp is the Streamable HTTP door: one URL for the stateless revision 2026-07-28,
+// served here, and for the session revisions, which it hands on.
+//
+// Start reading at [Door.ServeHTTP]; [Door.stateless] is the way of one call and can be read
+// beside internal/guard/path.go. The door bounds and decodes what arrives, checks Host, Origin
+// and headers, and encodes the outcome. What it refuses by itself is recorded as well. It
+// starts one goroutine per open subscription, for keep-alive, and waits for it.
+package mcphttp
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/mcpwire"
+)
+
+// Options configure a Door. Codec and Sessions are required.
+type Options struct {
+	Codec    *mcpwire.Codec
+	Sessions http.Handler // session revisions; Host and Origin are already checked
+	// ParamHeaders returns what of a tool's arguments is mirrored in headers.
+	ParamHeaders func(tool string) []catalog.ParamHeader
+	// Refused records what is refused before it is a call; nil records nothing.
+	Refused         func(ctx context.Context, code call.Code, status int, peer string, size int, reason string)
+	MaxMessageBytes int           // default 4 MiB
+	KeepAlive       time.Duration // between comments on an idle subscription; default 15 s
+	WriteTimeout    time.Duration // for one event, or a large answer; default 30 s
+	AllowedHosts    []string      // Host names beside loopback ones; "*" allows any
+	AllowedOrigins  []string      // Origins beside the server's own; never "*"
+	// Draining, when closed, ends open subscriptions with a result.
+	Draining <-chan struct{}
+}
+
+// A Door serves one URL. It is safe for concurrent use.
+type Door struct{ opts Options }
+
+// New returns a door, or an error that names the missing or wrong option.
+func New(o Options) (*Door, error) {
+	if o.Codec == nil || o.Sessions == nil {
+		return nil, errors.New("mcphttp: Codec and Sessions are required")
+	}
+	for _, origin := range o.AllowedOrigins {
+		if origin == "*" {
+			return nil, errors.New(`mcphttp: the allowed origin "*" would let any web page call this server; name the origins`)
+		}
+	}
+	if o.MaxMessageBytes <= 0 {
+		o.MaxMessageBytes = 4 << 20
+	}
+	if o.KeepAlive <= 0 {
+		o.KeepAlive = 15 * time.Second
+	}
+	if o.WriteTimeout <= 0 {
+		o.WriteTimeout = 30 * time.Second
+	}
+	if o.ParamHeaders == nil {
+		o.ParamHeaders = func(string) []catalog.ParamHeader { return nil }
+	}
+	if o.Refused == nil {
+		o.Refused = func(context.Context, call.Code, int, string, int, string) {}
+	}
+	return &Door{opts: o}, nil
+}
+
+// buffers hold messages while they are decoded; what a call keeps is copied out of them.
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+// maxPooled keeps a rare large message from staying in memory.
+const maxPooled = 64 << 10
+
+// ServeHTTP implements http.Handler.
+func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if f := d.checkHost(r); f != nil {
+		d.refuse(w, r, f, 0)
+		return
+	}
+	if f := d.checkOrigin(w, r); f != nil {
+		d.refuse(w, r, f, 0)
+		return
+	}
+	switch r.Method {
+	case http.MethodPost:
+		d.post(w, r)
+	case http.MethodOptions:
+		d.preflight(w)
+	case http.MethodGet, http.MethodDelete:
+		if header(r, "Mcp-Protocol-Version") == mcpwire.Revision {
+			d.methodNotAllowed(w, r, "POST")
+			return
+		}
+		d.opts.Sessions.ServeHTTP(w, r)
+	default:
+		d.methodNotAllowed(w, r, "GET, POST, DELETE, OPTIONS")
+	}
+}
+
+func (d *Door) methodNotAllowed(w http.ResponseWriter, r *http.Request, allow string) {
+	w.Header().Set("Allow", allow)
+	d.refuse(w, r, &mcpwire.Failure{Status: http.StatusMethodNotAllowed, Code: -32600, Message: "this method is not served here; send " + allow, Cause: call.Malformed}, 0)
+}
+
+// post reads one message and decides which era it belongs to.
+func (d *Door) post(w http.ResponseWriter, r *http.Request) {
+	if f := checkContentType(r); f != nil {
+		d.refuse(w, r, f, 0)
+		return
+	}
+	buf := buffers.Get().(*bytes.Buffer)
+	buf.Reset()
+	if f := d.read(w, r, buf); f != nil {
+		buffers.Put(buf)
+		d.refuse(w, r, f, buf.Len())
+		return
+	}
+	if stateless(r, buf.Bytes()) {
+		d.stateless(w, r, buf.Bytes())
+		if buf.Cap() <= maxPooled {
+			buffers.Put(buf)
+		}
+		return
+	}
+	if f := unknownRevision(r, buf.Bytes()); f != nil {
+		d.refuse(w, r, f, buf.Len())
+		return
+	}
+	r.Body = io.NopCloser(buf)
+	r.ContentLength = int64(buf.Len())
+	d.opts.Sessions.ServeHTTP(w, r)
+}
+
+// stateless serves one message of revision 2026-07-28, from bytes to bytes.
+func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
+	m, f := d.opts.Codec.Decode(body)
+	if f != nil {
+		d.refuse(w, r, f, len(body))
+		return
+	}
+	if m.IsNotification() {
+		w.WriteHeader(http.StatusAccepted) // the revision defines none over HTTP
+		return
+	}
+	if f := d.checkHeaders(r, m); f != nil {
+		d.refuse(w, r, f, len(body))
+		return
+	}
+	out := &reply{w: w, timeout: d.opts.WriteTimeout}
+	send := out.event
+	if !accepts(r, "text/event-stream") {
+		send = nil
+	}
+	if send == nil && !accepts(r, "application/json") {
+		d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "send Accept: application/json, text/event-stream", Cause: call.Malformed}, len(body))
+		return
+	}
+	c, f := d.opts.Codec.Call(m, from(r), send)
+	if f != nil {
+		d.refuse(w, r, f, len(body))
+		return
+	}
+	ctx := r.Context() // ends when the client goes away: that is how this revision cancels
+	if c.Kind == call.Subscribe {
+		if send == nil {
+			d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "a subscription needs Accept: text/event-stream", Cause: call.Malformed}, len(body))
+			return
+		}
+		var stop func()
+		ctx, stop = d.follow(ctx, out)
+		defer stop()
+	}
+	scratch := buffers.Get().(*bytes.Buffer)
+	scratch.Reset()
+	frame, f := d.opts.Codec.Serve(ctx, m, c, scratch.AvailableBuffer())
+	if f != nil {
+		out.failure(f)
+	} else {
+		out.answer(&frame)
+	}
+	if scratch.Cap() <= maxPooled {
+		scratch.Grow(512) // so that the next answer's frame fits
+		buffers.Put(scratch)
+	}
+}
+
+// follow keeps a subscription alive and ends it when the server drains. stop waits for both.
+func (d *Door) follow(ctx context.Context, out *reply) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var done sync.WaitGroup
+	done.Go(func() {
+		tick := time.NewTicker(d.opts.KeepAlive)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-d.opts.Draining:
+				cancel()
+				return
+			case <-tick.C:
+				if out.comment() != nil {
+					cancel()
+					return
+				}
+			}
+		}
+	})
+	return ctx, func() { cancel(); done.Wait() }
+}
+
+// refuse answers what did not become a call, with a JSON-RPC body, and has it recorded.
+func (d *Door) refuse(w http.ResponseWriter, r *http.Request, f *mcpwire.Failure, size int) {
+	d.opts.Refused(r.Context(), f.Cause, f.Status, r.RemoteAddr, size, f.Message)
+	(&reply{w: w, timeout: d.opts.WriteTimeout}).failure(f)
+}
+
+// read reads the body into buf, at most MaxMessageBytes of it.
+func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *mcpwire.Failure {
+	limit := int64(d.opts.MaxMessageBytes)
+	tooLarge := &mcpwire.Failure{Status: http.StatusRequestEntityTooLarge, Code: -32600, Cause: call.TooLarge,
+		Message: "the message is larger than " + strconv.FormatInt(limit, 10) + " bytes"}
+	if r.ContentLength > limit {
+		w.Header().Set("Connection", "close")
+		return tooLarge
+	}
+	if r.ContentLength > 0 && r.ContentLength <= maxPooled {
+		buf.Grow(int(r.ContentLength) + bytes.MinRead)
+	}
+	if _, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit)); err != nil {
+		var over *http.MaxBytesError
+		if errors.As(err, &over) {
+			return tooLarge
+		}
+		return &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end", Cause: call.Canceled}
+	}
+	return nil
+}
+
+func checkContentType(r *http.Request) *mcpwire.Failure {
+	ct := header(r, "Content-Type")
+	if ct != "application/json" {
+		mt, params, err := mime.ParseMediaType(ct)
+		charset := strings.ToLower(params["charset"])
+		if err != nil || mt != "application/json" || charset != "" && charset != "utf-8" {
+			return &mcpwire.Failure{Status: http.StatusUnsupportedMediaType, Code: -32600, Message: "send Content-Type: application/json, in UTF-8", Cause: call.Malformed}
+		}
+	}
+	if e := header(r, "Content-Encoding"); e != "" && e != "identity" {
+		return &mcpwire.Failure{Status: http.StatusUnsupportedMediaType, Code: -32600, Message: "send the message without Content-Encoding", Cause: call.Malformed}
+	}
+	return nil
+}
+
+// accepts reports whether the client takes a media type; without Accept it takes all.
+func accepts(r *http.Request, mediaType string) bool {
+	values := r.Header["Accept"]
+	if len(values) == 0 {
+		return true
+	}
+	major, _, _ := strings.Cut(mediaType, "/")
+	for _, v := range values {
+		for v != "" {
+			var part string
+			part, v, _ = strings.Cut(v, ",")
+			part, _, _ = strings.Cut(part, ";")
+			part = strings.TrimSpace(part)
+			if strings.EqualFold(part, mediaType) || part == "*/*" || strings.EqualFold(part, major+"/*") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// from collects what the headers say of the caller; nothing is verified here.
+func from(r *http.Request) mcpwire.From {
+	f := mcpwire.From{
+		Door:           "http",
+		Peer:           r.RemoteAddr,
+		Correlation:    header(r, "X-Correlation-Id"),
+		Traceparent:    header(r, "Traceparent"),
+		Tracestate:     header(r, "Tracestate"),
+		Baggage:        header(r, "Baggage"),
+		IdempotencyKey: idempotencyKey(header(r, "Idempotency-Key")),
+	}
+	if scheme, token, ok := strings.Cut(header(r, "Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
+		f.Bearer = strings.TrimSpace(token)
+	}
+	return f
+}
+
+// idempotencyKey unquotes the Structured Field string (RFC 8941) that the IETF draft asks for.
+func idempotencyKey(v string) string {
+	if len(v) >= 2 && v[0] == '"' && v[len(v)-1] == '"' {
+		return v[1 : len(v)-1]
+	}
+	return v
+}
+
+// header returns the one value of a header given by its canonical name, or "".
+func header(r *http.Request, canonical string) string {
+	if v := r.Header[canonical]; len(v) == 1 {
+		return v[0]
+	}
+	return ""
+}

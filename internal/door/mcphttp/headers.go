@@ -1,0 +1,156 @@
+package mcphttp
+
+import (
+	"bytes"
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/mcpwire"
+)
+
+// metaRevision is what a message of the stateless revision carries in its body.
+var metaRevision = []byte(`"io.modelcontextprotocol/protocolVersion"`)
+
+// stateless decides the era of a POST: by its headers, and where they are silent by its body.
+func stateless(r *http.Request, body []byte) bool {
+	if header(r, "Mcp-Protocol-Version") == mcpwire.Revision || len(r.Header["Mcp-Method"]) > 0 {
+		return true
+	}
+	return bytes.Contains(body, metaRevision) || bytes.Contains(body, []byte(`"server/discover"`))
+}
+
+// unknownRevision refuses a session request whose revision nobody here speaks, the way the
+// newest revision asks, so that a client learns what to send.
+func unknownRevision(r *http.Request, body []byte) *mcpwire.Failure {
+	v := header(r, "Mcp-Protocol-Version")
+	if v == "" || slices.Contains(mcpwire.Supported(), v) {
+		return nil
+	}
+	data, err := json.Marshal(map[string]any{"supported": mcpwire.Supported(), "requested": v}, json.Deterministic(true))
+	if err != nil {
+		data = nil
+	}
+	var id struct {
+		ID jsontext.Value `json:"id"`
+	}
+	if json.Unmarshal(body, &id) != nil || (id.ID.Kind() != '"' && id.ID.Kind() != '0') {
+		id.ID = nil
+	}
+	return &mcpwire.Failure{ID: id.ID, Status: http.StatusBadRequest, Code: -32022, Message: "unsupported protocol version", Data: data, Cause: call.Malformed}
+}
+
+// checkHeaders holds the mirrored headers against the body, which is the source of truth
+// (MCP 2026-07-28, basic/transports/streamable-http, "Server Validation").
+func (d *Door) checkHeaders(r *http.Request, m *mcpwire.Message) *mcpwire.Failure {
+	mismatch := func(format string, args ...any) *mcpwire.Failure {
+		return &mcpwire.Failure{ID: m.ID, Status: http.StatusBadRequest, Code: -32020, Message: fmt.Sprintf(format, args...), Cause: call.Malformed}
+	}
+	if m.Params.Meta.Revision == nil {
+		return nil // the codec refuses it with the better error
+	}
+	if v := strings.TrimSpace(header(r, "Mcp-Protocol-Version")); v != *m.Params.Meta.Revision {
+		return mismatch("the MCP-Protocol-Version header must be present once and equal to params._meta[\"io.modelcontextprotocol/protocolVersion\"]")
+	}
+	if v := strings.TrimSpace(header(r, "Mcp-Method")); v != m.Method {
+		return mismatch("the Mcp-Method header must be present once and equal to the method")
+	}
+	if subject, ok := m.Subject(); ok {
+		v, ok := mirrored(r, "Mcp-Name")
+		if !ok || v != subject {
+			return mismatch("the Mcp-Name header must be present once and equal to params.name or params.uri (=?base64?…?= for values that are not plain ASCII)")
+		}
+	}
+	if m.Method != "tools/call" {
+		return nil
+	}
+	for _, h := range d.opts.ParamHeaders(m.Params.Name) {
+		if why := checkParam(r, h, m.Params.Arguments); why != "" {
+			return mismatch("the Mcp-Param-%s header %s", h.Header, why)
+		}
+	}
+	return nil
+}
+
+// mirrored returns the decoded value of a header that mirrors a string.
+func mirrored(r *http.Request, canonical string) (string, bool) {
+	vs := r.Header[canonical]
+	if len(vs) != 1 {
+		return "", false
+	}
+	v := strings.TrimSpace(vs[0])
+	if inner, ok := strings.CutPrefix(v, "=?base64?"); ok {
+		if inner, ok = strings.CutSuffix(inner, "?="); ok {
+			b, err := base64.StdEncoding.DecodeString(inner)
+			if err != nil || !utf8.Valid(b) {
+				return "", false
+			}
+			return string(b), true
+		}
+	}
+	for i := range len(v) {
+		if v[i] < ' ' || v[i] > '~' {
+			return "", false // raw bytes beyond ASCII are read differently along the way
+		}
+	}
+	return v, true
+}
+
+// checkParam returns why a parameter header does not fit the arguments, or "".
+func checkParam(r *http.Request, h catalog.ParamHeader, args jsontext.Value) string {
+	value := at(args, h.Path)
+	name := http.CanonicalHeaderKey("Mcp-Param-" + h.Header)
+	if value == nil || value.Kind() == 'n' {
+		if len(r.Header[name]) > 0 {
+			return "must be absent: the argument is absent or null"
+		}
+		return ""
+	}
+	got, ok := mirrored(r, name)
+	if !ok {
+		return "must be present once: the argument is present"
+	}
+	switch value.Kind() {
+	case '"':
+		want, err := jsontext.AppendUnquote(nil, value)
+		if err != nil || got != string(want) {
+			return "differs from the argument"
+		}
+	case '0':
+		a, errA := strconv.ParseInt(got, 10, 64)
+		b, errB := strconv.ParseInt(string(value), 10, 64)
+		if errA != nil || errB != nil {
+			if got != string(value) {
+				return "differs from the argument"
+			}
+		} else if a != b {
+			return "differs from the argument"
+		}
+	default:
+		if got != string(value) {
+			return "differs from the argument"
+		}
+	}
+	return ""
+}
+
+// at returns the member at a path of names, or nil.
+func at(v jsontext.Value, path []string) jsontext.Value {
+	for _, name := range path {
+		var obj map[string]jsontext.Value
+		if v.Kind() != '{' || json.Unmarshal(v, &obj) != nil {
+			return nil
+		}
+		v = obj[name]
+	}
+	return v
+}

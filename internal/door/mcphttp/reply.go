@@ -1,0 +1,112 @@
+package mcphttp
+
+import (
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"newel.dev/newel/internal/mcpwire"
+)
+
+// reply writes the answer to one request: plain JSON, or an event stream from the moment the
+// first notification is sent.
+type reply struct {
+	w       http.ResponseWriter
+	timeout time.Duration
+	mu      sync.Mutex // one event at a time
+	stream  bool       // guarded by mu: the event stream has begun
+}
+
+// largeAnswer is what a kernel's socket buffer may not take at once: such writes get a deadline.
+const largeAnswer = 64 << 10
+
+// event sends one message on the event stream, beginning the stream if need be.
+func (p *reply) event(message []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.stream {
+		p.stream = true
+		h := p.w.Header()
+		h.Set("Content-Type", "text/event-stream")
+		h.Set("Cache-Control", "no-store")
+		h.Set("X-Accel-Buffering", "no") // proxies must not hold events back
+		p.w.WriteHeader(http.StatusOK)
+	}
+	return p.writeAndFlush([]byte("event: message\ndata: "), message, []byte("\n\n"))
+}
+
+// comment keeps an idle stream open; before the stream has begun it does nothing.
+func (p *reply) comment() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.stream {
+		return nil
+	}
+	return p.writeAndFlush([]byte(": keep-alive\n\n"))
+}
+
+// writeAndFlush writes parts under a deadline. mu is held.
+func (p *reply) writeAndFlush(parts ...[]byte) error {
+	rc := http.NewResponseController(p.w)
+	_ = rc.SetWriteDeadline(time.Now().Add(p.timeout)) // not every writer has deadlines: in-memory ones need none
+	for _, b := range parts {
+		if _, err := p.w.Write(b); err != nil {
+			return err
+		}
+	}
+	err := rc.Flush()
+	_ = rc.SetWriteDeadline(time.Time{})
+	return err
+}
+
+// answer sends the result: as the last event of a stream that has begun, otherwise as JSON. The
+// caller is gone if writing fails; there is nobody left to tell.
+func (p *reply) answer(f *mcpwire.Frame) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stream {
+		_ = p.writeAndFlush([]byte("event: message\ndata: "), f.Head, f.Body, f.Tail, []byte("\n\n"))
+		return
+	}
+	p.json(http.StatusOK, f.Len(), f.Head, f.Body, f.Tail)
+}
+
+// failure sends a JSON-RPC error.
+func (p *reply) failure(f *mcpwire.Failure) {
+	body := mcpwire.AppendFailure(nil, f)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stream {
+		_ = p.writeAndFlush([]byte("event: message\ndata: "), body, []byte("\n\n"))
+		return
+	}
+	p.json(f.Status, len(body), body)
+}
+
+func (p *reply) json(status, size int, parts ...[]byte) {
+	h := p.w.Header()
+	h["Content-Type"] = contentTypeJSON
+	h["Content-Length"] = []string{strconv.Itoa(size)}
+	h["X-Content-Type-Options"] = noSniff
+	if size > largeAnswer {
+		rc := http.NewResponseController(p.w)
+		_ = rc.SetWriteDeadline(time.Now().Add(p.timeout))
+		defer func() { _ = rc.SetWriteDeadline(time.Time{}) }()
+	}
+	p.w.WriteHeader(status)
+	for _, b := range parts {
+		if len(b) == 0 {
+			continue
+		}
+		if _, err := p.w.Write(b); err != nil {
+			return
+		}
+	}
+}
+
+// Shared header values: net/http only reads them.
+var (
+	contentTypeJSON = []string{"application/json"}
+	noSniff         = []string{"nosniff"}
+)
