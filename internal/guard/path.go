@@ -28,7 +28,8 @@ type Step struct {
 	Optional bool
 }
 
-const required, optional = false, true
+// required is written out at every step, so that an optional one stands out.
+const required = false
 
 // Path is what happens to every call, of every kind, from every door.
 //
