@@ -106,7 +106,7 @@ func fail(id jsontext.Value, err error) *Failure {
 	row := ErrorTable(e.Code)
 	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data}
 	if f.Data == nil {
-		f.Data = facts(e)
+		f.Data = append(facts(e), '}')
 	}
 	return f
 }
@@ -119,23 +119,22 @@ func ToolError(err error) *call.Result {
 		return nil
 	}
 	extra := append(jsontext.Value(`{"_meta":{"dev.newel/error":`), facts(e)...)
-	return &call.Result{IsError: true, Content: call.TextContent(e.Message), Extra: append(extra, "}}"...)}
+	extra = call.AppendString(append(extra, `,"message":`...), e.Message)
+	if e.Data != nil {
+		extra = append(append(extra, `,"data":`...), e.Data...)
+	}
+	return &call.Result{IsError: true, Content: call.TextContent(e.Message), Extra: append(extra, "}}}"...)}
 }
 
-// facts is {code, message, retryable, retryAfterSeconds, problems…} for programs.
+// facts begins an object with what programs act on: code, retryable, retryAfterSeconds.
 func facts(e *call.Error) jsontext.Value {
 	b := append(jsontext.Value(nil), `{"code":"`...)
 	b = append(b, e.Code.String()...)
-	b = append(b, `","message":`...)
-	b = call.AppendString(b, e.Message)
-	b = append(b, `,"retryable":`...)
+	b = append(b, `","retryable":`...)
 	b = strconv.AppendBool(b, e.Retryable)
 	if e.RetryAfter > 0 {
 		b = append(b, `,"retryAfterSeconds":`...)
 		b = strconv.AppendInt(b, int64(math.Ceil(e.RetryAfter.Seconds())), 10)
 	}
-	if e.Data != nil {
-		b = append(append(b, `,"data":`...), e.Data...)
-	}
-	return append(b, '}')
+	return b
 }

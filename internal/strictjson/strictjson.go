@@ -8,6 +8,7 @@ package strictjson
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/go-json-experiment/json/jsontext"
 )
@@ -63,13 +64,16 @@ func Explain(b []byte) error {
 	// Format reports the position; it works on a copy because it may write.
 	c := jsontext.Value(b).Clone()
 	if err := c.Compact(); err != nil {
-		return &Error{Problem: "not valid JSON: " + err.Error(), cause: err}
+		return &Error{Problem: "not valid JSON: " + plain(err), cause: err}
 	}
 	if err := c.Canonicalize(); err != nil {
-		return &Error{Problem: "not strict JSON: " + err.Error(), cause: err}
+		return &Error{Problem: "not strict JSON: " + plain(err), cause: err}
 	}
 	return &Error{Problem: "not strict JSON: duplicate names or invalid UTF-8"}
 }
+
+// plain drops the parser's name, which means nothing to the sender.
+func plain(err error) string { return strings.TrimPrefix(err.Error(), "jsontext: ") }
 
 // Bound checks only size, depth and number of elements, in one pass without allocation. It is
 // for documents that a strict parser will read next.
