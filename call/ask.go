@@ -88,42 +88,19 @@ func (c *Client) Supports(q Question) error {
 }
 
 func isURLMode(params jsontext.Value) bool {
-	var mode string
-	eachMember(params, func(name string, v jsontext.Value) {
+	url := false
+	_ = EachMember(params, func(name string, v jsontext.Value) { // no object, no mode
 		if name == "mode" {
-			mode = string(v)
+			url = string(v) == `"url"`
 		}
 	})
-	return mode == `"url"`
+	return url
 }
 
 func hasMember(params jsontext.Value, want string) bool {
 	found := false
-	eachMember(params, func(name string, _ jsontext.Value) { found = found || name == want })
+	_ = EachMember(params, func(name string, _ jsontext.Value) { found = found || name == want })
 	return found
-}
-
-// eachMember calls f for each member of a JSON object; anything else has no members.
-func eachMember(obj jsontext.Value, f func(name string, v jsontext.Value)) {
-	if obj.Kind() != '{' {
-		return
-	}
-	d := jsontext.NewDecoder(strings.NewReader(string(obj)))
-	if _, err := d.ReadToken(); err != nil {
-		return
-	}
-	for d.PeekKind() == '"' {
-		t, err := d.ReadToken()
-		if err != nil {
-			return
-		}
-		name := t.String()
-		v, err := d.ReadValue()
-		if err != nil {
-			return
-		}
-		f(name, v)
-	}
 }
 
 // NoAsker is the Asker of callers that cannot be asked.

@@ -194,3 +194,10 @@ func (discard) Notify(context.Context, Notification) error { return nil }
 // Acknowledged is the Method of the first notification on every subscription: from now on
 // changes are delivered (MCP 2026-07-28, basic/patterns/subscriptions).
 const Acknowledged = "notifications/subscriptions/acknowledged"
+
+// A StreamCloser is a Sink that can end the caller's stream before the call ends: the caller
+// comes back for the rest after retry (session revisions, SEP-1699). Long calls use it so that no
+// connection stays open for them.
+type StreamCloser interface {
+	CloseStream(retry time.Duration)
+}

@@ -19,6 +19,7 @@ type Hub struct {
 // listener holds what one subscriber has yet to hear; pending is guarded by Hub.mu.
 type listener struct {
 	filter  *call.Filter
+	all     bool // updates of any resource
 	pending []call.Notification
 	wake    chan struct{}
 }
@@ -26,10 +27,18 @@ type listener struct {
 // NewHub returns a hub without subscribers.
 func NewHub() *Hub { return &Hub{listeners: map[*listener]struct{}{}} }
 
+// ListenAll is Listen for everything that changes, any resource included; f.URIs is ignored.
+func (h *Hub) ListenAll(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
+	return h.listen(ctx, &listener{filter: f, all: true, wake: make(chan struct{}, 1)}, deliver)
+}
+
 // Listen delivers the changes that f asks for, one after the other, until ctx ends (it returns
 // nil) or deliver fails (it returns that error).
 func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
-	l := &listener{filter: f, wake: make(chan struct{}, 1)}
+	return h.listen(ctx, &listener{filter: f, wake: make(chan struct{}, 1)}, deliver)
+}
+
+func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notification) error) error {
 	h.mu.Lock()
 	h.listeners[l] = struct{}{}
 	h.mu.Unlock()
@@ -60,24 +69,24 @@ func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Noti
 func (h *Hub) ListChanged(kind call.Kind) {
 	switch kind {
 	case call.ListTools:
-		h.publish(call.Notification{Method: "notifications/tools/list_changed"}, func(f *call.Filter) bool { return f.ToolsChanged })
+		h.publish(call.Notification{Method: "notifications/tools/list_changed"}, func(l *listener) bool { return l.filter.ToolsChanged })
 	case call.ListPrompts:
-		h.publish(call.Notification{Method: "notifications/prompts/list_changed"}, func(f *call.Filter) bool { return f.PromptsChanged })
+		h.publish(call.Notification{Method: "notifications/prompts/list_changed"}, func(l *listener) bool { return l.filter.PromptsChanged })
 	case call.ListResources, call.ListTemplates:
-		h.publish(call.Notification{Method: "notifications/resources/list_changed"}, func(f *call.Filter) bool { return f.ResourcesChanged })
+		h.publish(call.Notification{Method: "notifications/resources/list_changed"}, func(l *listener) bool { return l.filter.ResourcesChanged })
 	}
 }
 
 // Updated says that the content of the resource at uri changed.
 func (h *Hub) Updated(uri string) {
-	h.publish(call.Notification{Method: "notifications/resources/updated", URI: uri}, func(f *call.Filter) bool { return slices.Contains(f.URIs, uri) })
+	h.publish(call.Notification{Method: "notifications/resources/updated", URI: uri}, func(l *listener) bool { return l.all || slices.Contains(l.filter.URIs, uri) })
 }
 
-func (h *Hub) publish(n call.Notification, wanted func(*call.Filter) bool) {
+func (h *Hub) publish(n call.Notification, wanted func(*listener) bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for l := range h.listeners {
-		if !wanted(l.filter) || slices.Contains(l.pending, n) {
+		if !wanted(l) || slices.Contains(l.pending, n) {
 			continue
 		}
 		l.pending = append(l.pending, n)

@@ -1,7 +1,6 @@
 package mcpwire
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -327,24 +326,3 @@ func (c *Codec) discover(m *Message) (Frame, *Failure) {
 
 // discoverTTL: what a server speaks changes with its configuration only.
 const discoverTTL = time.Minute
-
-// eachMember calls f for each member of a JSON object, in order.
-func eachMember(obj jsontext.Value, f func(name string, v jsontext.Value)) error {
-	d := jsontext.NewDecoder(bytes.NewReader(obj))
-	if _, err := d.ReadToken(); err != nil {
-		return err
-	}
-	for d.PeekKind() == '"' {
-		t, err := d.ReadToken()
-		if err != nil {
-			return err
-		}
-		name := t.String()
-		v, err := d.ReadValue()
-		if err != nil {
-			return err
-		}
-		f(name, v)
-	}
-	return nil
-}

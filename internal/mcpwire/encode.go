@@ -100,13 +100,13 @@ func (c *Codec) appendExtra(b []byte, extra jsontext.Value) []byte {
 		return append(append(append(b, `,"_meta":{`...), c.serverInfoMember...), '}')
 	}
 	metaDone := false
-	_ = eachMember(extra, func(name string, v jsontext.Value) {
+	_ = call.EachMember(extra, func(name string, v jsontext.Value) {
 		switch {
 		case reserved(name):
 		case name == "_meta" && v.Kind() == '{':
 			metaDone = true
 			b = append(append(b, `,"_meta":{`...), c.serverInfoMember...)
-			_ = eachMember(v, func(name string, v jsontext.Value) {
+			_ = call.EachMember(v, func(name string, v jsontext.Value) {
 				if name == metaServerInfo {
 					return
 				}
@@ -121,4 +121,45 @@ func (c *Codec) appendExtra(b []byte, extra jsontext.Value) []byte {
 		b = append(append(append(b, `,"_meta":{`...), c.serverInfoMember...), '}')
 	}
 	return b
+}
+
+// AppendResult appends the result object as the session revisions (2025-11-25 and older) have
+// it: no resultType, no cache hints; structuredContent only if it is an object.
+func AppendResult(dst []byte, k call.Kind, r *call.Result) []byte {
+	b := append(append(append(dst, `{"`...), member(k)...), `":`...)
+	if r.Content == nil {
+		b = append(b, "[]"...)
+	} else {
+		b = append(b, r.Content...)
+	}
+	if r.Structured != nil && r.Structured.Kind() == '{' {
+		b = append(append(b, `,"structuredContent":`...), r.Structured...)
+	}
+	if r.IsError {
+		b = append(b, `,"isError":true`...)
+	}
+	if r.Next != "" {
+		b = call.AppendString(append(b, `,"nextCursor":`...), r.Next)
+	}
+	if r.Extra != nil {
+		_ = call.EachMember(r.Extra, func(name string, v jsontext.Value) {
+			if !reserved(name) {
+				b = append(append(call.AppendString(append(b, ','), name), ':'), v...)
+			}
+		})
+	}
+	return append(b, '}')
+}
+
+// SessionError returns an error of the path as the session revisions have it: -32002 for
+// resources that are not found, no codes that only the newest revision defines.
+func SessionError(k call.Kind, err error) *Failure {
+	f := fail(nil, err)
+	switch {
+	case f.Cause == call.NotFound && k == call.Resource:
+		f.Code = -32002
+	case f.Cause == call.Unsupported:
+		f.Code = codeInvalidParams
+	}
+	return f
 }

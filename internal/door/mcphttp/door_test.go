@@ -102,8 +102,10 @@ func newWorld(t *testing.T) *world {
 			b, _ := io.ReadAll(r.Body)
 			fmt.Fprintf(w, "sessions got %s %s", r.Method, b)
 		}),
-		ParamHeaders:    snapshot.ParamHeaders,
-		Refused:         func(_ context.Context, code call.Code, status int, _ string, _ int, _ string) { w.refused <- fmt.Sprint(code, " ", status) },
+		ParamHeaders: snapshot.ParamHeaders,
+		Refused: func(_ context.Context, code call.Code, status int, _ string, _ int, _ string) {
+			w.refused <- fmt.Sprint(code, " ", status)
+		},
 		MaxMessageBytes: 64 << 10,
 		AllowedHosts:    []string{"mcp.example.com"},
 		AllowedOrigins:  []string{"https://app.example.com"},

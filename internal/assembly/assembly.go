@@ -1,0 +1,310 @@
+// Package assembly turns values into a running house: backends, limits and telemetry become one
+// path behind all doors.
+//
+// Start reading at [Build], which opens nothing but what it is given and fails with every
+// registration problem named; then [House.Run] and [House.Serve] in run.go, the only place that
+// starts long-lived goroutines and the place that spells the order of shutdown.
+package assembly
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/backend/artifact"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/door/mcphttp"
+	"newel.dev/newel/internal/door/mcpsession"
+	"newel.dev/newel/internal/door/mcpstdio"
+	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/admit"
+	"newel.dev/newel/internal/guard/bound"
+	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/guard/resolve"
+	"newel.dev/newel/internal/guard/validate"
+	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/strictjson"
+)
+
+// Options say what the house is made of. The zero value of every field but Backends works.
+type Options struct {
+	Name         string // of the server; default "newel"
+	Title        string // for people
+	Version      string // of what is served; default "0.0.0"
+	Instructions string // for models: how to use the server
+
+	Backends []call.Backend
+	Limits   Limits
+
+	Logger  *slog.Logger         // one record per call; nil discards
+	Tracer  trace.TracerProvider // nil: no spans
+	Meter   metric.MeterProvider // nil: no metrics
+	Metrics http.Handler         // serves /metrics; nil: 404
+
+	StateKey       []byte   // 32 bytes that seal requestState; nil: random, states end with the process
+	AllowedHosts   []string // beside loopback names
+	AllowedOrigins []string // beside the server's own
+	ArtifactDir    string   // where large results are kept; "": in memory
+}
+
+// Limits bound what one server does at once. Zero means the default in brackets.
+type Limits struct {
+	MessageBytes    int           // one message [4 MiB]
+	Depth           int           // nesting of JSON [64]
+	Elements        int           // members and array elements of one message [100,000]
+	ConcurrentCalls int           // calls running at once [256]
+	QueuedCalls     int           // calls waiting to run [1,024]
+	QueueTimeout    time.Duration // longest wait [5 s]
+	CallTimeout     time.Duration // longest call [60 s]
+	Streams         int           // open subscriptions [10,000]
+	StreamsPerPeer  int           // open subscriptions of one client address [1,000]
+	Sessions        int           // sessions of older revisions [10,000]
+	SessionStreams  int           // streams per session [16]
+	SessionIdle     time.Duration // a session ends after this long without a message [30 min]
+	ResultBytes     int           // one result [256 KiB]
+	ResultTokens    int           // estimated tokens of one result [64,000]
+}
+
+// A House is a built server. Its methods are safe for concurrent use.
+type House struct {
+	opts     Options
+	catalog  *catalog.Catalog
+	hub      *catalog.Hub
+	path     call.Handler
+	backends []call.Backend
+	door     *mcphttp.Door
+	sessions *mcpsession.Door
+	stdio    *mcpstdio.Door
+	codec    *mcpwire.Codec
+	drain    *drain
+	ready    ready
+}
+
+// Build makes a house. All registration happens here, before any door opens; the error joins
+// every problem and names what is wrong and where it was declared.
+func Build(ctx context.Context, given *Options) (*House, error) {
+	o := *given
+	setDefaults(&o)
+	artifacts, err := artifact.New(artifact.Options{Dir: o.ArtifactDir})
+	if err != nil {
+		return nil, fmt.Errorf("artifacts: %w", err)
+	}
+	h := &House{opts: o, hub: catalog.NewHub(), drain: newDrain(), backends: append(o.Backends[:len(o.Backends):len(o.Backends)], artifacts)}
+	snapshot, err := h.register(ctx)
+	if err != nil {
+		return nil, err
+	}
+	h.catalog = catalog.New(snapshot)
+
+	observer, err := observe.New(observe.Options{Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Server: o.Name})
+	if err != nil {
+		return nil, err
+	}
+	admission, err := admit.New(admit.Options{
+		MaxConcurrent: o.Limits.ConcurrentCalls, MaxQueued: o.Limits.QueuedCalls, QueueTimeout: o.Limits.QueueTimeout,
+		CallTimeout: o.Limits.CallTimeout, MaxStreams: o.Limits.Streams, MaxStreamsPerPeer: o.Limits.StreamsPerPeer,
+	})
+	if err != nil {
+		return nil, err
+	}
+	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts})
+	if err != nil {
+		return nil, err
+	}
+	h.path, err = guard.Compile(guard.Path(guard.Set{
+		Observe:  observer.Guard,
+		Admit:    admission.Guard,
+		Resolve:  resolve.New(h.catalog),
+		Validate: validate.Guard,
+		Bound:    bounds.Guard,
+	}), guard.End(h.catalog, h.hub))
+	if err != nil {
+		return nil, err
+	}
+	return h, h.openDoors(observer)
+}
+
+// openDoors makes the doors; they serve nothing until they are asked to.
+func (h *House) openDoors(observer *observe.Observer) error {
+	o := &h.opts
+	var err error
+	h.codec, err = mcpwire.New(mcpwire.Options{
+		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
+		Path: h.path, Has: h.has, StateKey: o.StateKey,
+		Limits: strictjson.Limits{Bytes: o.Limits.MessageBytes, Depth: o.Limits.Depth, Elements: o.Limits.Elements},
+	})
+	if err != nil {
+		return err
+	}
+	h.sessions, err = mcpsession.New(mcpsession.Options{
+		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
+		Path: h.path, Hub: h.hub, Has: h.has(), Readable: h.readable,
+		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
+		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	h.stdio, err = mcpstdio.New(mcpstdio.Options{
+		Stateless: h.statelessLine, Sessions: h.sessions.ServeStdio,
+		MaxMessageBytes: o.Limits.MessageBytes, MaxConcurrent: o.Limits.ConcurrentCalls, Logger: o.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	h.door, err = mcphttp.New(mcphttp.Options{
+		Codec: h.codec, Sessions: h.sessions,
+		ParamHeaders: func(tool string) []catalog.ParamHeader { return h.catalog.Load().ParamHeaders(tool) },
+		Refused: func(ctx context.Context, code call.Code, status int, peer string, size int, reason string) {
+			observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
+		},
+		MaxMessageBytes: o.Limits.MessageBytes,
+		AllowedHosts:    o.AllowedHosts, AllowedOrigins: o.AllowedOrigins,
+		Draining: h.drain.begun,
+	})
+	return err
+}
+
+func setDefaults(o *Options) {
+	if o.Name == "" {
+		o.Name = "newel"
+	}
+	if o.Version == "" {
+		o.Version = "0.0.0"
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Tracer == nil {
+		o.Tracer = tracenoop.NewTracerProvider()
+	}
+	if o.Meter == nil {
+		o.Meter = metricnoop.NewMeterProvider()
+	}
+}
+
+// register asks every backend what it publishes and builds the snapshot.
+func (h *House) register(ctx context.Context) (*catalog.Snapshot, error) {
+	var sources []catalog.Source
+	var problems []error
+	seen := map[string]bool{}
+	for _, b := range h.backends {
+		if seen[b.Name()] {
+			problems = append(problems, fmt.Errorf("two backends are named %q", b.Name()))
+			continue
+		}
+		seen[b.Name()] = true
+		caps, err := b.Capabilities(ctx)
+		if err != nil {
+			problems = append(problems, fmt.Errorf("backend %q: %w", b.Name(), err))
+			continue
+		}
+		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: caps})
+	}
+	snapshot, err := catalog.Build(sources)
+	if err := errors.Join(append(problems, err)...); err != nil {
+		return nil, err
+	}
+	return snapshot, nil
+}
+
+// refresh registers everything anew and tells subscribers what changed. A failure keeps the
+// snapshot that is served.
+func (h *House) refresh(ctx context.Context) error {
+	snapshot, err := h.register(ctx)
+	if err != nil {
+		return err
+	}
+	for _, kind := range h.catalog.Swap(snapshot) {
+		h.hub.ListChanged(kind)
+	}
+	return nil
+}
+
+func (h *House) has() mcpwire.Has {
+	s := h.catalog.Load()
+	return mcpwire.Has{
+		Tools:       len(s.Names(call.ListTools)) > 0,
+		Resources:   len(s.Names(call.ListResources))+len(s.Names(call.ListTemplates)) > 0,
+		Prompts:     len(s.Names(call.ListPrompts)) > 0,
+		Completions: s.HasSuggestions(),
+	}
+}
+
+// readable reports whether a resource may be subscribed to.
+func (h *House) readable(_ context.Context, uri string) error {
+	if h.catalog.Load().Resource(uri) == nil {
+		return call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", uri)
+	}
+	return nil
+}
+
+// Do runs one call through the whole path, in memory.
+func (h *House) Do(ctx context.Context, c *call.Call) (*call.Result, error) {
+	if c.Sink == nil {
+		c.Sink = call.Discard
+	}
+	if c.Asker == nil {
+		c.Asker = call.NoAsker
+	}
+	if c.Door == "" {
+		c.Door = "memory"
+	}
+	return h.path(ctx, c)
+}
+
+// statelessLine serves one stateless message of the stdio door.
+func (h *House) statelessLine(ctx context.Context, line []byte, send func([]byte) error) {
+	m, f := h.codec.Decode(line)
+	if f == nil && m.IsNotification() {
+		return
+	}
+	var c *call.Call
+	if f == nil {
+		c, f = h.codec.Call(m, mcpwire.From{Door: "stdio", Peer: "stdio"}, send)
+	}
+	var frame mcpwire.Frame
+	if f == nil {
+		frame, f = h.codec.Serve(ctx, m, c, nil)
+	}
+	var out []byte
+	if f != nil {
+		out = mcpwire.AppendFailure(nil, f)
+	} else {
+		out = frame.AppendTo(nil)
+	}
+	if err := send(out); err != nil {
+		h.opts.Logger.LogAttrs(ctx, slog.LevelWarn, "an answer could not be written", slog.String("error", err.Error()))
+	}
+}
+
+// Summary names what is served, for printing.
+type Summary struct {
+	Tools, Resources, Templates, Prompts []string
+}
+
+// Summary returns what is served now.
+func (h *House) Summary() Summary {
+	s := h.catalog.Load()
+	return Summary{
+		Tools:     s.Names(call.ListTools),
+		Resources: s.Names(call.ListResources),
+		Templates: s.Names(call.ListTemplates),
+		Prompts:   s.Names(call.ListPrompts),
+	}
+}
+
+// ServeStdio serves one client on in and out until in ends or ctx does.
+func (h *House) ServeStdio(ctx context.Context, in io.Reader, out io.Writer) error {
+	return h.whileRunning(ctx, func(ctx context.Context) error { return h.stdio.Serve(ctx, in, out) })
+}

@@ -1,0 +1,150 @@
+package assembly
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"newel.dev/newel/call"
+)
+
+// Time-outs of the HTTP server: slow clients may not hold what others need.
+const (
+	readHeaderTimeout = 10 * time.Second
+	readTimeout       = 60 * time.Second // of a whole message
+	idleTimeout       = 120 * time.Second
+	maxHeaderBytes    = 64 << 10
+	drainTimeout      = 15 * time.Second // for calls that run when the server is told to stop
+)
+
+// drain tells doors that the server is stopping.
+type drain struct {
+	begun chan struct{}
+	once  sync.Once
+}
+
+func newDrain() *drain { return &drain{begun: make(chan struct{})} }
+
+func (d *drain) begin() { d.once.Do(func() { close(d.begun) }) }
+
+// ready is what /ready answers.
+type ready struct{ running atomic.Bool }
+
+// Handler serves /mcp, /health, /ready and /metrics. It works without Run, but then watched
+// backends do not notice changes and sessions do not expire.
+func (h *House) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("/mcp", h.door)
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		status(w, http.StatusOK, `{"status":"ok"}`)
+	})
+	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
+		select {
+		case <-h.drain.begun:
+			status(w, http.StatusServiceUnavailable, `{"status":"draining"}`)
+			return
+		default:
+		}
+		if !h.ready.running.Load() {
+			status(w, http.StatusServiceUnavailable, `{"status":"starting"}`)
+			return
+		}
+		status(w, http.StatusOK, `{"status":"ready"}`)
+	})
+	if h.opts.Metrics != nil {
+		mux.Handle("GET /metrics", h.opts.Metrics)
+	}
+	return mux
+}
+
+func status(w http.ResponseWriter, code int, body string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(code)
+	_, _ = w.Write([]byte(body + "\n")) // the prober is gone if this fails
+}
+
+// Serve serves HTTP on l until ctx ends. Then, in this order: /ready says no and open
+// subscriptions end with their result; no connection is accepted any more and running calls
+// finish (at most 15 seconds, after that they are cut); sessions close; watchers stop.
+func (h *House) Serve(ctx context.Context, l net.Listener) error {
+	return h.whileRunning(ctx, func(ctx context.Context) error {
+		srv := &http.Server{
+			Handler:           h.Handler(),
+			ReadHeaderTimeout: readHeaderTimeout,
+			ReadTimeout:       readTimeout,
+			IdleTimeout:       idleTimeout,
+			MaxHeaderBytes:    maxHeaderBytes,
+			ErrorLog:          slog.NewLogLogger(h.opts.Logger.Handler(), slog.LevelWarn),
+		}
+		stopped := make(chan error, 1)
+		go func() {
+			<-ctx.Done()
+			h.drain.begin()
+			h.sessions.Close()
+			limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+			defer cancel()
+			err := srv.Shutdown(limit)
+			if err != nil {
+				err = errors.Join(fmt.Errorf("some calls were cut after %v", drainTimeout), srv.Close())
+			}
+			stopped <- err
+		}()
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("http: %w", err)
+		}
+		return <-stopped
+	})
+}
+
+// Run watches backends and expires sessions until ctx ends. Serve and ServeStdio do it
+// themselves; only users of Handler call it.
+func (h *House) Run(ctx context.Context) error {
+	return h.whileRunning(ctx, func(ctx context.Context) error {
+		<-ctx.Done()
+		h.drain.begin()
+		return nil
+	})
+}
+
+// whileRunning runs serve beside the long-lived goroutines of the house and waits for all.
+func (h *House) whileRunning(ctx context.Context, serve func(context.Context) error) error {
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var all sync.WaitGroup
+	for _, b := range h.backends {
+		if w, ok := b.(call.Watcher); ok {
+			all.Go(func() { h.watch(background, w) })
+		}
+	}
+	all.Go(func() {
+		if err := h.sessions.Run(background); err != nil {
+			h.opts.Logger.LogAttrs(background, slog.LevelError, "sessions ended", slog.String("error", err.Error()))
+		}
+	})
+	h.ready.running.Store(true)
+	err := serve(ctx)
+	h.ready.running.Store(false)
+	stop()
+	all.Wait()
+	return err
+}
+
+// watch runs one backend's watcher. A watcher that fails is logged: what it published stays.
+func (h *House) watch(ctx context.Context, w call.Watcher) {
+	changed := func() {
+		if err := h.refresh(ctx); err != nil && ctx.Err() == nil {
+			h.opts.Logger.LogAttrs(ctx, slog.LevelError, "a change was not taken over; the previous catalog stays",
+				slog.String("backend", w.Name()), slog.String("error", err.Error()))
+		}
+	}
+	if err := w.Run(ctx, changed, h.hub.Updated); err != nil && ctx.Err() == nil {
+		h.opts.Logger.LogAttrs(ctx, slog.LevelError, "a backend stopped watching for changes",
+			slog.String("backend", w.Name()), slog.String("error", err.Error()))
+	}
+}

@@ -1,0 +1,294 @@
+// Package mcpsession is the door for the session revisions of MCP: 2025-11-25, 2025-06-18 and
+// 2025-03-26, over Streamable HTTP and stdio.
+//
+// Start reading at [Door.takeOver]: the official SDK keeps sessions, streams and resumption, and
+// every feature method is taken over from it and sent down the path. Nothing is registered with
+// the SDK. [Door.ServeHTTP] stands in front of it: bounds, strict JSON, quotas, keep-alive, and
+// JSON-RPC bodies on every error.
+//
+// A client that disconnects does not cancel its call in these revisions: the call runs on and
+// its stream can be resumed with Last-Event-ID.
+package mcpsession
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json" // the SDK's types speak encoding/json
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/modelcontextprotocol/go-sdk/jsonrpc"
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/mcpwire"
+)
+
+// Options configure a Door. Path and Hub are required; zero means the default in brackets.
+type Options struct {
+	Name, Title, Version, Instructions string
+
+	Path     call.Handler
+	Hub      *catalog.Hub
+	Has      mcpwire.Has                                 // what is served
+	Readable func(ctx context.Context, uri string) error // whether a resource may be subscribed to; nil: any
+
+	MaxSessions          int           // [10,000]
+	MaxStreamsPerSession int           // open requests of one session [64]
+	IdleTimeout          time.Duration // a session ends after this long without a message [30 min]
+	KeepAlive            time.Duration // between comments on an idle stream [15 s]
+	RetainBytes          int           // events kept for resumption, all sessions together [16 MiB]
+	MaxMessageBytes      int           // [4 MiB]
+	Logger               *slog.Logger  // nil discards
+}
+
+// A Door serves session revisions. It is safe for concurrent use.
+type Door struct {
+	o       Options
+	server  *mcp.Server
+	handler http.Handler
+	mu      sync.Mutex     // guards streams
+	streams map[string]int // open requests per session
+}
+
+// Revisions are the revisions this door speaks, newest first.
+func Revisions() []string { return []string{"2025-11-25", "2025-06-18", "2025-03-26"} }
+
+// New returns a door.
+func New(o Options) (*Door, error) {
+	if o.Path == nil || o.Hub == nil {
+		return nil, errors.New("mcpsession: Path and Hub are required")
+	}
+	if o.MaxSessions == 0 {
+		o.MaxSessions = 10_000
+	}
+	if o.MaxStreamsPerSession == 0 {
+		o.MaxStreamsPerSession = 64
+	}
+	if o.IdleTimeout == 0 {
+		o.IdleTimeout = 30 * time.Minute
+	}
+	if o.KeepAlive == 0 {
+		o.KeepAlive = 15 * time.Second
+	}
+	if o.RetainBytes == 0 {
+		o.RetainBytes = 16 << 20
+	}
+	if o.MaxMessageBytes == 0 {
+		o.MaxMessageBytes = 4 << 20
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	d := &Door{o: o, streams: map[string]int{}}
+	d.server = mcp.NewServer(&mcp.Implementation{Name: o.Name, Title: o.Title, Version: o.Version}, &mcp.ServerOptions{
+		Instructions:              o.Instructions,
+		Capabilities:              capabilities(o.Has),
+		SupportedProtocolVersions: Revisions(),
+		GetSessionID:              rand.Text,
+		SubscribeHandler: func(ctx context.Context, r *mcp.SubscribeRequest) error {
+			if o.Readable == nil {
+				return nil
+			}
+			if err := o.Readable(ctx, r.Params.URI); err != nil {
+				return wireError(mcpwire.SessionError(call.Resource, err))
+			}
+			return nil
+		},
+		UnsubscribeHandler: func(context.Context, *mcp.UnsubscribeRequest) error { return nil },
+	})
+	d.server.AddReceivingMiddleware(d.takeOver)
+	events := mcp.NewMemoryEventStore(nil)
+	events.SetMaxBytes(o.RetainBytes)
+	d.handler = mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return d.server }, &mcp.StreamableHTTPOptions{
+		EventStore:                 events,
+		SessionTimeout:             o.IdleTimeout,
+		MaxRequestBodyBytes:        int64(o.MaxMessageBytes),
+		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
+	})
+	return d, nil
+}
+
+func capabilities(has mcpwire.Has) *mcp.ServerCapabilities {
+	c := &mcp.ServerCapabilities{Logging: &mcp.LoggingCapabilities{}}
+	if has.Tools {
+		c.Tools = &mcp.ToolCapabilities{ListChanged: true}
+	}
+	if has.Resources {
+		c.Resources = &mcp.ResourceCapabilities{ListChanged: true, Subscribe: true}
+	}
+	if has.Prompts {
+		c.Prompts = &mcp.PromptCapabilities{ListChanged: true}
+	}
+	if has.Completions {
+		c.Completions = &mcp.CompletionCapabilities{}
+	}
+	return c
+}
+
+// result is a result whose bytes the SDK does not touch.
+type result struct {
+	mcp.ResultBase
+	raw []byte
+}
+
+// MarshalJSON implements json.Marshaler.
+func (r *result) MarshalJSON() ([]byte, error) { return r.raw, nil }
+
+func wireError(f *mcpwire.Failure) error {
+	return &jsonrpc.Error{Code: int64(f.Code), Message: f.Message, Data: json.RawMessage(f.Data)}
+}
+
+// takeOver sends every feature method down the path. What it does not know (initialize, ping,
+// logging/setLevel, subscriptions, notifications) stays with the SDK.
+func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
+	return func(ctx context.Context, method string, req mcp.Request) (mcp.Result, error) {
+		c := d.decode(req)
+		if c == nil {
+			return next(ctx, method, req)
+		}
+		r, err := d.o.Path(ctx, c)
+		if err != nil {
+			if c.Kind == call.Tool {
+				r = mcpwire.ToolError(err)
+			}
+			if r == nil {
+				return nil, wireError(mcpwire.SessionError(c.Kind, err))
+			}
+		}
+		return &result{raw: mcpwire.AppendResult(nil, c.Kind, r)}, nil
+	}
+}
+
+// decode turns a request of the SDK into a call, or returns nil for what is not ours.
+func (d *Door) decode(req mcp.Request) *call.Call {
+	c := &call.Call{Door: "http"}
+	var params mcp.Params
+	var session *mcp.ServerSession
+	var extra *mcp.RequestExtra
+	switch r := req.(type) {
+	case *mcp.CallToolRequest:
+		c.Kind, c.Name, c.Args = call.Tool, r.Params.Name, []byte(r.Params.Arguments)
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.ReadResourceRequest:
+		c.Kind, c.Name = call.Resource, r.Params.URI
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.GetPromptRequest:
+		c.Kind, c.Name = call.Prompt, r.Params.Name
+		if r.Params.Arguments != nil {
+			c.Args, _ = json.Marshal(r.Params.Arguments) // strings to strings: cannot fail
+		}
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.CompleteRequest:
+		c.Kind, c.Completion = call.Complete, &call.Completion{Argument: r.Params.Argument.Name, Value: r.Params.Argument.Value}
+		if ref := r.Params.Ref; ref != nil && ref.Type == "ref/prompt" {
+			c.Name, c.Completion.Ref = ref.Name, call.Prompt
+		} else if ref != nil {
+			c.Name, c.Completion.Ref = ref.URI, call.Resource
+		}
+		if r.Params.Context != nil {
+			c.Completion.Context = r.Params.Context.Arguments
+		}
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.ListToolsRequest:
+		c.Kind, c.Cursor = call.ListTools, r.Params.Cursor
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.ListResourcesRequest:
+		c.Kind, c.Cursor = call.ListResources, r.Params.Cursor
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.ListResourceTemplatesRequest:
+		c.Kind, c.Cursor = call.ListTemplates, r.Params.Cursor
+		params, session, extra = r.Params, r.Session, r.Extra
+	case *mcp.ListPromptsRequest:
+		c.Kind, c.Cursor = call.ListPrompts, r.Params.Cursor
+		params, session, extra = r.Params, r.Session, r.Extra
+	default:
+		return nil
+	}
+	c.SessionID = session.ID()
+	c.Client = clientOf(session)
+	if p := session.InitializeParams(); p != nil {
+		c.Revision = p.ProtocolVersion
+	}
+	if extra != nil && extra.Header != nil {
+		origin(c, extra.Header)
+	} else {
+		c.Door, c.Credential.Peer = "stdio", "stdio"
+	}
+	c.Key, _ = params.GetMeta()["dev.newel/idempotencyKey"].(string)
+	c.Sink = &sink{session: session, token: progressToken(params), extra: extra}
+	c.Asker = &asker{session: session, client: &c.Client}
+	return c
+}
+
+// Names under which ServeHTTP tells decode what only the request knows. They are set after the
+// caller's own headers of these names are dropped.
+const (
+	headerPeer = "X-Newel-Peer"
+	headerSize = "X-Newel-Size"
+)
+
+// Close ends all sessions: their clients are told to start anew.
+func (d *Door) Close() {
+	for s := range d.server.Sessions() {
+		if err := s.Close(); err != nil {
+			d.o.Logger.LogAttrs(context.Background(), slog.LevelDebug, "a session did not close cleanly", slog.String("error", err.Error()))
+		}
+	}
+}
+
+// Run passes changes on to sessions until ctx ends, then ends all sessions.
+func (d *Door) Run(ctx context.Context) error {
+	defer d.Close()
+	everything := &call.Filter{ToolsChanged: true, ResourcesChanged: true, PromptsChanged: true}
+	return d.o.Hub.ListenAll(ctx, everything, func(n call.Notification) error {
+		d.announce(ctx, n)
+		return nil
+	})
+}
+
+// hidden is a feature that comes and goes for the sake of the notification alone: the SDK sends
+// list_changed only for features of its own, and lists never show them (takeOver).
+const hidden = "newel-changed"
+
+func (d *Door) announce(ctx context.Context, n call.Notification) {
+	switch n.Method {
+	case "notifications/tools/list_changed":
+		d.server.AddTool(&mcp.Tool{Name: hidden, InputSchema: map[string]any{"type": "object"}}, func(context.Context, *mcp.CallToolRequest) (*mcp.CallToolResult, error) { return nil, errors.ErrUnsupported })
+		d.server.RemoveTools(hidden)
+	case "notifications/prompts/list_changed":
+		d.server.AddPrompt(&mcp.Prompt{Name: hidden}, func(context.Context, *mcp.GetPromptRequest) (*mcp.GetPromptResult, error) { return nil, errors.ErrUnsupported })
+		d.server.RemovePrompts(hidden)
+	case "notifications/resources/list_changed":
+		d.server.AddResource(&mcp.Resource{Name: hidden, URI: "newel:changed"}, func(context.Context, *mcp.ReadResourceRequest) (*mcp.ReadResourceResult, error) { return nil, errors.ErrUnsupported })
+		d.server.RemoveResources("newel:changed")
+	case "notifications/resources/updated":
+		if err := d.server.ResourceUpdated(ctx, &mcp.ResourceUpdatedNotificationParams{URI: n.URI}); err != nil {
+			d.o.Logger.LogAttrs(ctx, slog.LevelDebug, "an update was not sent", slog.String("error", err.Error()))
+		}
+	}
+}
+
+// ServeStdio serves one client that speaks a session revision, until in ends or ctx does.
+func (d *Door) ServeStdio(ctx context.Context, in io.Reader, out io.Writer) error {
+	session, err := d.server.Connect(ctx, &mcp.IOTransport{Reader: io.NopCloser(in), Writer: nopWriteCloser{out}}, nil)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = session.Close() })
+	defer stop()
+	if err := session.Wait(); err != nil && ctx.Err() == nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return nil
+}
+
+type nopWriteCloser struct{ io.Writer }
+
+// Close leaves the writer to its owner.
+func (nopWriteCloser) Close() error { return nil }

@@ -1,0 +1,249 @@
+package mcpsession
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	stdjson "github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/strictjson"
+)
+
+// ServeHTTP serves one request of a session revision. Host and Origin are checked by the caller.
+func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	message, f := d.read(r)
+	if f != nil {
+		refuse(w, f)
+		return
+	}
+	session := r.Header.Get("Mcp-Session-Id")
+	if session == "" && message.method == "initialize" && d.full() {
+		w.Header().Set("Retry-After", "10")
+		refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"})
+		return
+	}
+	if session != "" {
+		if !d.open(session) {
+			refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusTooManyRequests, Code: -31429, Message: "this session is at its limit of " + strconv.Itoa(d.o.MaxStreamsPerSession) + " open requests; finish some first"})
+			return
+		}
+		defer d.done(session)
+	}
+	r.Header.Set(headerPeer, r.RemoteAddr)
+	r.Header.Set(headerSize, strconv.Itoa(message.size))
+	out := &writer{w: w, id: message.id}
+	ctx, cancel := context.WithCancel(r.Context())
+	var ended sync.WaitGroup
+	if r.Method == http.MethodGet || message.method != "" {
+		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })
+	}
+	d.handler.ServeHTTP(out, r)
+	cancel()
+	ended.Wait()
+	out.finish()
+}
+
+// message is what has to be known of a message before the SDK reads it.
+type message struct {
+	id     jsontext.Value
+	method string
+	size   int
+}
+
+// read reads and checks the body, strictly, and puts it back.
+func (d *Door) read(r *http.Request) (message, *mcpwire.Failure) {
+	if r.Method != http.MethodPost {
+		return message{}, nil
+	}
+	body, err := io.ReadAll(io.LimitReader(r.Body, int64(d.o.MaxMessageBytes)+1))
+	if err != nil {
+		return message{}, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end"}
+	}
+	if err := strictjson.Check(body, strictjson.Limits{Bytes: d.o.MaxMessageBytes}); err != nil {
+		f := &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: err.Error()}
+		var e *strictjson.Error
+		if errors.As(err, &e) && e.Limit {
+			f.Status, f.Code = http.StatusRequestEntityTooLarge, -32600
+		}
+		return message{}, f
+	}
+	m := message{size: len(body)}
+	var envelope struct {
+		ID     jsontext.Value `json:"id"`
+		Method string         `json:"method"`
+	}
+	switch jsontext.Value(body).Kind() {
+	case '{':
+		if stdjson.Unmarshal(body, &envelope) != nil {
+			return m, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "the message is not a JSON-RPC object"}
+		}
+		m.id, m.method = envelope.ID, envelope.Method
+	case '[':
+		if v := r.Header.Get("Mcp-Protocol-Version"); v != "" && v != "2025-03-26" {
+			return m, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "batches are part of revision 2025-03-26 only; send one message per request"}
+		}
+		m.method = "batch"
+	default:
+		return m, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "the message is not a JSON-RPC object"}
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	r.ContentLength = int64(len(body))
+	return m, nil
+}
+
+func (d *Door) full() bool {
+	n := 0
+	for range d.server.Sessions() {
+		n++
+	}
+	return n >= d.o.MaxSessions
+}
+
+// open counts one more open request of a session, if it may have one more.
+func (d *Door) open(session string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.streams[session] >= d.o.MaxStreamsPerSession {
+		return false
+	}
+	d.streams[session]++
+	return true
+}
+
+func (d *Door) done(session string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.streams[session]--; d.streams[session] == 0 {
+		delete(d.streams, session)
+	}
+}
+
+func refuse(w http.ResponseWriter, f *mcpwire.Failure) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(f.Status)
+	_, _ = w.Write(mcpwire.AppendFailure(nil, f)) // the caller is gone if this fails
+}
+
+// writer mends what the SDK writes: errors in plain text become JSON-RPC errors, event streams
+// are kept alive and marked so that proxies do not hold them back.
+type writer struct {
+	w       http.ResponseWriter
+	id      jsontext.Value
+	mu      sync.Mutex // one write at a time: events are never interleaved with comments
+	status  int
+	plain   *bytes.Buffer // a plain-text error, held back
+	stream  bool
+	written time.Time
+}
+
+// Header implements http.ResponseWriter.
+func (w *writer) Header() http.Header { return w.w.Header() }
+
+// WriteHeader implements http.ResponseWriter.
+func (w *writer) WriteHeader(status int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.begin(status)
+}
+
+// begin is WriteHeader with mu held.
+func (w *writer) begin(status int) {
+	if w.status != 0 {
+		return
+	}
+	w.status = status
+	h := w.w.Header()
+	ct := h.Get("Content-Type")
+	if status >= 400 && !strings.HasPrefix(ct, "application/json") {
+		w.plain = &bytes.Buffer{}
+		return
+	}
+	if strings.HasPrefix(ct, "text/event-stream") {
+		w.stream = true
+		w.written = time.Now()
+		h.Set("X-Accel-Buffering", "no")
+	}
+	w.w.WriteHeader(status)
+}
+
+// Write implements http.ResponseWriter.
+func (w *writer) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.begin(http.StatusOK)
+	if w.plain != nil {
+		return w.plain.Write(b)
+	}
+	w.written = time.Now()
+	return w.w.Write(b)
+}
+
+// Flush implements http.Flusher.
+func (w *writer) Flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.begin(http.StatusOK)
+	if w.plain == nil {
+		_ = http.NewResponseController(w.w).Flush() // best effort, as the SDK has it
+	}
+}
+
+// Unwrap lets http.ResponseController find deadlines.
+func (w *writer) Unwrap() http.ResponseWriter { return w.w }
+
+// keepAlive writes a comment whenever a stream has been silent for a while.
+func (w *writer) keepAlive(ctx context.Context, every time.Duration) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		w.mu.Lock()
+		if w.stream && time.Since(w.written) >= every {
+			if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
+				_ = http.NewResponseController(w.w).Flush()
+			}
+		}
+		w.mu.Unlock()
+	}
+}
+
+// codes of HTTP statuses that the SDK answers in plain text.
+func codeOf(status int) int {
+	if status == http.StatusNotFound {
+		return -32001 // session not found, as clients of these revisions know it
+	}
+	return -32600
+}
+
+// finish sends a held-back plain-text error as a JSON-RPC error.
+func (w *writer) finish() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.plain == nil {
+		return
+	}
+	text := strings.TrimSpace(w.plain.String())
+	if text == "" {
+		text = http.StatusText(w.status)
+	}
+	h := w.w.Header()
+	h.Del("Content-Length")
+	id := w.id
+	if id != nil && id.Kind() != '"' && id.Kind() != '0' {
+		id = nil
+	}
+	refuse(w.w, &mcpwire.Failure{ID: id, Status: w.status, Code: codeOf(w.status), Message: text})
+}
