@@ -27,10 +27,11 @@ const (
 	Timeout              // the deadline passed
 	Canceled             // the caller went away or cancelled
 	Unavailable          // a dependency is away; nothing was done
+	Failed               // the tool could not do it; the message says why
 	Internal             // our fault; the cause stays inside
 )
 
-var codeNames = [...]string{"ok", "malformed", "invalid_arguments", "not_found", "unauthenticated", "denied", "unsupported", "conflict", "exhausted", "too_large", "timeout", "canceled", "unavailable", "internal"}
+var codeNames = [...]string{"ok", "malformed", "invalid_arguments", "not_found", "unauthenticated", "denied", "unsupported", "conflict", "exhausted", "too_large", "timeout", "canceled", "unavailable", "failed", "internal"}
 
 // String returns the name used in results, records and metric labels.
 func (c Code) String() string {

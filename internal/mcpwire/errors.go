@@ -23,6 +23,7 @@ const (
 	codeDenied             = -31403
 	codeConflict           = -31409
 	codeTooLarge           = -31413
+	codeFailed             = -31422
 	codeExhausted          = -31429
 	codeCanceled           = -31499
 	codeUnavailable        = -31503
@@ -68,6 +69,8 @@ func ErrorTable(c call.Code) Row {
 		return Row{false, codeMissingCapability, 400}
 	case call.Conflict:
 		return Row{true, codeConflict, 200}
+	case call.Failed:
+		return Row{true, codeFailed, 200}
 	case call.Exhausted:
 		return Row{true, codeExhausted, 200}
 	case call.TooLarge:

@@ -259,13 +259,19 @@ const hidden = "newel-changed"
 func (d *Door) announce(ctx context.Context, n call.Notification) {
 	switch n.Method {
 	case "notifications/tools/list_changed":
-		d.server.AddTool(&mcp.Tool{Name: hidden, InputSchema: map[string]any{"type": "object"}}, func(context.Context, *mcp.CallToolRequest) (*mcp.CallToolResult, error) { return nil, errors.ErrUnsupported })
+		d.server.AddTool(&mcp.Tool{Name: hidden, InputSchema: map[string]any{"type": "object"}}, func(context.Context, *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+			return nil, errors.ErrUnsupported
+		})
 		d.server.RemoveTools(hidden)
 	case "notifications/prompts/list_changed":
-		d.server.AddPrompt(&mcp.Prompt{Name: hidden}, func(context.Context, *mcp.GetPromptRequest) (*mcp.GetPromptResult, error) { return nil, errors.ErrUnsupported })
+		d.server.AddPrompt(&mcp.Prompt{Name: hidden}, func(context.Context, *mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
+			return nil, errors.ErrUnsupported
+		})
 		d.server.RemovePrompts(hidden)
 	case "notifications/resources/list_changed":
-		d.server.AddResource(&mcp.Resource{Name: hidden, URI: "newel:changed"}, func(context.Context, *mcp.ReadResourceRequest) (*mcp.ReadResourceResult, error) { return nil, errors.ErrUnsupported })
+		d.server.AddResource(&mcp.Resource{Name: hidden, URI: "newel:changed"}, func(context.Context, *mcp.ReadResourceRequest) (*mcp.ReadResourceResult, error) {
+			return nil, errors.ErrUnsupported
+		})
 		d.server.RemoveResources("newel:changed")
 	case "notifications/resources/updated":
 		if err := d.server.ResourceUpdated(ctx, &mcp.ResourceUpdatedNotificationParams{URI: n.URI}); err != nil {
