@@ -21,12 +21,16 @@ import (
 // metaRevision is what a message of the stateless revision carries in its body.
 var metaRevision = []byte(`"io.modelcontextprotocol/protocolVersion"`)
 
-// stateless decides the era of a POST: by its headers, and where they are silent by its body.
+// stateless decides the era of a POST: by what its body carries, which is the source of truth,
+// then by its headers. It decides only who answers: either side checks the message whole.
 func stateless(r *http.Request, body []byte) bool {
-	if header(r, "Mcp-Protocol-Version") == mcpwire.Revision || len(r.Header["Mcp-Method"]) > 0 {
+	if bytes.Contains(body, metaRevision) {
 		return true
 	}
-	return bytes.Contains(body, metaRevision) || bytes.Contains(body, []byte(`"server/discover"`))
+	if bytes.Contains(body, []byte(`"initialize"`)) {
+		return false // a client that offers the newest revision to a server of any era
+	}
+	return header(r, "Mcp-Protocol-Version") == mcpwire.Revision || len(r.Header["Mcp-Method"]) > 0 || bytes.Contains(body, []byte(`"server/discover"`))
 }
 
 // unknownRevision refuses a session request whose revision nobody here speaks, the way the

@@ -8,6 +8,8 @@ package resolve
 import (
 	"context"
 
+	"github.com/go-json-experiment/json/jsontext"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
 )
@@ -53,12 +55,12 @@ func find(s *catalog.Snapshot, c *call.Call) (*call.Capability, error) {
 			found = s.Resource(c.Name)
 		}
 		if found == nil {
-			return nil, call.Errorf(call.NotFound, "resource not found: %q; resources/list and resources/templates/list name what there is", clip(c.Name))
+			return nil, noResource(c.Name, "resources/list and resources/templates/list name what there is")
 		}
 	case call.Subscribe:
 		for _, uri := range c.Filter.URIs {
 			if s.Resource(uri) == nil {
-				return nil, call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", clip(uri))
+				return nil, noResource(uri, "it cannot be subscribed to")
 			}
 		}
 	default:
@@ -67,6 +69,13 @@ func find(s *catalog.Snapshot, c *call.Call) (*call.Capability, error) {
 		}
 	}
 	return found, nil
+}
+
+// noResource carries the URI in its data (SEP-2164).
+func noResource(uri, advice string) error {
+	e := call.Errorf(call.NotFound, "resource not found: %q; %s", clip(uri), advice)
+	e.Data = append(call.AppendString(jsontext.Value(`{"uri":`), clip(uri)), '}')
+	return e
 }
 
 func clip(s string) string {
