@@ -37,6 +37,7 @@ const (
 	superuser  = "newel"
 	startTime  = 30 * time.Second // a loaded machine needs several
 	stopTime   = 10 * time.Second
+	tryTime    = 2 * time.Second
 	pollEvery  = 20 * time.Millisecond
 	portTrials = 5
 )
@@ -273,22 +274,20 @@ func freePort() (int, error) {
 
 // guardian starts the server and stops it when its input ends: so the server dies with us, even if
 // we are killed. INT and QUIT are the server's fast and immediate shutdown.
-const guardian = `"$@" </dev/null & pid=$!; (read -r _; kill -QUIT $pid) <&3 2>/dev/null & wait $pid`
+const guardian = `"$@" </dev/null & pid=$!; (read -r _; kill -QUIT $pid) <&3 >/dev/null 2>&1 & wait $pid`
 
 // launch starts the server and returns when it takes connections.
 func (s *Server) launch() error {
-	ours, theirs := io.Closer(nil), (*os.File)(nil)
-	r, w, err := os.Pipe()
+	theirs, ours, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	ours, theirs = w, r
 	s.output = &output{}
 	cmd := exec.Command("/bin/sh", "-c", guardian, "sh",
 		filepath.Join(s.bin, "postgres"), "-D", s.data, "-p", strconv.Itoa(s.port),
 		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=50",
-		// The data lives as long as the test: durability would only cost time.
-		"-c", "fsync=off", "-c", "full_page_writes=off", "-c", "synchronous_commit=off",
+		// The data lives as long as the machine runs: what is written, though not synced, survives Stop.
+		"-c", "fsync=off", "-c", "full_page_writes=off",
 		"-c", "shared_buffers=16MB", "-c", "autovacuum=off")
 	cmd.Dir, cmd.SysProcAttr = filepath.Dir(s.data), s.as
 	cmd.Stdout, cmd.Stderr = s.output, s.output
@@ -319,9 +318,9 @@ func (s *Server) ready() error {
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	for {
-		conn, err := pgx.Connect(ctx, s.dsn("postgres"))
+		err := s.try(ctx)
 		if err == nil {
-			return conn.Close(ctx)
+			return nil
 		}
 		select {
 		case <-s.done:
@@ -331,6 +330,17 @@ func (s *Server) ready() error {
 		case <-tick.C:
 		}
 	}
+}
+
+// try connects once. Whoever else holds the port may never answer.
+func (s *Server) try(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, tryTime)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, s.dsn("postgres"))
+	if err != nil {
+		return err
+	}
+	return conn.Close(ctx)
 }
 
 // output keeps what the server says, for the error.
