@@ -1,0 +1,224 @@
+// Command conformance runs the official MCP conformance suite against the fixture server, both
+// revisions on one URL, and expects no failure at all.
+//
+//	go run ./test/conformance           # or: make conformance
+//	go run ./test/conformance -update   # after a new suite: rewrite scenarios.txt, review the diff
+//
+// Start reading at [run]. Which scenarios must run, and with how many checks, is written in
+// scenarios.txt: a scenario that silently stops checking fails like one that checks and fails.
+// Warnings and skipped checks fail too; the suite itself counts both as green. Only scenarios of
+// protocol extensions that Newel does not serve are left out, see [extension].
+//
+// It needs npm; the Node that runs the suite comes from package-lock.json.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// revisions are the requirement sets of the suite. Both run against the same server.
+var revisions = []string{"2025-11-25", "2026-07-28"}
+
+func main() {
+	update := flag.Bool("update", false, "write scenarios.txt from this run instead of comparing with it")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Stdout, *update); err != nil {
+		fmt.Fprintln(os.Stderr, "conformance:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+// run is the whole way: install, build, start, ask, judge.
+func run(ctx context.Context, out io.Writer, update bool) error {
+	root, err := moduleRoot(ctx)
+	if err != nil {
+		return err
+	}
+	here := filepath.Join(root, "test", "conformance")
+	temp, err := os.MkdirTemp("", "newel-conformance-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(temp)
+
+	if err := install(ctx, here); err != nil {
+		return err
+	}
+	url, stop, err := startFixture(ctx, root, temp)
+	if err != nil {
+		return err
+	}
+	defer stop()
+
+	got := Report{}
+	for _, revision := range revisions {
+		results := filepath.Join(temp, revision)
+		if err := suite(ctx, here, url, revision, results); err != nil {
+			return err
+		}
+		if err := got.Read(revision, results); err != nil {
+			return err
+		}
+	}
+
+	list := filepath.Join(here, "scenarios.txt")
+	want := got.Expectation()
+	if !update {
+		if want, err = os.ReadFile(list); err != nil {
+			return err
+		}
+	}
+	passed, failed, err := got.Print(out, want)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "conformance: %d passed, %d failed\n", passed, failed)
+	if failed > 0 {
+		return errors.New("not conformant; the lines marked FAIL say where")
+	}
+	if update {
+		return os.WriteFile(list, want, 0o644)
+	}
+	return nil
+}
+
+func moduleRoot(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "newel.dev/newel").Output()
+	if err != nil {
+		return "", fmt.Errorf("finding the module: %w; run this inside a clone", err)
+	}
+	return string(out[:len(out)-1]), nil
+}
+
+// install runs npm ci, unless what is installed already is what the lock file says.
+func install(ctx context.Context, here string) error {
+	lock, err := os.ReadFile(filepath.Join(here, "package-lock.json"))
+	if err != nil {
+		return err
+	}
+	stamp := filepath.Join(here, "node_modules", ".installed-lock")
+	if have, err := os.ReadFile(stamp); err == nil && string(have) == string(lock) {
+		return nil
+	}
+	npm := exec.CommandContext(ctx, "npm", "ci", "--no-fund", "--no-audit", "--loglevel=error")
+	npm.Dir, npm.Stdout, npm.Stderr = here, os.Stderr, os.Stderr
+	if err := npm.Run(); err != nil {
+		return fmt.Errorf("npm ci in test/conformance: %w; the suite needs npm and the network once", err)
+	}
+	return os.WriteFile(stamp, lock, 0o644)
+}
+
+// startFixture builds and starts the fixture and returns its URL once it is ready.
+func startFixture(ctx context.Context, root, temp string) (url string, stop func(), err error) {
+	binary := filepath.Join(temp, "fixture")
+	build := exec.CommandContext(ctx, "go", "build", "-o", binary, "./test/conformance/fixture")
+	build.Dir, build.Stderr = root, os.Stderr
+	if err := build.Run(); err != nil {
+		return "", nil, fmt.Errorf("building the fixture: %w", err)
+	}
+	addr, err := freeAddress()
+	if err != nil {
+		return "", nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	server := exec.CommandContext(ctx, binary, "-http="+addr)
+	server.Cancel = func() error { return server.Process.Signal(syscall.SIGTERM) }
+	server.WaitDelay = 10 * time.Second
+	server.Stderr = os.Stderr
+	if err := server.Start(); err != nil {
+		cancel()
+		return "", nil, err
+	}
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		_ = server.Wait() // what it had to say is on standard error
+	}()
+	stop = func() {
+		cancel()
+		<-exited
+	}
+	if err := ready(ctx, "http://"+addr+"/ready", exited); err != nil {
+		stop()
+		return "", nil, err
+	}
+	return "http://" + addr + "/mcp", stop, nil
+}
+
+// freeAddress picks a loopback address nobody listens on now.
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// ready waits until the server answers, for at most 10 s.
+func ready(ctx context.Context, url string, exited <-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	again := time.NewTicker(20 * time.Millisecond)
+	defer again.Stop()
+	client := &http.Client{Timeout: time.Second}
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		if resp, err := client.Do(req); err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == http.StatusOK {
+				return nil
+			}
+		}
+		select {
+		case <-exited:
+			return errors.New("the fixture ended before it was ready")
+		case <-ctx.Done():
+			return fmt.Errorf("the fixture was not ready in time: %w", ctx.Err())
+		case <-again.C:
+		}
+	}
+}
+
+// suite runs one requirement set. Its exit code is not asked: the results are.
+func suite(ctx context.Context, here, url, revision, results string) error {
+	bin := filepath.Join(here, "node_modules", ".bin")
+	log, err := os.Create(results + ".log")
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "node"), filepath.Join(bin, "conformance"),
+		"server", "--url", url, "--requirements", revision, "-o", results)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = here, log, log
+	err = cmd.Run()
+	if _, ok := errors.AsType[*exec.ExitError](err); ok {
+		err = nil
+	}
+	if err != nil {
+		return fmt.Errorf("starting the suite: %w", err)
+	}
+	if _, err := os.Stat(results); err != nil {
+		said, _ := os.ReadFile(log.Name()) // only to say more
+		return fmt.Errorf("the suite wrote no results for %s: %s", revision, said)
+	}
+	return nil
+}
