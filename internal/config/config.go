@@ -1,0 +1,264 @@
+// Package config turns a YAML file into checked values with positions. It is pure: it opens
+// nothing and dials nothing, so that a configuration can be checked anywhere.
+//
+// Start reading at [Load]; decode.go holds YAML against Go types, schema.go makes the JSON Schema
+// and the reference page of the same types. Everything wrong is reported at once, each problem
+// with line, column and, where one can be guessed, a suggestion. Secrets are only accepted as
+// references.
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+
+	"newel.dev/newel/internal/module"
+)
+
+// MaxBytes bounds a configuration file.
+const MaxBytes = 1 << 20
+
+// Config is a configuration.
+type Config struct {
+	Server         Server    `yaml:"server" doc:"What clients see of the server."`
+	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
+	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
+	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
+	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
+	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
+	Backends       []Backend `yaml:"backends" required:"true" doc:"What is served."`
+}
+
+// Server is what clients see.
+type Server struct {
+	Name         string `yaml:"name" default:"newel" doc:"Name of the server."`
+	Title        string `yaml:"title" doc:"Name for people."`
+	Version      string `yaml:"version" default:"0.0.0" doc:"Version of what is served."`
+	Instructions string `yaml:"instructions" doc:"How to use the server: models read this."`
+}
+
+// Limits bound what is served at once.
+type Limits struct {
+	MaxMessageBytes    Size          `yaml:"max_message_bytes" default:"4MiB" doc:"Largest message."`
+	MaxDepth           int           `yaml:"max_depth" default:"64" doc:"Deepest nesting of JSON."`
+	MaxElements        int           `yaml:"max_elements" default:"100000" doc:"Most members and elements of one message."`
+	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" default:"256" doc:"Most calls that run at once."`
+	MaxQueuedCalls     int           `yaml:"max_queued_calls" default:"1024" doc:"Most calls that wait."`
+	QueueTimeout       time.Duration `yaml:"queue_timeout" default:"5s" doc:"Longest wait of a call."`
+	CallTimeout        time.Duration `yaml:"call_timeout" default:"60s" doc:"Longest run of a call."`
+	MaxStreams         int           `yaml:"max_streams" default:"10000" doc:"Most open subscriptions."`
+	MaxStreamsPerPeer  int           `yaml:"max_streams_per_peer" default:"1000" doc:"Most open subscriptions of one client address."`
+	MaxSessions        int           `yaml:"max_sessions" default:"10000" doc:"Most sessions of older protocol revisions."`
+	MaxSessionStreams  int           `yaml:"max_session_streams" default:"64" doc:"Most open requests of one session."`
+	SessionIdleTimeout time.Duration `yaml:"session_idle_timeout" default:"30m" doc:"A session ends after this long without a message."`
+	MaxResultBytes     Size          `yaml:"max_result_bytes" default:"256KiB" doc:"Largest result; larger ones are kept as artifacts and linked."`
+	MaxResultTokens    int           `yaml:"max_result_tokens" default:"64000" doc:"Most estimated tokens of a result."`
+}
+
+// Telemetry is logs, traces and metrics.
+type Telemetry struct {
+	LogLevel     string `yaml:"log_level" enum:"debug,info,warn,error" default:"info" doc:"Lowest level of logs, which go to standard error as JSON lines."`
+	Prometheus   bool   `yaml:"prometheus" default:"true" doc:"Whether /metrics is served."`
+	OTLPEndpoint string `yaml:"otlp_endpoint" doc:"URL of an OpenTelemetry collector for traces, such as http://127.0.0.1:4318; empty sends none."`
+}
+
+// Artifacts is where large results are kept.
+type Artifacts struct {
+	Dir string `yaml:"dir" doc:"Folder; empty keeps them in memory."`
+}
+
+// Backend is one backend; its settings depend on its type.
+type Backend struct {
+	Type     string         `yaml:"type" required:"true" doc:"Kind of backend."`
+	Name     string         `yaml:"name" required:"true" doc:"Name of the backend, unique in the file."`
+	Settings any            `yaml:"-"` // value of the module's Config type
+	Module   *module.Module `yaml:"-"`
+
+	path string // of its node, for positions
+}
+
+// Size is a number of bytes, written as 4MiB, 64KiB or a plain number.
+type Size int
+
+// A Problem is one thing wrong with a configuration.
+type Problem struct {
+	File       string `json:"file"`
+	Line       int    `json:"line"`
+	Column     int    `json:"column"`
+	Path       string `json:"path,omitzero"` // of the setting, such as backends[0].tools[2].sql
+	Message    string `json:"message"`
+	Suggestion string `json:"suggestion,omitzero"`
+	Source     string `json:"source,omitzero"` // the line itself
+}
+
+// String is one line: file:line:column: message; suggestion.
+func (p Problem) String() string {
+	s := fmt.Sprintf("%s:%d:%d: %s", p.File, p.Line, p.Column, p.Message)
+	if p.Suggestion != "" {
+		s += "; " + p.Suggestion
+	}
+	return s
+}
+
+// Problems is an error that lists problems.
+type Problems []Problem
+
+// Error lists one problem a line.
+func (ps Problems) Error() string {
+	lines := make([]string, len(ps))
+	for i, p := range ps {
+		lines[i] = p.String()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// A File is a loaded configuration and where its settings stand.
+type File struct {
+	Config    Config
+	Dir       string // folder of the file
+	name      string
+	positions map[string]position
+}
+
+type position struct{ line, column int }
+
+// Position returns where a setting stands, as file:line:column; a setting that is not there has
+// the place of the nearest one above it.
+func (f *File) Position(path string) string {
+	for {
+		if p, ok := f.positions[path]; ok {
+			return fmt.Sprintf("%s:%d:%d", f.name, p.line, p.column)
+		}
+		i := strings.LastIndexAny(path, ".[")
+		if i < 0 {
+			return f.name
+		}
+		path = path[:i]
+	}
+}
+
+// BackendPosition returns where a setting of a backend stands.
+func (f *File) BackendPosition(b *Backend, path string) string {
+	if path == "" {
+		return f.Position(b.path)
+	}
+	return f.Position(b.path + "." + path)
+}
+
+// Lookup returns the value of a secret reference: kind is "env" or "file".
+type Lookup func(kind, name string) (string, error)
+
+// Secrets looks references up in the environment and in files; paths start at dir.
+func Secrets(getenv func(string) (string, bool), dir string) Lookup {
+	return func(kind, name string) (string, error) {
+		if kind == "env" {
+			v, ok := getenv(name)
+			if !ok || v == "" {
+				return "", fmt.Errorf("the environment variable %s is not set", name)
+			}
+			return v, nil
+		}
+		if !filepath.IsAbs(name) {
+			name = filepath.Join(dir, name)
+		}
+		b, err := os.ReadFile(name)
+		if err != nil {
+			return "", fmt.Errorf("the file of a secret cannot be read: %w", err)
+		}
+		v := strings.TrimRight(string(b), "\r\n")
+		if v == "" {
+			return "", fmt.Errorf("the file %s of a secret is empty", name)
+		}
+		return v, nil
+	}
+}
+
+// Load checks a configuration. name is its path as problems show it; secrets looks references up,
+// nil leaves them unresolved (config check on another machine). The error is of type [Problems].
+func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*File, error) {
+	f := &File{Dir: filepath.Dir(name), name: name, positions: map[string]position{}}
+	d := &decoder{file: f, lines: strings.Split(string(src), "\n"), secrets: secrets}
+	if len(src) > MaxBytes {
+		d.problem(position{1, 1}, "", fmt.Sprintf("the file has %d bytes, over the limit of %d", len(src), MaxBytes), "")
+		return nil, d.problems
+	}
+	if !utf8.Valid(src) {
+		d.problem(position{1, 1}, "", "the file is not UTF-8", "save it as UTF-8")
+		return nil, d.problems
+	}
+	root := d.parse(src)
+	if root == nil {
+		return nil, d.problems
+	}
+	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) (reflect.Value, bool) { return reflect.Value{}, false })
+	d.backends(root, modules)
+	if len(d.problems) > 0 {
+		slices.SortStableFunc(d.problems, func(a, b Problem) int { return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column)) })
+		return nil, d.problems
+	}
+	return f, nil
+}
+
+// parse returns the mapping at the top of a file.
+func (d *decoder) parse(src []byte) ast.Node {
+	file, err := parser.ParseBytes(src, 0)
+	if err != nil {
+		line, column, text := syntax(err)
+		d.problem(position{line, column}, "", "not valid YAML: "+text, "")
+		return nil
+	}
+	if len(file.Docs) != 1 || file.Docs[0].Body == nil {
+		if len(file.Docs) > 1 {
+			d.problem(position{1, 1}, "", "the file holds more than one document", "remove the lines with ---")
+		} else {
+			d.problem(position{1, 1}, "", "the file is empty", "newel init writes one to start from")
+		}
+		return nil
+	}
+	return file.Docs[0].Body
+}
+
+// backends decodes the settings of each backend into the type of its module.
+func (d *decoder) backends(root ast.Node, modules []module.Module) {
+	list := child(root, "backends")
+	seq, ok := list.(*ast.SequenceNode)
+	if !ok {
+		return // missing or of the wrong type: already a problem
+	}
+	seen := map[string]bool{}
+	for i := range d.file.Config.Backends {
+		b := &d.file.Config.Backends[i]
+		b.path = fmt.Sprintf("backends[%d]", i)
+		node := seq.Values[i]
+		if b.Name != "" && seen[b.Name] {
+			d.problem(where(child(node, "name")), b.path+".name", fmt.Sprintf("two backends are named %q", b.Name), "")
+		}
+		seen[b.Name] = true
+		if b.Type == "" {
+			continue
+		}
+		at := slices.IndexFunc(modules, func(m module.Module) bool { return m.Name == b.Type })
+		if at < 0 {
+			names := make([]string, len(modules))
+			for i, m := range modules {
+				names[i] = m.Name
+			}
+			d.problem(where(child(node, "type")), b.path+".type", fmt.Sprintf("there is no kind of backend %q", b.Type), suggest(b.Type, names))
+			continue
+		}
+		b.Module = &modules[at]
+		v := reflect.New(b.Module.Config).Elem()
+		d.mapping(node, v, b.path, func(key string) (reflect.Value, bool) { return reflect.Value{}, key == "type" || key == "name" })
+		b.Settings = v.Interface()
+	}
+}
