@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/module"
+)
+
+// load reads and checks a configuration file.
+func (e *environment) load(path string, secrets config.Lookup) (*config.File, error) {
+	src, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, exit(exitFailed, fmt.Errorf("there is no configuration at %s; newel init writes one, or name another with --config", path))
+	}
+	if err != nil {
+		return nil, exit(exitFailed, fmt.Errorf("the configuration cannot be read: %w", err))
+	}
+	f, err := config.Load(path, src, e.modules, secrets)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	return f, nil
+}
+
+// opened is a house and what has to be closed after it.
+type opened struct {
+	*assembly.House
+	closers []io.Closer
+	stop    func(context.Context) error // flushes telemetry
+}
+
+// close closes backends, then flushes telemetry: what they still say is not lost.
+func (o *opened) close(ctx context.Context) error {
+	var errs []error
+	for _, c := range o.closers {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(append(errs, o.stop(context.WithoutCancel(ctx)))...)
+}
+
+// open opens everything a configuration names.
+func (e *environment) open(ctx context.Context, f *config.File) (_ *opened, err error) {
+	c := &f.Config
+	t, err := startTelemetry(ctx, c, e.err)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	o := &opened{stop: t.stop}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, o.close(ctx))
+		}
+	}()
+	bar := newBar(e.err)
+	defer bar.done()
+	var backends []call.Backend
+	var problems []error
+	for i := range c.Backends {
+		b := &c.Backends[i]
+		backend, err := b.Module.Open(ctx, b.Name, b.Settings, module.Env{
+			Dir: f.Dir, Logger: t.logger, Progress: bar.report,
+			Position: func(path string) string { return f.BackendPosition(b, path) },
+		})
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		if closer, ok := backend.(io.Closer); ok {
+			o.closers = append(o.closers, closer)
+		}
+		backends = append(backends, backend)
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	l := &c.Limits
+	o.House, err = assembly.Build(ctx, &assembly.Options{
+		Name: c.Server.Name, Title: c.Server.Title, Version: c.Server.Version, Instructions: c.Server.Instructions,
+		Backends: backends,
+		Limits: assembly.Limits{
+			MessageBytes: int(l.MaxMessageBytes), Depth: l.MaxDepth, Elements: l.MaxElements,
+			ConcurrentCalls: l.MaxConcurrentCalls, QueuedCalls: l.MaxQueuedCalls, QueueTimeout: l.QueueTimeout, CallTimeout: l.CallTimeout,
+			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
+			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
+		},
+		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
+		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	return o, nil
+}
+
+// levels are the names of log levels in the configuration.
+var levels = map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
