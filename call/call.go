@@ -134,6 +134,7 @@ type Client struct {
 
 // Event is the record of one call. Every field has one writer; observe writes it out once.
 type Event struct {
+	Correlation string        // ties records of this call together, here and at backends: the caller's id if it was sane, else ours
 	Step        string        // the step that refused the call, or ""
 	Outcome     string        // "ok", "tool_error", "input_required", "refused", "error"
 	Code        Code          // of the error, or OK

@@ -1,0 +1,207 @@
+package observe
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"newel.dev/newel/call"
+)
+
+// metrics are the instruments. The count of the duration histogram is the number of calls by
+// method, name, outcome and error.
+type metrics struct {
+	meter    metric.Meter
+	duration metric.Float64Histogram
+	queued   metric.Float64Histogram
+	size     metric.Int64Histogram
+	tokens   metric.Int64Counter
+	progress metric.Int64Counter
+	refused  metric.Int64Counter
+
+	// active is read when metrics are collected, so that a call pays two additions for it.
+	active [len(methods)]paddedCounter
+
+	labels labels
+}
+
+// A paddedCounter has a cache line of its own.
+type paddedCounter struct {
+	n atomic.Int64
+	_ [56]byte
+}
+
+// open makes the instruments.
+func (m *metrics) open(meter metric.Meter) error {
+	m.meter = meter
+	var errs [7]error
+	m.duration, errs[0] = meter.Float64Histogram("mcp.server.operation.duration", metric.WithUnit("s"),
+		metric.WithDescription("Duration of one call, from the door to its result."),
+		metric.WithExplicitBucketBoundaries(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
+	m.queued, errs[1] = meter.Float64Histogram("newel.queue.duration", metric.WithUnit("s"),
+		metric.WithDescription("Time that calls which had to wait spent in the queue."),
+		metric.WithExplicitBucketBoundaries(0.001, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10))
+	m.size, errs[2] = meter.Int64Histogram("newel.result.size", metric.WithUnit("By"),
+		metric.WithDescription("Size of results."),
+		metric.WithExplicitBucketBoundaries(256, 1<<10, 4<<10, 16<<10, 64<<10, 256<<10, 1<<20, 4<<20))
+	m.tokens, errs[3] = meter.Int64Counter("newel.result.tokens", metric.WithDescription("Estimated tokens of results."))
+	m.progress, errs[4] = meter.Int64Counter("newel.progress.notifications", metric.WithDescription("Progress notifications sent to callers."))
+	m.refused, errs[5] = meter.Int64Counter("newel.door.refused", metric.WithDescription("Messages refused before they were calls."))
+	_, errs[6] = meter.Int64ObservableUpDownCounter("newel.calls.active",
+		metric.WithDescription("Calls and subscriptions that are running or waiting to run."),
+		metric.WithInt64Callback(func(_ context.Context, out metric.Int64Observer) error {
+			for kind := call.Tool; int(kind) < len(methods); kind++ {
+				out.Observe(m.active[kind].n.Load(), metric.WithAttributes(method(kind)))
+			}
+			return nil
+		}))
+	return errors.Join(errs[:]...)
+}
+
+// Gauge publishes a number that somebody else keeps, such as the depth of a queue. read is called
+// whenever metrics are collected; it must be quick and safe for concurrent use.
+func (o *Observer) Gauge(name, description string, read func() int64) error {
+	_, err := o.metrics.meter.Int64ObservableGauge(name, metric.WithDescription(description),
+		metric.WithInt64Callback(func(_ context.Context, out metric.Int64Observer) error {
+			out.Observe(read())
+			return nil
+		}))
+	return err
+}
+
+// A reporter is a Sink that counts what it sent.
+type reporter interface {
+	// Reported returns the number of progress notifications sent so far.
+	Reported() int64
+}
+
+// measure takes the measurements of one call.
+func (m *metrics) measure(ctx context.Context, o *Observer, c *call.Call, took time.Duration) {
+	if !m.duration.Enabled(ctx) {
+		return
+	}
+	l := m.labels.of(o, c)
+	m.duration.Record(ctx, took.Seconds(), l.full...)
+	if c.Event.ResultBytes > 0 {
+		m.size.Record(ctx, int64(c.Event.ResultBytes), l.plain...)
+		m.tokens.Add(ctx, int64(c.Event.Tokens), l.plainAdd...)
+	}
+	if c.Event.QueueTime > 0 {
+		m.queued.Record(ctx, c.Event.QueueTime.Seconds(), l.plain...)
+	}
+	if r, counts := c.Sink.(reporter); counts {
+		if n := r.Reported(); n > 0 {
+			m.progress.Add(ctx, n, l.plainAdd...)
+		}
+	}
+}
+
+// label is what distinguishes measurements of one target.
+type label struct {
+	kind    call.Kind
+	outcome string
+	code    call.Code
+}
+
+// A series is the prepared options of one label.
+type series struct {
+	full     []metric.RecordOption // with outcome and error
+	plain    []metric.RecordOption // method and name only
+	plainAdd []metric.AddOption
+}
+
+// labels keeps prepared options per target: making attribute sets is most of the cost of a
+// measurement. Only what resolved has an entry of its own, so the number is that of what was
+// registered; a catalog that changes all the time cannot make it grow, see maxTargets.
+type labels struct {
+	targets sync.Map // *call.Capability (nil for none) to *target
+	count   atomic.Int64
+}
+
+// maxTargets bounds how many targets have prepared options; past it all are forgotten.
+const maxTargets = 8192
+
+type target struct {
+	ok   [len(methods)]atomic.Pointer[series] // by kind, for calls that succeed
+	rest sync.Map                             // label to *series
+}
+
+func (l *labels) of(o *Observer, c *call.Call) *series {
+	v, found := l.targets.Load(c.Target)
+	if !found {
+		if l.count.Add(1) > maxTargets {
+			l.targets.Clear()
+			l.count.Store(1)
+		}
+		v, _ = l.targets.LoadOrStore(c.Target, &target{})
+	}
+	t, _ := v.(*target)
+	kind := kindOf(c)
+	if c.Event.Outcome == ok {
+		s := t.ok[kind].Load()
+		if s == nil {
+			s = newSeries(o, c)
+			t.ok[kind].Store(s)
+		}
+		return s
+	}
+	key := label{kind, c.Event.Outcome, c.Event.Code}
+	v, found = t.rest.Load(key)
+	if !found {
+		v, _ = t.rest.LoadOrStore(key, newSeries(o, c))
+	}
+	s, _ := v.(*series)
+	return s
+}
+
+func newSeries(o *Observer, c *call.Call) *series {
+	attrs := append([]attribute.KeyValue{method(kindOf(c))}, targetName(c)...)
+	plain := metric.WithAttributeSet(attribute.NewSet(attrs...))
+	if c.Target != nil && c.Target.Kind == call.Tool {
+		attrs = append(attrs, attribute.String("gen_ai.operation.name", "execute_tool"))
+	}
+	attrs = append(attrs, attribute.String("newel.outcome", c.Event.Outcome))
+	attrs = append(attrs, o.failure(c)...)
+	full := metric.WithAttributeSet(attribute.NewSet(attrs...))
+	return &series{
+		full:     []metric.RecordOption{full},
+		plain:    []metric.RecordOption{plain},
+		plainAdd: []metric.AddOption{plain},
+	}
+}
+
+func method(k call.Kind) attribute.KeyValue { return attribute.String("mcp.method.name", methods[k]) }
+
+// targetName names what resolved, for tools and prompts. Resources have too many names.
+func targetName(c *call.Call) []attribute.KeyValue {
+	switch {
+	case c.Target == nil:
+		return nil
+	case c.Target.Kind == call.Tool:
+		return []attribute.KeyValue{attribute.String("gen_ai.tool.name", c.Target.Name)}
+	case c.Target.Kind == call.Prompt:
+		return []attribute.KeyValue{attribute.String("gen_ai.prompt.name", c.Target.Name)}
+	}
+	return nil
+}
+
+// failure says how a call failed, in the words of the conventions.
+func (o *Observer) failure(c *call.Call) []attribute.KeyValue {
+	switch {
+	case c.Event.Outcome == toolError:
+		return []attribute.KeyValue{attribute.String("error.type", toolError)}
+	case c.Event.Code == call.OK:
+		return nil
+	}
+	attrs := []attribute.KeyValue{attribute.String("error.type", c.Event.Code.String())}
+	if n := o.rpcCode(kindOf(c), c.Event.Code); n != 0 {
+		attrs = append(attrs, attribute.String("rpc.response.status_code", strconv.Itoa(n)))
+	}
+	return attrs
+}
