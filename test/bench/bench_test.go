@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"testing"
+)
+
+func TestSpread(t *testing.T) {
+	for _, tt := range []struct {
+		in                []float64
+		median, low, high float64
+	}{
+		{[]float64{3, 1, 2}, 2, 1, 3},
+		{[]float64{4, 1, 2, 3}, 2.5, 1, 4},
+		{[]float64{7}, 7, 7, 7},
+	} {
+		if m, l, h := spread(tt.in); m != tt.median || l != tt.low || h != tt.high {
+			t.Errorf("spread(%v) = %v, %v, %v", tt.in, m, l, h)
+		}
+	}
+}
+
+func TestRatioIsTakenWithinARound(t *testing.T) {
+	tb := &table{rows: []*row{
+		{name: "a", rounds: []measurement{{cpu: 2}, {cpu: 20}, {cpu: 300}}},
+		{name: "b", rounds: []measurement{{cpu: 1}, {cpu: 10}, {cpu: 100}}},
+	}}
+	if m, l, h := tb.ratio("a", "b"); m != 2 || l != 2 || h != 3 {
+		t.Errorf("ratio = %v (%v to %v), want 2 (2 to 3)", m, l, h)
+	}
+}
+
+func TestWrongAnswersAreSeen(t *testing.T) {
+	r := echoRequest()
+	answer := func(id, text string) []byte {
+		return []byte(`{"jsonrpc":"2.0","id":` + id + `,"result":{"content":[{"type":"text","text":"` + text + `"}]}}`)
+	}
+	for _, bad := range [][]byte{
+		answer("1000000000", "something else"),
+		answer("1000000001", echoText),
+		[]byte(`{"jsonrpc":"2.0","id":1000000000,"error":{"code":-32603,"message":"x"}}`),
+		[]byte(`{"jsonrpc":"2.0","id":1000000000,"result":{"isError":true,"content":[{"type":"text","text":"` + echoText + `"}]}}`),
+		[]byte("ok"),
+	} {
+		if err := r.learn(bad, firstID); err == nil {
+			t.Errorf("learned a wrong answer: %s", bad)
+		}
+	}
+	if err := r.learn(answer("1000000000", echoText), firstID); err != nil {
+		t.Fatal(err)
+	}
+	if id := []byte("1000000007"); !r.right(answer("1000000007", echoText), id) {
+		t.Error("a right answer was called wrong")
+	} else if r.right(answer("1000000008", echoText), id) || r.right(answer("1000000007", "The quick brown fox jumps over the lazy cat."), id) {
+		t.Error("a wrong answer was called right")
+	}
+}
+
+func TestMessagesAreValid(t *testing.T) {
+	for _, r := range []request{echoRequest(), largeRequest(), listRequest(""), listRequest(`a"b`)} {
+		raw, id := r.message("localhost")
+		if string(raw[id:id+idWidth]) != "1000000000" {
+			t.Errorf("%s: the id is not where message says", r.method)
+		}
+		_, body, _ := bytes.Cut(raw, []byte("\r\n\r\n"))
+		if !json.Valid(body) {
+			t.Errorf("%s: not JSON: %s", r.method, body)
+		}
+	}
+}
