@@ -46,46 +46,86 @@ func openSQLite(ctx context.Context, file string, connections int) (*engine, err
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return nil, fmt.Errorf("the folder of the database cannot be made: %w", err)
 	}
-	pragmas := []string{"busy_timeout(5000)", "foreign_keys(1)", "journal_mode(WAL)", "synchronous(FULL)"}
-	dsn := func(more ...string) string {
-		q := url.Values{"_pragma": append(slices.Clone(pragmas), more...), "_time_format": {"sqlite"}}
-		q.Set("_txlock", "immediate")
-		if len(more) > 0 {
-			q.Set("_txlock", "deferred")
-		}
-		return (&url.URL{Scheme: "file", Opaque: (&url.URL{Path: file}).EscapedPath(), RawQuery: q.Encode()}).String()
-	}
-	write, err := sql.Open("sqlite", dsn())
+	write, err := sqlitePool(file, false, 1)
 	if err != nil {
 		return nil, err
 	}
-	write.SetMaxOpenConns(1)
-	read, err := sql.Open("sqlite", dsn("query_only(1)"))
+	read, err := sqlitePool(file, true, connections)
 	if err != nil {
 		return nil, errors.Join(err, write.Close())
 	}
-	read.SetMaxOpenConns(connections)
 	e := &engine{read: read, write: write}
 	// The writer first: it makes the file and its journal mode.
-	if err := e.checkSQLite(ctx, write, 0); err != nil {
-		return nil, errors.Join(fmt.Errorf("the database %s cannot be opened: %w", file, err), e.close())
-	}
-	if err := e.checkSQLite(ctx, read, 1); err != nil {
-		return nil, errors.Join(fmt.Errorf("the database %s cannot be opened: %w", file, err), e.close())
+	for _, db := range []*sql.DB{write, read} {
+		if err := db.PingContext(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("the database %s cannot be opened: %w", file, err), e.close())
+		}
 	}
 	return e, nil
 }
 
-// checkSQLite makes sure that the settings of a connection took effect.
-func (e *engine) checkSQLite(ctx context.Context, db *sql.DB, queryOnly int) error {
-	var mode string
-	var keys, sync, only int
-	row := db.QueryRowContext(ctx, `SELECT (SELECT journal_mode FROM pragma_journal_mode), (SELECT foreign_keys FROM pragma_foreign_keys), (SELECT synchronous FROM pragma_synchronous), (SELECT query_only FROM pragma_query_only)`)
-	if err := row.Scan(&mode, &keys, &sync, &only); err != nil {
+func sqlitePool(file string, queryOnly bool, connections int) (*sql.DB, error) {
+	q := url.Values{
+		"_pragma":      {"busy_timeout(5000)", "foreign_keys(1)", "journal_mode(WAL)", "synchronous(FULL)"},
+		"_time_format": {"sqlite"},
+		"_txlock":      {"immediate"},
+		"_dqs":         {"0"}, // an unknown name in double quotes is an error, not a string
+		"_defensive":   {"1"},
+	}
+	if queryOnly {
+		q.Set("_query_only", "1")
+		q.Set("_txlock", "deferred")
+	}
+	c, err := sqlite.NewConnector((&url.URL{Scheme: "file", Opaque: (&url.URL{Path: file}).EscapedPath(), RawQuery: q.Encode()}).String())
+	if err != nil {
+		return nil, err
+	}
+	db := sql.OpenDB(verified{c, queryOnly})
+	db.SetMaxOpenConns(connections)
+	db.SetMaxIdleConns(connections)
+	return db, nil
+}
+
+// verified opens connections and makes sure that the settings of each took effect: SQLite ignores
+// some that it cannot follow.
+type verified struct {
+	driver.Connector
+	queryOnly bool
+}
+
+const settings = "SELECT journal_mode, foreign_keys, synchronous, query_only FROM pragma_journal_mode, pragma_foreign_keys, pragma_synchronous, pragma_query_only"
+
+// Connect implements driver.Connector.
+func (v verified) Connect(ctx context.Context) (driver.Conn, error) {
+	c, err := v.Connector.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := v.verify(ctx, c); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func (v verified) verify(ctx context.Context, c driver.Conn) error {
+	q, ok := c.(driver.QueryerContext)
+	if !ok {
+		return fmt.Errorf("an unexpected driver %T", c)
+	}
+	rows, err := q.QueryContext(ctx, settings, nil)
+	if err != nil {
 		return err
 	}
-	if mode != "wal" || keys != 1 || sync != 2 || only != queryOnly {
-		return fmt.Errorf("its settings did not take effect: journal %s, foreign keys %d, synchronous %d, query only %d", mode, keys, sync, only)
+	got := make([]driver.Value, 4)
+	if err := errors.Join(rows.Next(got), rows.Close()); err != nil {
+		return err
+	}
+	want := []driver.Value{"wal", int64(1), int64(2), int64(0)}
+	if v.queryOnly {
+		want[3] = int64(1)
+	}
+	if !slices.Equal(got, want) {
+		return fmt.Errorf("its settings (journal mode, foreign keys, synchronous, query only) are %v and should be %v", got, want)
 	}
 	return nil
 }
@@ -135,7 +175,7 @@ func (e *engine) describePostgres(ctx context.Context, text string, params int) 
 		return d, err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	err = c.Raw(func(driver any) error {
+	err = c.Raw(func(driver any) (err error) {
 		conn, ok := driver.(*stdlib.Conn)
 		if !ok {
 			return fmt.Errorf("an unexpected driver %T", driver)
@@ -144,6 +184,7 @@ func (e *engine) describePostgres(ctx context.Context, text string, params int) 
 		if err != nil {
 			return err
 		}
+		defer func() { err = errors.Join(err, conn.Conn().Deallocate(ctx, "newel_check")) }()
 		types := conn.Conn().TypeMap()
 		nameOf := func(oid uint32) string {
 			if t, ok := types.TypeForOID(oid); ok {
@@ -167,8 +208,8 @@ func (e *engine) describePostgres(ctx context.Context, text string, params int) 
 		if err := conn.Conn().QueryRow(ctx, "EXPLAIN (FORMAT JSON) EXECUTE newel_check"+nulls, pgx.QueryExecModeSimpleProtocol).Scan(&plan); err != nil {
 			return err
 		}
-		d.writes = strings.Contains(plan, `"ModifyTable"`)
-		return conn.Conn().Deallocate(ctx, "newel_check")
+		d.writes = strings.Contains(plan, `"ModifyTable"`) || strings.Contains(plan, `"LockRows"`)
+		return nil
 	})
 	return d, err
 }
@@ -191,26 +232,66 @@ func (e *engine) describeSQLite(ctx context.Context, text string, params int) (d
 		}
 		d.writes = d.writes || opcode == "OpenWrite" || opcode == "Transaction" && p2.Int64 > 0
 	}
-	if err := errors.Join(rows.Err(), rows.Close()); err != nil || d.writes {
+	if err := errors.Join(rows.Err(), rows.Close()); err != nil {
 		return d, err
 	}
-	// LIMIT 0 ends before the first row: this asks for the names of the columns alone.
-	result, err := e.read.QueryContext(ctx, "SELECT * FROM ("+text+"\n) LIMIT 0", zeros...)
-	if err != nil {
-		return d, err
-	}
-	d.columns, err = result.Columns()
-	for i, c := range d.columns { // in the wrapper a second column "a" is named "a:1"
-		if name, n, ok := strings.Cut(c, ":"); ok && n >= "1" && n <= "9" && slices.Contains(d.columns[:i], name) {
-			d.columns[i] = name
-		}
-	}
-	return d, errors.Join(err, result.Close())
+	return d, e.columnsSQLite(ctx, text, &d)
 }
+
+// columnsSQLite adds the columns of a query, without running it. Only columns of STRICT tables
+// have types: elsewhere SQLite stores any value anywhere.
+func (e *engine) columnsSQLite(ctx context.Context, text string, d *description) (err error) {
+	c, err := e.read.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	var infos []sqlite.ColumnInfo
+	if err := c.Raw(func(driver any) (err error) {
+		conn, ok := driver.(interface {
+			ColumnInfo(query string) ([]sqlite.ColumnInfo, error)
+		})
+		if !ok {
+			return fmt.Errorf("an unexpected driver %T", driver)
+		}
+		infos, err = conn.ColumnInfo(text)
+		return err
+	}); err != nil {
+		return err
+	}
+	for _, i := range infos {
+		var strict bool
+		row := c.QueryRowContext(ctx, "SELECT coalesce(max(strict), 0) FROM pragma_table_list WHERE schema = ? AND name = ?", i.DatabaseName, i.TableName)
+		if err := row.Scan(&strict); err != nil {
+			return err
+		}
+		typ := strings.ToUpper(i.DeclType)
+		if !strict && !isSQLiteTime(typ) {
+			typ = ""
+		}
+		d.columns = append(d.columns, i.Name)
+		d.types = append(d.types, typ)
+	}
+	return nil
+}
+
+// isSQLiteTime reports whether the driver reads the column's text as a time.
+func isSQLiteTime(typ string) bool { return typ == "DATE" || typ == "DATETIME" || typ == "TIMESTAMP" }
 
 // run runs a statement in a transaction of its own: a read-only one unless write is set. each
 // gets every row; with an error from it nothing is committed.
 func (e *engine) run(ctx context.Context, write bool, text string, args []any, each func(columns []*sql.ColumnType, values []any) error) (affected int64, err error) {
+	affected, err = e.once(ctx, write, text, args, each)
+	// A table was changed since the statement was prepared: it did not run, and the driver has
+	// forgotten it, so that it is prepared anew.
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "0A000" && pg.Routine == "RevalidateCachedQuery" {
+		return e.once(ctx, write, text, args, each)
+	}
+	return affected, err
+}
+
+func (e *engine) once(ctx context.Context, write bool, text string, args []any, each func(columns []*sql.ColumnType, values []any) error) (affected int64, err error) {
 	db := e.read
 	if write {
 		db = e.write

@@ -25,7 +25,7 @@ func rewrite(sql string, postgres bool) (text string, names []string, err error)
 		}
 		switch c := sql[i]; {
 		case c == ';':
-			if strings.TrimSpace(stripComments(sql[i+1:])) != "" {
+			if strings.TrimSpace(stripComments(sql[i+1:], postgres)) != "" {
 				return "", nil, errors.New("more than one statement; declare one tool for each")
 			}
 			return strings.TrimSpace(out.String()), names, nil
@@ -57,6 +57,38 @@ func rewrite(sql string, postgres bool) (text string, names []string, err error)
 		}
 	}
 	return strings.TrimSpace(out.String()), names, nil
+}
+
+// verbs are the first words of statements that are plain queries, and whether each writes. All
+// else (transactions, settings, copies to files, ...) is no tool.
+var verbs = map[string]struct{ writes, sqlite, postgres bool }{
+	"SELECT":  {false, true, true},
+	"WITH":    {false, true, true}, // what it writes, the plan tells
+	"VALUES":  {false, true, true},
+	"TABLE":   {false, false, true},
+	"INSERT":  {true, true, true},
+	"UPDATE":  {true, true, true},
+	"DELETE":  {true, true, true},
+	"REPLACE": {true, true, false},
+	"MERGE":   {true, false, true},
+}
+
+// checkVerb refuses what is no plain query, and returns whether it writes by its first word.
+func checkVerb(text string, postgres bool) (writes bool, err error) {
+	rest := strings.TrimLeft(stripComments(text, postgres), " \t\r\n\f(")
+	end := 0
+	for end < len(rest) && isName(rest[end]) {
+		end++
+	}
+	word := strings.ToUpper(rest[:end])
+	v, ok := verbs[word]
+	switch {
+	case word == "":
+		return false, errors.New("there is no statement")
+	case !ok || postgres && !v.postgres || !postgres && !v.sqlite:
+		return false, fmt.Errorf("%s cannot be a tool; a statement begins with SELECT, WITH, VALUES, INSERT, UPDATE or DELETE", word)
+	}
+	return v.writes, nil
 }
 
 func isNameStart(c byte) bool {
@@ -133,11 +165,11 @@ func comment(sql string, i int, nests bool) (int, error) {
 }
 
 // stripComments removes comments, so that what is left after a statement can be seen.
-func stripComments(sql string) string {
+func stripComments(sql string, postgres bool) string {
 	var out strings.Builder
 	for i := 0; i < len(sql); {
 		if strings.HasPrefix(sql[i:], "--") || strings.HasPrefix(sql[i:], "/*") {
-			if end, err := skip(sql, i, true); err == nil && end > i {
+			if end, err := skip(sql, i, postgres); err == nil && end > i {
 				i = end
 				continue
 			}

@@ -42,6 +42,7 @@ type Tool struct {
 	SQL         string   `yaml:"sql" required:"true" doc:"One statement. Parameters are written :name; with a page also :limit and :after_KEY for each key."`
 	Params      []Param  `yaml:"params" doc:"The parameters that callers give."`
 	Result      string   `yaml:"result" enum:"rows,row,affected" default:"rows" doc:"All rows; exactly one row; or the number of changed rows."`
+	Columns     []Column `yaml:"columns" doc:"What the columns of the result mean."`
 	None        string   `yaml:"none" doc:"What to tell the caller when there is no row, or nothing changed."`
 	JSON        []string `yaml:"json" doc:"Columns whose text is JSON."`
 	Page        Page     `yaml:"page" doc:"Keyset pagination."`
@@ -50,10 +51,16 @@ type Tool struct {
 	Tags        []string `yaml:"tags" doc:"Labels."`
 }
 
+// Column says what a column of the result is.
+type Column struct {
+	Name        string `yaml:"name" required:"true" doc:"Name of the column."`
+	Description string `yaml:"description" required:"true" doc:"What it is: models read this."`
+}
+
 // Param is one parameter of a statement.
 type Param struct {
 	Name        string   `yaml:"name" required:"true" doc:"Name, as in :name."`
-	Type        string   `yaml:"type" enum:"string,integer,number,boolean,date,timestamp" default:"string" doc:"Type of the value."`
+	Type        string   `yaml:"type" enum:"string,integer,number,boolean,date,timestamp,uuid" default:"string" doc:"Type of the value. SQLite has no times: there a timestamp becomes text in UTC such as 2026-07-28T12:00:00Z."`
 	Description string   `yaml:"description" doc:"What it is: models read this."`
 	Required    bool     `yaml:"required" doc:"Whether callers must give it; otherwise it is NULL, or its default."`
 	Default     any      `yaml:"default" doc:"Value when it is not given."`
@@ -96,6 +103,8 @@ func Open(ctx context.Context, name string, c Config, env module.Env) (*Backend,
 	b := &Backend{name: name}
 	var err error
 	switch {
+	case c.Driver != "sqlite" && c.Driver != "postgres":
+		return nil, at("driver", fmt.Errorf("%q is not a driver; use sqlite or postgres", c.Driver))
 	case c.Driver == "sqlite" && c.File == "":
 		return nil, at("driver", errors.New("sqlite needs file"))
 	case c.Driver == "sqlite":
@@ -117,8 +126,14 @@ func Open(ctx context.Context, name string, c Config, env module.Env) (*Backend,
 		}
 	}
 	var problems []error
+	taken := map[string]bool{}
 	for i := range c.Tools {
 		path := fmt.Sprintf("tools[%d]", i)
+		if n := c.Tools[i].Name; n == "" || taken[n] {
+			problems = append(problems, at(path+".name", fmt.Errorf("tool %q: each tool needs a name of its own", n)))
+			continue
+		}
+		taken[c.Tools[i].Name] = true
 		capability, where, err := b.declare(ctx, &c, &c.Tools[i])
 		if err != nil {
 			problems = append(problems, at(path+where, fmt.Errorf("tool %q: %w", c.Tools[i].Name, err)))
@@ -187,6 +202,13 @@ func (b *Backend) declare(ctx context.Context, c *Config, t *Tool) (capability *
 	if s.text, names, err = rewrite(t.SQL, b.engine.postgres); err != nil {
 		return nil, ".sql", err
 	}
+	verb, err := checkVerb(s.text, b.engine.postgres)
+	if err != nil {
+		return nil, ".sql", err
+	}
+	if where, err := s.settings(); err != nil {
+		return nil, where, err
+	}
 	if where, err := s.bind(names); err != nil {
 		return nil, where, err
 	}
@@ -196,6 +218,7 @@ func (b *Backend) declare(ctx context.Context, c *Config, t *Tool) (capability *
 	if err != nil {
 		return nil, ".sql", err
 	}
+	d.writes = d.writes || verb
 	if where, err := s.fits(d); err != nil {
 		return nil, where, err
 	}

@@ -221,7 +221,9 @@ func TestDeclarationsAreChecked(t *testing.T) {
 		where, want string
 		engines     string
 	}{
-		{Tool{SQL: "SELEC 1"}, "tools[0].sql", "syntax", "both"},
+		{Tool{SQL: "SELEC 1"}, "tools[0].sql", "SELEC cannot be a tool", "both"},
+		{Tool{SQL: "SELECT id FROM item WHERE"}, "tools[0].sql", "incomplete", "sqlite"},
+		{Tool{SQL: "SELECT id FROM item WHERE"}, "tools[0].sql", "syntax", "postgres"},
 		{Tool{SQL: "SELECT nope FROM item"}, "tools[0].sql", "nope", "both"},
 		{Tool{SQL: "SELECT 1 AS a; SELECT 2"}, "tools[0].sql", "more than one statement", "both"},
 		{Tool{SQL: "SELECT id FROM item WHERE id = :id"}, "tools[0].sql", ":id is not declared", "both"},

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -42,6 +43,74 @@ const (
 	defaultMaxLength = 1000
 )
 
+// settings refuses contradictions that no database would find.
+func (s *statement) settings() (where string, err error) {
+	t := s.tool
+	switch {
+	case !slices.Contains([]string{"", "rows", "row", "affected"}, t.Result):
+		return ".result", fmt.Errorf("%q is not a result; use rows, row or affected", t.Result)
+	case s.paged() && s.write:
+		return ".page", errors.New("only a read has pages")
+	case s.paged() && !slices.Contains([]string{"", "rows"}, t.Result):
+		return ".page", fmt.Errorf("pages are for result: rows, not %s", t.Result)
+	}
+	for i := range t.Params {
+		if field, err := s.param(i); err != nil {
+			return fmt.Sprintf(".params[%d].%s", i, field), err
+		}
+	}
+	return "", nil
+}
+
+func (s *statement) param(i int) (field string, err error) {
+	p := &s.tool.Params[i]
+	typ := cmp.Or(p.Type, "string")
+	number := typ == "integer" || typ == "number"
+	switch {
+	case p.Name == "" || !isNameStart(p.Name[0]) || strings.ContainsFunc(p.Name, func(r rune) bool { return r > 0x7e || !isName(byte(r)) }):
+		return "name", fmt.Errorf("%q is not a name; use letters, digits and _", p.Name)
+	case slices.ContainsFunc(s.tool.Params[:i], func(o Param) bool { return o.Name == p.Name }):
+		return "name", fmt.Errorf("the parameter %q is declared twice", p.Name)
+	case pgTypes[typ] == nil:
+		return "type", fmt.Errorf("%q is not a type; use string, integer, number, boolean, date, timestamp or uuid", typ)
+	case p.Minimum != nil && !number:
+		return "minimum", errors.New("minimum is for numbers")
+	case p.Maximum != nil && !number:
+		return "maximum", errors.New("maximum is for numbers")
+	case p.Minimum != nil && p.Maximum != nil && *p.Minimum > *p.Maximum:
+		return "minimum", errors.New("minimum is over maximum")
+	case p.MinLength != nil && typ != "string":
+		return "min_length", errors.New("min_length is for strings")
+	case p.MaxLength != nil && typ != "string":
+		return "max_length", errors.New("max_length is for strings")
+	case p.MinLength != nil && (*p.MinLength < 0 || *p.MinLength > *cmp.Or(p.MaxLength, ptr(defaultMaxLength))):
+		return "min_length", errors.New("min_length is below zero or over max_length")
+	case p.MaxLength != nil && *p.MaxLength < 0:
+		return "max_length", errors.New("max_length is below zero")
+	case p.Pattern != "" && typ != "string":
+		return "pattern", errors.New("pattern is for strings")
+	case len(p.Enum) > 0 && typ != "string":
+		return "enum", errors.New("enum is for strings")
+	}
+	pattern, err := regexp.Compile(p.Pattern)
+	if err != nil {
+		return "pattern", err
+	}
+	if p.Default == nil {
+		return "", nil
+	}
+	v, err := s.value(p, encode(p.Default))
+	if err != nil {
+		return "default", err
+	}
+	if text, ok := v.(string); ok && typ == "string" && (len(p.Enum) > 0 && !slices.Contains(p.Enum, text) || !pattern.MatchString(text)) {
+		return "default", fmt.Errorf("%q does not fit enum or pattern", text)
+	}
+	return "", nil
+}
+
+func ptr[T any](v T) *T { return &v }
+
 // bind finds the source of every parameter in the statement, and refuses undeclared and unused ones.
 func (s *statement) bind(names []string) (where string, err error) {
 	used := map[string]bool{}
@@ -68,13 +137,6 @@ func (s *statement) bind(names []string) (where string, err error) {
 			return where, fmt.Errorf("the parameter %q is declared and not used", p.Name)
 		case s.paged() && (p.Name == "limit" || p.Name == "cursor"):
 			return where, fmt.Errorf("%q belongs to the page; choose another name", p.Name)
-		case len(p.Enum) > 0 && cmp.Or(p.Type, "string") != "string":
-			return where + ".enum", errors.New("enum is for strings")
-		}
-		if p.Default != nil {
-			if _, err := s.value(&s.tool.Params[i], literal(p.Default)); err != nil {
-				return where + ".default", err
-			}
 		}
 	}
 	if s.paged() {
@@ -103,6 +165,7 @@ var pgTypes = map[string][]string{
 	"boolean":   {"bool"},
 	"date":      {"date", "timestamp", "timestamptz", "text"},
 	"timestamp": {"timestamp", "timestamptz", "text"},
+	"uuid":      {"uuid", "text"},
 }
 
 // fits holds the declaration against what the database says.
@@ -122,17 +185,31 @@ func (s *statement) fits(d description) (where string, err error) {
 			return ".params", fmt.Errorf("the parameter %q is declared as %s, but the statement uses it as %s", a.param.Name, typ, t)
 		}
 	}
-	if d.columns == nil {
-		return "", nil // a write whose columns only its run tells
+	switch {
+	case s.tool.Result == "affected":
+		return "", nil
+	case len(d.columns) == 0 && s.write:
+		return ".result", errors.New("the statement gives no rows: add RETURNING, or declare result: affected")
+	case len(d.columns) == 0:
+		return ".sql", errors.New("the statement gives no columns")
 	}
 	for i, c := range d.columns {
 		if slices.Contains(d.columns[:i], c) {
 			return ".sql", fmt.Errorf("two columns are named %q; rename one with AS", c)
 		}
 	}
-	for _, c := range slices.Concat(s.tool.Page.Key, s.tool.JSON) {
+	named := slices.Concat(s.tool.Page.Key, s.tool.JSON)
+	for _, c := range s.tool.Columns {
+		named = append(named, c.Name)
+	}
+	for _, c := range named {
 		if !slices.Contains(d.columns, c) {
 			return ".sql", fmt.Errorf("the result has no column %q; it has %s", c, strings.Join(d.columns, ", "))
+		}
+	}
+	for i, c := range d.columns {
+		if slices.Contains(s.tool.Page.Key, c) && !s.backend.engine.postgres && isSQLiteTime(d.types[i]) {
+			return ".page.key", fmt.Errorf("the key %q is a %s, whose text is not kept as it is stored; select CAST(%s AS TEXT) AS %s", c, d.types[i], c, c)
 		}
 	}
 	return "", nil
@@ -159,6 +236,8 @@ func (s *statement) inputSchema() jsontext.Value {
 			o["type"], o["format"] = "string", "date"
 		case "timestamp":
 			o["type"], o["format"] = "string", "date-time"
+		case "uuid":
+			o["type"], o["format"] = "string", "uuid"
 		case "", "string":
 			o["maxLength"] = defaultMaxLength
 		}
@@ -199,34 +278,73 @@ func (s *statement) inputSchema() jsontext.Value {
 	return encode(o)
 }
 
-func (s *statement) outputSchema(d description) jsontext.Value {
-	row := object{"type": "object"}
-	if d.columns != nil {
-		props := object{}
-		for _, c := range d.columns {
-			props[c] = object{}
-		}
-		row["properties"], row["required"] = props, d.columns
+// jsonTypes are what the values of a column look like; NULL beside. Types that are not listed
+// travel as strings. Numbers that JSON does not have (NaN, infinite ones) are strings.
+var jsonTypes = map[string][]string{
+	"int2": {"integer"}, "int4": {"integer"}, "int8": {"integer"},
+	"float4": {"number", "string"}, "float8": {"number", "string"}, "numeric": {"number", "string"},
+	"bool": {"boolean"}, "json": nil, "jsonb": nil,
+	"INT": {"integer"}, "INTEGER": {"integer"}, "REAL": {"number", "string"}, "": nil, "ANY": nil,
+	"DATE": nil, "DATETIME": nil, "TIMESTAMP": nil,
+}
+
+// columnSchema is the schema of one value.
+func (s *statement) columnSchema(name, typ string) object {
+	o := object{}
+	types, listed := jsonTypes[typ]
+	if !listed {
+		types = []string{"string"}
 	}
+	if types != nil && !slices.Contains(s.tool.JSON, name) {
+		o["type"] = append(slices.Clone(types), "null")
+	}
+	for _, c := range s.tool.Columns {
+		if c.Name == name {
+			o["description"] = c.Description
+		}
+	}
+	return o
+}
+
+func (s *statement) outputSchema(d description) jsontext.Value {
+	props := object{}
+	for i, c := range d.columns {
+		props[c] = s.columnSchema(c, d.types[i])
+	}
+	row := object{"type": "object", "properties": props, "required": d.columns}
 	switch s.tool.Result {
 	case "affected":
 		return encode(object{"type": "object", "properties": object{"affected": object{"type": "integer"}}, "required": []string{"affected"}})
 	case "row":
 		return encode(object{"type": "object", "properties": object{"row": row}, "required": []string{"row"}})
 	}
-	props := object{"rows": object{"type": "array", "items": row}, "row_count": object{"type": "integer"}}
+	result := object{"rows": object{"type": "array", "items": row}, "row_count": object{"type": "integer"}}
 	if s.paged() {
-		props["next_cursor"] = object{"type": "string", "description": "Give it as cursor for the next page; absent on the last."}
+		result["next_cursor"] = object{"type": "string", "description": "Give it as cursor for the next page; absent on the last."}
 	}
-	return encode(object{"type": "object", "properties": props, "required": []string{"rows", "row_count"}})
+	return encode(object{"type": "object", "properties": result, "required": []string{"rows", "row_count"}})
 }
 
-// literal is a default from the configuration as JSON.
-func literal(v any) jsontext.Value { return encode(v) }
-
 // value turns an argument into what the driver takes. Types were checked against the schema;
-// ranges are checked here.
+// ranges are checked here. PostgreSQL gets text, so that it checks the range of its own types and
+// numbers keep their digits.
 func (s *statement) value(p *Param, raw jsontext.Value) (any, error) {
+	v, err := s.typed(p, raw)
+	if err != nil || !s.backend.engine.postgres {
+		return v, err
+	}
+	switch v := v.(type) {
+	case int64:
+		return strconv.FormatInt(v, 10), nil
+	case bool:
+		return strconv.FormatBool(v), nil
+	case float64:
+		return string(raw), nil
+	}
+	return v, nil
+}
+
+func (s *statement) typed(p *Param, raw jsontext.Value) (any, error) {
 	wrong := func() error {
 		return call.Errorf(call.Invalid, "%q must be a %s", p.Name, cmp.Or(p.Type, "string"))
 	}
@@ -274,17 +392,21 @@ func (s *statement) value(p *Param, raw jsontext.Value) (any, error) {
 		if err != nil {
 			return nil, call.Errorf(call.Invalid, "%q must be a time such as 2026-07-28T12:00:00Z", p.Name)
 		}
-		if s.backend.engine.postgres {
-			return t, nil
+		return t.UTC().Format(time.RFC3339Nano), nil
+	case "uuid":
+		if !uuidForm.MatchString(text) {
+			return nil, call.Errorf(call.Invalid, "%q must be a UUID such as 123e4567-e89b-12d3-a456-426614174000", p.Name)
 		}
 	}
 	return text, nil
 }
 
+var uuidForm = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+
 // cursor is where a page starts. It belongs to one statement and its other arguments.
 type cursor struct {
-	Digest string `json:"d"`
-	Keys   []any  `json:"k"`
+	Digest string           `json:"d"`
+	Keys   []jsontext.Value `json:"k"`
 }
 
 var errCursor = call.Errorf(call.Invalid, "the cursor does not belong to this query; use next_cursor of the page before with the same arguments, or leave it out")
@@ -308,7 +430,7 @@ func (s *statement) input(raw jsontext.Value) (*input, error) {
 	if s.paged() {
 		in.limit = s.tool.Page.Size
 		if v, ok := members["limit"]; ok {
-			n, err := s.value(&Param{Name: "limit", Type: "integer"}, v)
+			n, err := s.typed(&Param{Name: "limit", Type: "integer"}, v)
 			if err != nil {
 				return nil, err
 			}
@@ -338,11 +460,15 @@ func (s *statement) input(raw jsontext.Value) (*input, error) {
 		case a.key > 0 && after.Keys == nil:
 			in.args = append(in.args, nil)
 		case a.key > 0:
-			in.args = append(in.args, keyValue(after.Keys[a.key-1]))
+			v, err := s.keyValue(after.Keys[a.key-1])
+			if err != nil {
+				return nil, err
+			}
+			in.args = append(in.args, v)
 		default:
 			raw, ok := members[a.param.Name]
 			if !ok && a.param.Default != nil {
-				raw, ok = literal(a.param.Default), true
+				raw, ok = encode(a.param.Default), true
 			}
 			if !ok {
 				in.args = append(in.args, nil)
@@ -358,12 +484,22 @@ func (s *statement) input(raw jsontext.Value) (*input, error) {
 	return in, nil
 }
 
-// keyValue undoes how JSON holds numbers: whole ones are integers.
-func keyValue(v any) any {
-	if f, ok := v.(float64); ok && f == math.Trunc(f) && math.Abs(f) < 1<<53 {
-		return int64(f)
+// keyValue is a key of a cursor as an argument. Callers can forge cursors: that gives them no
+// more than another place to start at.
+func (s *statement) keyValue(raw jsontext.Value) (any, error) {
+	types := map[jsontext.Kind]string{'"': "string", 't': "boolean", 'f': "boolean", '0': "number"}
+	p := Param{Name: "cursor", Type: types[raw.Kind()]}
+	if p.Type == "number" && !strings.ContainsAny(string(raw), ".eE") {
+		p.Type = "integer"
 	}
-	return v
+	if p.Type == "" {
+		return nil, errCursor
+	}
+	v, err := s.value(&p, raw)
+	if err != nil {
+		return nil, errCursor
+	}
+	return v, nil
 }
 
 // run runs the statement for one call.
@@ -404,7 +540,7 @@ type output struct {
 	rows      jsontext.Value
 	count     int
 	more      bool
-	keys      []any // of the last row
+	keys      []jsontext.Value // of the last row
 }
 
 // add takes one row, unless that would pass a bound.
@@ -439,10 +575,15 @@ func (o *output) add(columns []*sql.ColumnType, values []any) error {
 	o.rows = append(o.rows, row...)
 	o.count++
 	if s.paged() {
-		o.keys = make([]any, len(s.tool.Page.Key))
+		o.keys = make([]jsontext.Value, len(s.tool.Page.Key))
 		for i, c := range columns {
-			if k := slices.Index(s.tool.Page.Key, c.Name()); k >= 0 {
-				o.keys[k] = keyOf(values[i])
+			k := slices.Index(s.tool.Page.Key, c.Name())
+			if k < 0 {
+				continue
+			}
+			if o.keys[k] = keyOf(values[i]); o.keys[k] == nil {
+				// NULL as a key would start anew for ever.
+				return fmt.Errorf("the page key %q is NULL or bytes in a row", c.Name())
 			}
 		}
 	}
@@ -452,15 +593,17 @@ func (o *output) add(columns []*sql.ColumnType, values []any) error {
 	return nil
 }
 
-// keyOf returns a key's value as a cursor holds it, so that it comes back as it was.
-func keyOf(v any) any {
+// keyOf returns a key's value as a cursor holds it, so that it comes back as it was; nil if it cannot.
+func keyOf(v any) jsontext.Value {
 	switch v := v.(type) {
 	case time.Time:
-		return v.Format(time.RFC3339Nano)
-	case []byte:
-		return string(v)
+		return call.AppendString(nil, v.UTC().Format(time.RFC3339Nano))
+	case string:
+		return call.AppendString(nil, v)
+	case int64, float64, bool:
+		return encode(v)
 	}
-	return v
+	return nil
 }
 
 // appendValue appends one value: numbers keep their digits, times are RFC 3339, bytes base64.
@@ -477,8 +620,13 @@ func (s *statement) appendValue(b jsontext.Value, c *sql.ColumnType, v any) json
 	case bool:
 		return strconv.AppendBool(b, v)
 	case float64:
-		if math.IsNaN(v) || math.IsInf(v, 0) {
-			return append(b, "null"...)
+		switch {
+		case math.IsNaN(v):
+			return append(b, `"NaN"`...)
+		case math.IsInf(v, 0):
+			return call.AppendString(b, strings.TrimPrefix(strconv.FormatFloat(v, 'f', -1, 64), "+")+"inity")
+		case c.DatabaseTypeName() == "FLOAT4":
+			return append(b, encode(float32(v))...) // the shortest digits of what is stored
 		}
 		return append(b, encode(v)...)
 	case time.Time:
