@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -60,8 +61,59 @@ type connection struct {
 	out      lines
 	slots    chan struct{}
 	calls    sync.WaitGroup
-	mu       sync.Mutex                    // guards inFlight
+	mu       sync.Mutex                    // guards what is below
 	inFlight map[string]context.CancelFunc // stateless calls by raw id
+	waiting  map[string]struct{}           // session requests without an answer yet, by raw id
+	answered chan struct{}                 // signalled when waiting becomes empty
+}
+
+// answers watches what the sessions write for the answers to their requests.
+type answers struct{ c *connection }
+
+// Write takes one or more whole lines.
+func (a answers) Write(b []byte) (int, error) {
+	n, err := a.c.out.Write(b)
+	for line := range bytes.Lines(b) {
+		var h head
+		if json.Unmarshal(line, &h) == nil && h.ID != nil && h.Method == "" {
+			a.c.mu.Lock()
+			delete(a.c.waiting, string(h.ID))
+			empty := len(a.c.waiting) == 0
+			a.c.mu.Unlock()
+			if empty {
+				select {
+				case a.c.answered <- struct{}{}:
+				default:
+				}
+			}
+		}
+	}
+	return n, err
+}
+
+// drainTimeout bounds how long session calls may run on after input has ended: what they ask
+// can no longer be answered.
+const drainTimeout = 10 * time.Second
+
+// drain waits until every session request has its answer.
+func (c *connection) drain(ctx context.Context) {
+	limit := time.NewTimer(drainTimeout)
+	defer limit.Stop()
+	for {
+		c.mu.Lock()
+		open := len(c.waiting)
+		c.mu.Unlock()
+		if open == 0 {
+			return
+		}
+		select {
+		case <-c.answered:
+		case <-limit.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // lines writes whole lines, one at a time.
@@ -87,11 +139,11 @@ func (l *lines) send(message []byte) error {
 func (d *Door) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c := &connection{Door: d, out: lines{w: out}, slots: make(chan struct{}, d.o.MaxConcurrent), inFlight: map[string]context.CancelFunc{}}
+	c := &connection{Door: d, out: lines{w: out}, slots: make(chan struct{}, d.o.MaxConcurrent), inFlight: map[string]context.CancelFunc{}, waiting: map[string]struct{}{}, answered: make(chan struct{}, 1)}
 	toSessions, fromDoor := io.Pipe()
 	sessionsDone := make(chan error, 1)
 	go func() {
-		err := d.o.Sessions(ctx, toSessions, &c.out)
+		err := d.o.Sessions(ctx, toSessions, answers{c})
 		toSessions.CloseWithError(io.ErrClosedPipe) // so that writing to it does not block
 		sessionsDone <- err
 	}()
@@ -101,6 +153,7 @@ func (d *Door) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	select {
 	case err = <-read:
 		c.calls.Wait()
+		c.drain(ctx)
 	case <-ctx.Done(): // the reader may hang in a read that nothing ends; the process does
 		cancel()
 		c.calls.Wait()
@@ -177,7 +230,15 @@ func (c *connection) take(ctx context.Context, line []byte, sessions io.Writer) 
 		c.fail(nil, -32600, "the message is not a JSON-RPC object")
 		return nil
 	}
+	if h.Method != "" && h.ID != nil {
+		c.mu.Lock()
+		c.waiting[string(h.ID)] = struct{}{}
+		c.mu.Unlock()
+	}
 	if _, err := sessions.Write(append(line, '\n')); err != nil {
+		c.mu.Lock()
+		delete(c.waiting, string(h.ID))
+		c.mu.Unlock()
 		c.fail(h.ID, -32600, "the session has ended")
 	}
 	return nil
