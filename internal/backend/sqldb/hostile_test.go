@@ -417,6 +417,29 @@ func TestLockedDatabase(t *testing.T) {
 	})
 }
 
+// A write that is cancelled while it runs leaves nothing behind.
+func TestCancelledWriteIsRolledBack(t *testing.T) {
+	both(t, values, func(postgres bool) []Tool {
+		slow := "UPDATE v SET n = (WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 1000000000) SELECT count(*) FROM c)"
+		if postgres {
+			slow = "WITH changed AS (UPDATE v SET n = 99 RETURNING id) SELECT count(*) AS changed FROM changed, pg_sleep(60)"
+		}
+		return []Tool{
+			{Name: "slow", Effect: "write", Result: map[bool]string{true: "row", false: "affected"}[postgres], SQL: slow},
+			{Name: "sum", Result: "row", SQL: "SELECT sum(n) AS n FROM v"},
+		}
+	}, func(t *testing.T, _ bool, w world) {
+		w.config.Timeout = 100 * time.Millisecond
+		b := openAs(t, w)
+		if _, e := b.do(t, "slow", `{}`); e == nil || e.Code != call.Timeout {
+			t.Errorf("slow: %v", e)
+		}
+		if r, e := b.do(t, "sum", `{}`); e != nil || string(r.Structured) != `{"row":{"n":3}}` {
+			t.Errorf("sum: %v %v", r, e)
+		}
+	})
+}
+
 // What the driver gives for every type is JSON that keeps the value.
 func TestPostgresTypes(t *testing.T) {
 	c := defaults(Config{Driver: "postgres", DSN: secret.New(engines.Postgres(t))})
