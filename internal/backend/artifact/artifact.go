@@ -121,7 +121,7 @@ func (s *Store) Name() string { return "artifacts" }
 func (s *Store) Capabilities(context.Context) ([]*call.Capability, error) {
 	return []*call.Capability{{
 		Kind: call.Resource, Template: scheme + "{id}{?offset,length}", Name: "artifact", Title: "Stored result",
-		Description: "A result that was too large to send at once. Read it in parts: offset and length count bytes; _meta[\"dev.newel/next\"] is the offset of the next part, and is missing on the last.",
+		Description: "A result that was too large to send at once. Read it in parts: artifact://ID?offset=0&length=65536, in this order, in bytes; _meta[\"dev.newel/next\"] is the offset of the next part, and is missing on the last.",
 		Effect:      call.Read,
 		Origin:      "artifacts (built in)",
 		// As JSON a byte takes at most six.
