@@ -18,6 +18,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -147,7 +148,13 @@ func wireError(f *mcpwire.Failure) error {
 // takeOver sends every feature method down the path. What it does not know (initialize, ping,
 // logging/setLevel, subscriptions, notifications) stays with the SDK.
 func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
-	return func(ctx context.Context, method string, req mcp.Request) (mcp.Result, error) {
+	return func(ctx context.Context, method string, req mcp.Request) (_ mcp.Result, err error) {
+		defer func() { // the path has its own; a panic here would end the process
+			if v := recover(); v != nil {
+				d.o.Logger.LogAttrs(ctx, slog.LevelError, "a session request failed", slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
+				err = wireError(mcpwire.SessionError(0, call.Errorf(call.Internal, "internal error")))
+			}
+		}()
 		c := d.decode(req)
 		if c == nil {
 			return next(ctx, method, req)
@@ -171,7 +178,7 @@ func (d *Door) decode(req mcp.Request) *call.Call {
 	var params mcp.Params
 	var session *mcp.ServerSession
 	var extra *mcp.RequestExtra
-	switch r := req.(type) {
+	switch r := req.(type) { // the SDK refuses the first four without params
 	case *mcp.CallToolRequest:
 		c.Kind, c.Name, c.Args = call.Tool, r.Params.Name, []byte(r.Params.Arguments)
 		params, session, extra = r.Params, r.Session, r.Extra
@@ -196,17 +203,29 @@ func (d *Door) decode(req mcp.Request) *call.Call {
 		}
 		params, session, extra = r.Params, r.Session, r.Extra
 	case *mcp.ListToolsRequest:
-		c.Kind, c.Cursor = call.ListTools, r.Params.Cursor
-		params, session, extra = r.Params, r.Session, r.Extra
+		c.Kind = call.ListTools
+		if r.Params != nil { // lists may come without params
+			c.Cursor, params = r.Params.Cursor, r.Params
+		}
+		session, extra = r.Session, r.Extra
 	case *mcp.ListResourcesRequest:
-		c.Kind, c.Cursor = call.ListResources, r.Params.Cursor
-		params, session, extra = r.Params, r.Session, r.Extra
+		c.Kind = call.ListResources
+		if r.Params != nil { // lists may come without params
+			c.Cursor, params = r.Params.Cursor, r.Params
+		}
+		session, extra = r.Session, r.Extra
 	case *mcp.ListResourceTemplatesRequest:
-		c.Kind, c.Cursor = call.ListTemplates, r.Params.Cursor
-		params, session, extra = r.Params, r.Session, r.Extra
+		c.Kind = call.ListTemplates
+		if r.Params != nil { // lists may come without params
+			c.Cursor, params = r.Params.Cursor, r.Params
+		}
+		session, extra = r.Session, r.Extra
 	case *mcp.ListPromptsRequest:
-		c.Kind, c.Cursor = call.ListPrompts, r.Params.Cursor
-		params, session, extra = r.Params, r.Session, r.Extra
+		c.Kind = call.ListPrompts
+		if r.Params != nil { // lists may come without params
+			c.Cursor, params = r.Params.Cursor, r.Params
+		}
+		session, extra = r.Session, r.Extra
 	default:
 		return nil
 	}
@@ -220,8 +239,12 @@ func (d *Door) decode(req mcp.Request) *call.Call {
 	} else {
 		c.Door, c.Credential.Peer = "stdio", "stdio"
 	}
-	c.Key, _ = params.GetMeta()["dev.newel/idempotencyKey"].(string)
-	c.Sink = &sink{session: session, token: progressToken(params), extra: extra}
+	out := &sink{session: session, extra: extra}
+	if params != nil {
+		c.Key, _ = params.GetMeta()["dev.newel/idempotencyKey"].(string)
+		out.token = progressToken(params)
+	}
+	c.Sink = out
 	c.Asker = &asker{session: session, client: &c.Client}
 	return c
 }
