@@ -13,7 +13,8 @@ import (
 )
 
 func configCommand(env *environment) *cobra.Command {
-	c := &cobra.Command{Use: "config", Short: "Check a configuration, print its schema", Args: cobra.NoArgs}
+	c := &cobra.Command{Use: "config", Short: "Check a configuration, print its schema", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
 	var path, output string
 	check := &cobra.Command{
 		Use:   "check",

@@ -82,6 +82,7 @@ func command(env *environment) *cobra.Command {
 		SilenceUsage:  true,
 		Version:       version(),
 		Args:          cobra.NoArgs,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	root.AddGroup(&cobra.Group{ID: "serve", Title: "Serving:"}, &cobra.Group{ID: "client", Title: "Talking to a server:"}, &cobra.Group{ID: "config", Title: "Configuration:"})
 	for group, verbs := range map[string][]*cobra.Command{
