@@ -1,11 +1,60 @@
 # make help lists the targets.
 .DEFAULT_GOAL := help
-SHELL := bash
+SHELL := bash -o pipefail
+
+FUZZTIME ?= 20s
+BENCHFLAGS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
-test: ## run all tests, with the race detector
-	go test -race ./...
+build: ## build dist/newel
+	CGO_ENABLED=0 go build -trimpath -o dist/newel ./cmd/newel
 
-.PHONY: help test
+test: ## run all tests, real databases and clients included (needs postgresql, npm)
+	go test ./...
+	cd test/bench && go test ./...
+
+race: ## run the tests that use goroutines with the race detector (needs a C compiler)
+	go test -race . ./call/... ./internal/... ./neweltest/...
+
+lint: ## gofmt, go vet, staticcheck
+	@unformatted=$$(git ls-files -co --exclude-standard '*.go' | xargs gofmt -l); \
+		if [ -n "$$unformatted" ]; then echo "not formatted, run gofmt -w:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	cd test/bench && go vet ./...
+	go tool staticcheck ./...
+	@echo "lint: ok"
+
+vuln: ## known vulnerabilities in what is linked (needs the vulnerability database)
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	go tool govulncheck ./... >"$$log" 2>&1; status=$$?; cat "$$log"; \
+	case $$status in \
+	0) echo "govulncheck: ok" ;; \
+	1) if grep -q 'fetching vulnerabilities' "$$log"; then echo "govulncheck: NOT RUN (database unreachable)"; else exit 1; fi ;; \
+	*) exit $$status ;; \
+	esac
+
+conformance: ## the official suite, both revisions on one URL (needs npm)
+	@go run ./test/conformance
+
+bench: ## what a call costs, against the floor and other libraries (three minutes, Linux, two CPUs)
+	@cd test/bench && go run . $(BENCHFLAGS)
+
+fuzz: ## run every fuzz target for FUZZTIME (20s)
+	@set -e; targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ {names[++n]=$$1} /^ok/ {for (i=1; i<=n; i++) print $$2, names[i]; n=0}'); \
+	test -n "$$targets" || { echo "fuzz: no targets found"; exit 1; }; \
+	count=0; while read -r pkg name; do \
+		echo "== $$name ($$pkg), $(FUZZTIME)"; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$pkg" </dev/null; count=$$((count+1)); \
+	done <<<"$$targets"; \
+	echo "fuzz: $$count targets, no failure"
+
+sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
+	go run ./test/sbom dist/newel > dist/newel.cdx.json
+	@echo "sbom: dist/newel.cdx.json"
+
+ci: ## what CI runs
+	.ci/run
+
+.PHONY: help build test race lint vuln conformance bench fuzz sbom ci
