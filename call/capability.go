@@ -74,6 +74,9 @@ type Capability struct {
 
 	// Check validates arguments against Input. The catalog compiles it at registration.
 	Check func(args jsontext.Value) error
+	// CheckOutput validates structuredContent against Output. The catalog compiles it; nil if
+	// there is no Output.
+	CheckOutput func(structured jsontext.Value) error
 }
 
 // Argument is one argument of a prompt. All values are strings.

@@ -106,7 +106,7 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	}
 	h.catalog = catalog.New(snapshot)
 
-	observer, err := observe.New(observe.Options{Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Server: o.Name})
+	observer, err := observe.New(observe.Options{Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Server: o.Name, RPCCode: mcpwire.RPCCode})
 	if err != nil {
 		return nil, err
 	}
@@ -117,7 +117,14 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	if err != nil {
 		return nil, err
 	}
-	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts})
+	err = errors.Join(
+		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", admission.Queued),
+		observer.Gauge("newel.calls.running", "Calls that run.", admission.Running),
+		observer.Gauge("newel.streams.open", "Open subscriptions.", admission.Streams))
+	if err != nil {
+		return nil, err
+	}
+	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts, CheckOutput: catalog.CheckOutput})
 	if err != nil {
 		return nil, err
 	}

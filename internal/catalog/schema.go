@@ -49,8 +49,22 @@ func (e *entry) compileTool() error {
 		return err
 	}
 	if c.Output != nil {
-		if _, _, err := compile("output", c.Output); err != nil {
+		out, doc, err := compile("output", c.Output)
+		if err != nil {
 			return err
+		}
+		if c.CheckOutput == nil {
+			quick := newQuick(doc)
+			c.CheckOutput = func(structured jsontext.Value) error {
+				if quick != nil && quick.accepts(structured) {
+					return nil
+				}
+				v, err := decode(structured)
+				if err != nil {
+					return err
+				}
+				return out.Validate(v)
+			}
 		}
 	}
 	if c.Check == nil {
@@ -63,6 +77,14 @@ func (e *entry) compileTool() error {
 		}
 	}
 	return nil
+}
+
+// CheckOutput validates structuredContent against its tool's output schema.
+func CheckOutput(tool *call.Capability, structured jsontext.Value) error {
+	if tool.CheckOutput == nil {
+		return nil
+	}
+	return tool.CheckOutput(structured)
 }
 
 // compilePrompt sets the Check of a prompt from its arguments: required ones must be there,

@@ -85,6 +85,16 @@ func ErrorTable(c call.Code) Row {
 	return Row{true, codeInternal, 200}
 }
 
+// RPCCode returns the JSON-RPC code that a failed call answers with, or 0 if it answers with a
+// result.
+func RPCCode(k call.Kind, c call.Code) int {
+	row := ErrorTable(c)
+	if k == call.Tool && row.Tool {
+		return 0
+	}
+	return row.Code
+}
+
 // AppendFailure appends the JSON-RPC error response.
 func AppendFailure(dst []byte, f *Failure) []byte {
 	dst = append(dst, `{"jsonrpc":"2.0","id":`...)

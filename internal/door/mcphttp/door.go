@@ -180,6 +180,9 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 	scratch := buffers.Get().(*bytes.Buffer)
 	scratch.Reset()
 	frame, f := d.opts.Codec.Serve(ctx, m, c, scratch.AvailableBuffer())
+	if c.Event.Correlation != "" {
+		w.Header()["X-Correlation-Id"] = []string{c.Event.Correlation}
+	}
 	if f != nil {
 		out.failure(f)
 	} else {
