@@ -105,20 +105,27 @@ func Open(ctx context.Context, name string, c Config, env module.Env) (*Backend,
 	return b, nil
 }
 
-// root returns the open folder of a source.
+// root returns the open folder of a source. It is opened anew when another folder has come to
+// stand at its path, as deployments that swap folders do.
 func (b *Backend) root(s Source) (*os.Root, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if r := b.roots[s.Name]; r != nil {
-		if _, err := r.Stat("."); err == nil {
-			return r, nil
-		}
-		_ = r.Close() // it is gone; perhaps another one stands in its place
-		delete(b.roots, s.Name)
-	}
 	path := s.Path
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(b.env.Dir, path)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if r := b.roots[s.Name]; r != nil {
+		if was, err := r.Stat("."); err == nil && os.SameFile(was, now) {
+			return r, nil
+		}
+		delete(b.roots, s.Name)
+		if err := r.Close(); err != nil {
+			return nil, err
+		}
 	}
 	r, err := os.OpenRoot(path)
 	if err == nil {
