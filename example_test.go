@@ -3,95 +3,139 @@ package newel_test
 import (
 	"context"
 	"fmt"
-	"testing"
+	"strings"
 
 	"newel.dev/newel"
 	"newel.dev/newel/call"
 	"newel.dev/newel/neweltest"
 )
 
-// example stands in for *testing.T.
-type example struct{ testing.TB }
-
-func (example) Helper()                           {}
-func (example) Context() context.Context          { return context.Background() }
-func (example) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
-
-func ExampleAddTool() {
-	type in struct {
-		City  string `json:"city" doc:"Where." minLength:"1"`
-		Units string `json:"units" enum:"celsius,fahrenheit" default:"celsius"`
-	}
-	type out struct {
-		City  string  `json:"city"`
-		Value float64 `json:"value"`
-		Units string  `json:"units"`
-	}
-	s := newel.New(&newel.Options{Name: "weather"})
-	newel.AddTool(s, newel.Tool{Name: "get_weather", Description: "Weather now.", Effect: call.Read},
-		func(_ context.Context, _ *newel.Request, in in) (out, error) {
-			return out{in.City, 21, in.Units}, nil
-		})
-
-	c := neweltest.New(example{}, s)
-	fmt.Printf("%+v\n", neweltest.Call[out](c, "get_weather", map[string]any{"city": "Oslo"}))
-	fmt.Println(c.Fail("get_weather", map[string]any{"citi": "Oslo"}).Message)
-	fmt.Println(c.Fail("get_weather", map[string]any{"city": "Oslo", "units": "kelvin"}).Message)
-	// Output:
-	// {City:Oslo Value:21 Units:celsius}
-	// invalid arguments: "city" is required and missing; unknown member "citi"; did you mean "city"?
-	// invalid arguments: /units: must be one of "celsius", "fahrenheit"
+type forecastIn struct {
+	City string `json:"city" doc:"Where." minLength:"1"`
+	Unit string `json:"unit" doc:"Of the temperature." enum:"celsius,fahrenheit" default:"celsius"`
 }
 
-// A handler that asks its caller is written once; it works for every protocol revision.
+type forecastOut struct {
+	Temperature float64 `json:"temperature"`
+	Unit        string  `json:"unit"`
+}
+
+// A tool is a function of a typed input; its schemas come from the types.
+func ExampleAddTool() {
+	s := newel.New(&newel.Options{Name: "weather"})
+	newel.AddTool(s, newel.Tool{Name: "get_weather", Description: "Weather now.", Effect: call.Read},
+		func(ctx context.Context, req *newel.Request, in forecastIn) (forecastOut, error) {
+			if in.City == "Atlantis" {
+				return forecastOut{}, newel.Errorf("Atlantis has no weather station; try a city on land")
+			}
+			return forecastOut{Temperature: 21, Unit: in.Unit}, nil
+		})
+
+	c := neweltest.New(nil, s)
+	defer c.Close()
+	fmt.Println(c.Call("get_weather", map[string]any{"city": "Oslo"}).Text())
+	fmt.Println(c.Call("get_weather", map[string]any{"city": "Atlantis"}).Text())
+	fmt.Println(c.Call("get_weather", map[string]any{"town": "Oslo"}).Text())
+	// Output:
+	// {"temperature":21,"unit":"celsius"}
+	// Atlantis has no weather station; try a city on land
+	// invalid arguments: "city" is required and missing; unknown member "town"; accepted: city, unit
+}
+
+// A handler asks the person at the caller's side before it has effects.
 func ExampleElicit() {
 	type confirmation struct {
-		Sure bool `json:"sure" doc:"Really?"`
+		Really bool `json:"really" doc:"Deleted files do not come back."`
+	}
+	type in struct {
+		Folder string `json:"folder"`
 	}
 	s := newel.New(nil)
-	newel.AddTool(s, newel.Tool{Name: "delete_account", Description: "Deletes an account.", Effect: call.Destructive},
-		func(ctx context.Context, req *newel.Request, in struct {
-			ID int `json:"id"`
-		}) (string, error) {
-			answer, action, err := newel.Elicit[confirmation](ctx, req, "sure", "Delete this account?")
+	newel.AddTool(s, newel.Tool{Name: "empty_folder", Description: "Deletes what is in a folder.", Effect: call.Destructive},
+		func(ctx context.Context, req *newel.Request, in in) (string, error) {
+			answer, action, err := newel.Elicit[confirmation](ctx, req, "confirm", "Empty "+in.Folder+"?")
 			if err != nil {
 				return "", err
 			}
-			if action != newel.Accepted || !answer.Sure {
-				return "", newel.Errorf("the person said no; do not try again")
+			if action != newel.Accepted || !answer.Really {
+				return "", newel.Errorf("%s was left as it is: the person did not confirm", in.Folder)
 			}
-			return fmt.Sprintf("account %d is deleted", in.ID), nil
+			return in.Folder + " is empty", nil
 		})
 
-	fmt.Println(neweltest.Call[string](neweltest.New(example{}, s).Answer("sure", neweltest.Accept(confirmation{true})), "delete_account", map[string]int{"id": 7}))
-	fmt.Println(neweltest.New(example{}, s).Answer("sure", neweltest.Decline()).Fail("delete_account", map[string]int{"id": 7}).Message)
+	args := map[string]any{"folder": "drafts"}
+	yes := neweltest.New(nil, s, neweltest.WithAnswers(map[string]any{"confirm": neweltest.Accept(confirmation{Really: true})}))
+	defer yes.Close()
+	fmt.Println(yes.Call("empty_folder", args).Text())
+	no := neweltest.New(nil, s, neweltest.WithAnswers(map[string]any{"confirm": neweltest.Decline()}))
+	defer no.Close()
+	fmt.Println(no.Call("empty_folder", args).Text())
 	// Output:
-	// account 7 is deleted
-	// the person said no; do not try again
+	// drafts is empty
+	// drafts was left as it is: the person did not confirm
 }
 
+// A template is a family of resources.
 func ExampleAddTemplate() {
 	s := newel.New(nil)
-	newel.AddTemplate(s, newel.Template{Template: "note://{name}", Name: "note", MIME: "text/plain"},
+	newel.AddTemplate(s, newel.Template{Template: "greeting://{language}", Name: "Greetings", MIME: "text/plain",
+		Suggest: func(_ context.Context, _, typed string) ([]string, error) {
+			var out []string
+			for _, l := range []string{"danish", "dutch", "finnish"} {
+				if strings.HasPrefix(l, typed) {
+					out = append(out, l)
+				}
+			}
+			return out, nil
+		}},
 		func(_ context.Context, _ *newel.Request, vars map[string]string) (newel.Contents, error) {
-			return newel.Contents{Text: "About " + vars["name"] + "."}, nil
+			if vars["language"] != "finnish" {
+				return newel.Contents{}, call.Errorf(call.NotFound, "no greeting in %s", vars["language"])
+			}
+			return newel.Contents{Text: "Hyvää päivää"}, nil
 		})
-	fmt.Println(neweltest.New(example{}, s).Read("note://rivers"))
+
+	c := neweltest.New(nil, s)
+	defer c.Close()
+	fmt.Println(c.Read("greeting://finnish").Text())
+	fmt.Println(c.Read("greeting://danish").Err.Message)
+	fmt.Println(c.Complete(call.Resource, "greeting://{language}", "language", "d", nil))
 	// Output:
-	// [{"uri":"note://rivers","mimeType":"text/plain","text":"About rivers."}]
+	// Hyvää päivää
+	// no greeting in danish
+	// [danish dutch]
 }
 
+// A prompt is a parameterised template.
 func ExampleAddPrompt() {
 	s := newel.New(nil)
 	newel.AddPrompt(s, newel.Prompt{Name: "review", Description: "Reviews a text.", Arguments: []call.Argument{
-		{Name: "text", Required: true}, {Name: "tone", Enum: []string{"kind", "strict"}},
-	}}, func(_ context.Context, _ *newel.Request, args map[string]string) ([]newel.Message, error) {
-		return []newel.Message{{Role: "user", Content: newel.TextBlock("Review: " + args["text"])}}, nil
-	})
-	c := neweltest.New(example{}, s)
-	fmt.Println(c.Prompt("review", map[string]string{"text": "Hello."}))
-	fmt.Println(c.Complete(call.Prompt, "review", "tone", "s"))
+		{Name: "text", Required: true}, {Name: "tone", Enum: []string{"kind", "strict"}}}},
+		func(_ context.Context, _ *newel.Request, args map[string]string) ([]newel.Message, error) {
+			return []newel.Message{{Role: "user", Content: newel.TextBlock("Review in a " + args["tone"] + " tone: " + args["text"])}}, nil
+		})
+
+	c := neweltest.New(nil, s)
+	defer c.Close()
+	fmt.Println(c.Prompt("review", map[string]string{"text": "Hello.", "tone": "kind"}).Text())
+	fmt.Println(c.Complete(call.Prompt, "review", "tone", "s", nil))
 	// Output:
-	// [{"role":"user","content":{"type":"text","text":"Review: Hello."}}]
+	// Review in a kind tone: Hello.
 	// [strict]
+}
+
+// Errors in what was added surface when the server starts, all of them, with names and places.
+func ExampleServer_Handler() {
+	s := newel.New(nil)
+	type in struct {
+		Level string `json:"level" minimum:"1"`
+	}
+	newel.AddTool(s, newel.Tool{Name: "set_level", Effect: call.Write},
+		func(context.Context, *newel.Request, in) (string, error) { return "ok", nil })
+	_, err := s.Handler()
+	_, message, _ := strings.Cut(err.Error(), "example_test.go:") // before it, where the file is
+	_, message, _ = strings.Cut(message, ": ")
+	fmt.Println(message)
+	// Output:
+	// tool "set_level": newel_test.in.Level: the tag minimum does not fit a value of type "string"
 }

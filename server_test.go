@@ -56,7 +56,7 @@ func TestErrorsKeepTheirCauseInside(t *testing.T) {
 	})
 	c := neweltest.New(t, s)
 	for tool, want := range map[string]string{"inside": "internal error", "panics": "internal error", "says": "try a smaller one"} {
-		if got := c.Fail(tool, nil).Message; got != want {
+		if got := c.Call(tool, nil).Text(); got != want {
 			t.Errorf("%s: %q", tool, got)
 		}
 	}
@@ -68,16 +68,16 @@ func TestLargeResult(t *testing.T) {
 	whole := strings.Repeat("0123456789abcdeé\n", 20_000)
 	newel.AddTool(s, newel.Tool{Name: "large", Effect: call.Read}, func(context.Context, *newel.Request, struct{}) (string, error) { return whole, nil })
 	c := neweltest.New(t, s)
-	r, err := c.Raw("large", nil)
-	if err != nil {
-		t.Fatal(err)
+	r := c.Call("large", nil)
+	if r.Err != nil {
+		t.Fatal(r.Err)
 	}
 	_, rest, ok := strings.Cut(string(r.Content), `"uri":"artifact://`)
 	id, _, _ := strings.Cut(rest, `"`)
 	if !ok || len(r.Content) > 10_000 {
 		t.Fatalf("not linked: %.300s", r.Content)
 	}
-	if got := c.Read("artifact://" + id); !strings.Contains(got, `"text":"0123456789abcdeé\n`) || !strings.Contains(got, `dev.newel/next`) {
+	if got := string(c.Read("artifact://" + id).Content); !strings.Contains(got, `"text":"0123456789abcdeé\n`) || !strings.Contains(got, `dev.newel/next`) {
 		t.Errorf("got %.200s", got)
 	}
 }
@@ -89,10 +89,11 @@ func TestProgressAndLogs(t *testing.T) {
 			errors.Join(r.Progress(ctx, 1, 2, "half"), r.Log(ctx, "info", "l", map[string]int{"n": 1}))
 	})
 	c := neweltest.New(t, s)
-	if got := neweltest.Call[string](c, "works", nil); got != "a" {
+	r := c.Call("works", nil)
+	if got := r.Text(); got != "a" {
 		t.Errorf("got %q", got)
 	}
-	if p, l := c.Progress(), c.Logs(); len(p) != 1 || p[0].Message != "half" || len(l) != 1 || string(l[0].Data) != `{"n":1}` {
+	if p, l := r.Progress, r.Logs; len(p) != 1 || p[0].Message != "half" || len(l) != 1 || string(l[0].Data) != `{"n":1}` {
 		t.Errorf("got %v %v", p, l)
 	}
 }

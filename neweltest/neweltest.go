@@ -30,8 +30,8 @@ type TB interface {
 	Context() context.Context
 }
 
-// A Client calls one server. It is safe for concurrent use, but like all of a test's Fatalf its
-// methods belong on the test's own goroutine.
+// A Client calls one server. Its methods belong on the goroutine of the test, because they may
+// fail it.
 type Client struct {
 	t       TB
 	server  *newel.Server

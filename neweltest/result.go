@@ -19,8 +19,8 @@ type Result struct {
 	call.Result
 
 	Err      *call.Error // why the call failed, or nil; its cause is what the log would say
-	Progress []call.Progress
-	Logs     []call.LogMessage // of every level
+	Progress []call.Progress   // of all rounds
+	Logs     []call.LogMessage // of all rounds and every level
 	Asked    []call.Question   // in order, each once
 	Rounds   int               // how often the handler ran
 
