@@ -38,11 +38,11 @@ func encode(c *call.Capability) ([]byte, error) {
 		w.arguments(c.Arguments)
 	}
 	w.raw("_meta", meta(c))
-	w.b = append(w.b, '}')
-	if v := jsontext.Value(w.b); !v.IsValid() {
+	def := jsontext.Value(append(w.b, '}'))
+	if !def.IsValid() {
 		return nil, errors.New("icons, annotations or _meta are not valid JSON")
 	}
-	return w.b, nil
+	return def, def.Compact() // schemas are written over several lines; order and digits stay
 }
 
 func nameOf(c *call.Capability) string {

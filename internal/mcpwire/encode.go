@@ -1,6 +1,7 @@
 package mcpwire
 
 import (
+	"bytes"
 	"strconv"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -43,6 +44,24 @@ func (f *Frame) Len() int { return len(f.Head) + len(f.Body) + len(f.Tail) }
 // AppendTo appends the whole response.
 func (f *Frame) AppendTo(dst []byte) []byte {
 	return append(append(append(dst, f.Head...), f.Body...), f.Tail...)
+}
+
+// OneLine returns a message without line breaks, which would end an event or a line of stdio
+// early: JSON that others wrote may hold them between its tokens. Nothing else is changed.
+func OneLine(message []byte) []byte {
+	if bytes.IndexByte(message, '\n') < 0 && bytes.IndexByte(message, '\r') < 0 {
+		return message
+	}
+	v := jsontext.Value(message).Clone()
+	if err := v.Compact(); err != nil {
+		return bytes.Map(func(r rune) rune { // not JSON: then at least one line
+			if r == '\n' || r == '\r' {
+				return ' '
+			}
+			return r
+		}, message)
+	}
+	return v
 }
 
 // frame encodes a complete result. buf is scratch space for head and tail.

@@ -37,7 +37,7 @@ type everything struct {
 	Region  string            `json:"region,omitempty" header:"Region"`
 	Level   int               `json:"level" enum:"1,2,3"`
 	Skipped string            `json:"-"`
-	private string            //nolint:unused // must not appear
+	private string            //lint:ignore U1000 unexported fields must not appear
 	Any     any               `json:"any,omitempty"`
 	Deep    map[string][]bool `json:"deep,omitempty"`
 }

@@ -82,7 +82,7 @@ func Open(ctx context.Context, name string, c Config, env module.Env) (*Backend,
 	for i, s := range c.Sources {
 		path := fmt.Sprintf("sources[%d]", i)
 		if s.Name == "" || strings.Trim(s.Name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.") != "" {
-			return nil, at(path+".name", fmt.Errorf("the name %q may only hold letters, digits and - _ .", s.Name))
+			return nil, at(path+".name", fmt.Errorf("the name %q may only hold letters, digits and the signs - _ and dot", s.Name))
 		}
 		if slices.ContainsFunc(c.Sources[:i], func(o Source) bool { return o.Name == s.Name }) {
 			return nil, at(path+".name", fmt.Errorf("two sources are named %q", s.Name))

@@ -118,9 +118,8 @@ func (d *Door) post(w http.ResponseWriter, r *http.Request) {
 	buf := buffers.Get().(*bytes.Buffer)
 	buf.Reset()
 	if f := d.read(w, r, buf); f != nil {
-		buffers.Put(buf)
 		d.refuse(w, r, f, buf.Len())
-		return
+		return // the buffer may have grown to the bound: it is not kept
 	}
 	if stateless(r, buf.Bytes()) {
 		d.stateless(w, r, buf.Bytes())

@@ -33,7 +33,12 @@ func (p *reply) event(message []byte) error {
 		h.Set("X-Accel-Buffering", "no") // proxies must not hold events back
 		p.w.WriteHeader(http.StatusOK)
 	}
-	return p.writeAndFlush([]byte("event: message\ndata: "), message, []byte("\n\n"))
+	return p.send(message)
+}
+
+// send writes one event. mu is held.
+func (p *reply) send(message []byte) error {
+	return p.writeAndFlush([]byte("event: message\ndata: "), mcpwire.OneLine(message), []byte("\n\n"))
 }
 
 // comment keeps an idle stream open; before the stream has begun it does nothing.
@@ -66,7 +71,7 @@ func (p *reply) answer(f *mcpwire.Frame) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stream {
-		_ = p.writeAndFlush([]byte("event: message\ndata: "), f.Head, f.Body, f.Tail, []byte("\n\n"))
+		_ = p.send(f.AppendTo(nil))
 		return
 	}
 	p.json(http.StatusOK, f.Len(), f.Head, f.Body, f.Tail)
@@ -78,7 +83,7 @@ func (p *reply) failure(f *mcpwire.Failure) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stream {
-		_ = p.writeAndFlush([]byte("event: message\ndata: "), body, []byte("\n\n"))
+		_ = p.send(body)
 		return
 	}
 	p.json(f.Status, len(body), body)

@@ -130,6 +130,7 @@ func (l *lines) Write(b []byte) (int, error) {
 }
 
 func (l *lines) send(message []byte) error {
+	message = mcpwire.OneLine(message)
 	_, err := l.Write(append(message[:len(message):len(message)], '\n'))
 	return err
 }

@@ -126,6 +126,16 @@ func TestDuplicateAndCancelled(t *testing.T) {
 	})
 }
 
+// A message that holds line breaks between its tokens leaves as one line.
+func TestOneLine(t *testing.T) {
+	got := serve(t, Options{Sessions: echoSessions, Stateless: func(_ context.Context, _ []byte, send func([]byte) error) {
+		_ = send([]byte("{\"a\":\n\t[1.50,\r\n\"b\\n\"]}"))
+	}}, `{"id":1,"method":"server/discover"}`)
+	if got != `{"a":[1.50,"b\n"]}`+"\n" {
+		t.Errorf("got %q", got)
+	}
+}
+
 // The context ends the door although a call runs and input stays open.
 func TestContextEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
