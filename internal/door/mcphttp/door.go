@@ -233,10 +233,13 @@ func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *
 		w.Header().Set("Connection", "close")
 		return tooLarge
 	}
-	if r.ContentLength > 0 && r.ContentLength <= maxPooled {
+	body := r.Body
+	if r.ContentLength < 0 {
+		body = http.MaxBytesReader(w, body, limit) // otherwise net/http reads no more than it announces
+	} else if r.ContentLength <= maxPooled {
 		buf.Grow(int(r.ContentLength) + bytes.MinRead)
 	}
-	if _, err := buf.ReadFrom(http.MaxBytesReader(w, r.Body, limit)); err != nil {
+	if _, err := buf.ReadFrom(body); err != nil {
 		var over *http.MaxBytesError
 		if errors.As(err, &over) {
 			return tooLarge
