@@ -53,8 +53,9 @@ type Door struct {
 	o       Options
 	server  *mcp.Server
 	handler http.Handler
-	mu      sync.Mutex     // guards streams
+	mu      sync.Mutex     // guards what is below
 	streams map[string]int // open requests per session
+	running map[string]int // who holds the id of a request, by session and id
 }
 
 // Revisions are the revisions this door speaks, newest first.
@@ -86,7 +87,7 @@ func New(o Options) (*Door, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	d := &Door{o: o, streams: map[string]int{}}
+	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}}
 	d.server = mcp.NewServer(&mcp.Implementation{Name: o.Name, Title: o.Title, Version: o.Version}, &mcp.ServerOptions{
 		Instructions:              o.Instructions,
 		Capabilities:              capabilities(o.Has),
@@ -158,6 +159,10 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		c := d.decode(req)
 		if c == nil {
 			return next(ctx, method, req)
+		}
+		if extra := req.GetExtra(); extra != nil && extra.Header.Get(headerKey) != "" {
+			d.hold(extra.Header.Get(headerKey))
+			defer d.release(extra.Header.Get(headerKey))
 		}
 		r, err := d.o.Path(ctx, c)
 		if err != nil {
@@ -254,6 +259,7 @@ func (d *Door) decode(req mcp.Request) *call.Call {
 const (
 	headerPeer = "X-Newel-Peer"
 	headerSize = "X-Newel-Size"
+	headerKey  = "X-Newel-Key"
 )
 
 // Close ends all sessions: their clients are told to start anew.

@@ -387,6 +387,54 @@ func TestQuotas(t *testing.T) {
 	}
 }
 
+// Two requests with one id in one session: the second is refused as long as the first runs, even
+// when the first one's client has gone.
+func TestOneIDTwice(t *testing.T) {
+	hold, started := make(chan struct{}), make(chan struct{}, 2)
+	w := newWorld(t, func(context.Context, *call.Call) (*call.Result, error) {
+		started <- struct{}{}
+		<-hold
+		return call.Text("x"), nil
+	})
+	s := w.raw(t, "2025-11-25", `{}`)
+	const body = `{"jsonrpc":"2.0","id":7,"method":"tools/call","params":{"name":"x"}}`
+	ctx, leave := context.WithCancel(t.Context())
+	first := make(chan struct{})
+	go func() {
+		defer close(first)
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, w.url, strings.NewReader(body))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		r.Header = http.Header{"Content-Type": {"application/json"}, "Accept": {"application/json, text/event-stream"}, "Mcp-Session-Id": {s.id}, "Mcp-Protocol-Version": {s.version}}
+		if resp, err := http.DefaultTransport.RoundTrip(r); err == nil {
+			_, _ = io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+	}()
+	<-started
+	refused := func() bool {
+		resp := s.send(t, http.MethodPost, body)
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(resp.Body)
+		return resp.StatusCode == http.StatusBadRequest && strings.Contains(string(text), "ids must be unique") && strings.Contains(string(text), `"id":7`)
+	}
+	if !refused() {
+		t.Error("the second request went through")
+	}
+	leave()
+	<-first
+	if !refused() {
+		t.Error("the id was free while its call ran on")
+	}
+	close(hold)
+	other := s.post(t, strings.Replace(body, `"id":7`, `"id":8`, 1))
+	if !strings.Contains(other, `"id":8`) {
+		t.Errorf("another id got %s", other)
+	}
+}
+
 // A stream that the server ends early goes on where it was, with Last-Event-ID (SEP-1699).
 func TestResume(t *testing.T) {
 	back := make(chan struct{})

@@ -38,6 +38,16 @@ func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		defer d.done(session)
 	}
+	key := ""
+	if session != "" && message.id != nil && message.method != "" {
+		key = session + " " + string(message.id)
+		if !d.reserve(key) {
+			refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusBadRequest, Code: -32600, Message: "a request with this id is still running in this session; ids must be unique"})
+			return
+		}
+		defer d.release(key)
+	}
+	r.Header.Set(headerKey, key)
 	r.Header.Set(headerPeer, r.RemoteAddr)
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
 	out := &writer{w: w, id: message.id}
@@ -124,6 +134,32 @@ func (d *Door) done(session string) {
 	defer d.mu.Unlock()
 	if d.streams[session]--; d.streams[session] == 0 {
 		delete(d.streams, session)
+	}
+}
+
+// reserve takes an id for a request, if no other of its session has it.
+func (d *Door) reserve(key string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.running[key] > 0 {
+		return false
+	}
+	d.running[key] = 1
+	return true
+}
+
+// hold keeps an id reserved: a call runs on when its client goes away.
+func (d *Door) hold(key string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.running[key]++
+}
+
+func (d *Door) release(key string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.running[key]--; d.running[key] <= 0 {
+		delete(d.running, key)
 	}
 }
 
