@@ -223,4 +223,6 @@ func (program) Cleanup(func())           {}
 func (program) Context() context.Context { return context.Background() }
 
 // Fatalf panics: there is nobody to report to.
-func (program) Fatalf(format string, args ...any) { panic(call.Errorf(call.Failed, format, args...).Message) }
+func (program) Fatalf(format string, args ...any) {
+	panic(call.Errorf(call.Failed, format, args...).Message)
+}

@@ -18,7 +18,7 @@ type Result struct {
 	// is the result that says so; after other failures it is empty.
 	call.Result
 
-	Err      *call.Error // why the call failed, or nil; its cause is what the log would say
+	Err      *call.Error       // why the call failed, or nil; its cause is what the log would say
 	Progress []call.Progress   // of all rounds
 	Logs     []call.LogMessage // of all rounds and every level
 	Asked    []call.Question   // in order, each once
