@@ -142,3 +142,66 @@ func TestTool(t *testing.T) {
 		t.Errorf("%v, output %s", err, text.Output)
 	}
 }
+
+// Defaults hold at any depth, and only where a member is absent.
+func TestDefaultsInside(t *testing.T) {
+	type line struct {
+		SKU string `json:"sku"`
+		N   int    `json:"n" default:"1"`
+	}
+	type in struct {
+		Lines []line          `json:"lines"`
+		By    map[string]line `json:"by,omitempty"`
+		Note  *string         `json:"note"`
+	}
+	var got in
+	c := &call.Capability{}
+	if err := Tool(c, func(_ context.Context, _ *call.Call, v in) (string, error) { got = v; return "", nil }); err != nil {
+		t.Fatal(err)
+	}
+	args := jsontext.Value(`{"lines":[{"sku":"a"},{"sku":"b","n":0}],"by":{"x":{"sku":"c"}}}`)
+	if _, err := c.Run(t.Context(), &call.Call{Args: args}); err != nil {
+		t.Fatal(err)
+	}
+	want := in{Lines: []line{{"a", 1}, {"b", 0}}, By: map[string]line{"x": {"c", 1}}}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	if s := string(args); s != `{"lines":[{"sku":"a"},{"sku":"b","n":0}],"by":{"x":{"sku":"c"}}}` {
+		t.Errorf("the arguments were changed: %s", s)
+	}
+}
+
+func TestOutputSchemaAllowsNullWhereGoWritesIt(t *testing.T) {
+	type out struct {
+		A *int `json:"a"`
+		B *int `json:"b,omitempty"`
+	}
+	got, err := OutputSchema(reflect.TypeFor[out]())
+	if want := `{"type":"object","properties":{"a":{"type":["integer","null"]},"b":{"type":"integer"}},"additionalProperties":false}`; err != nil || string(got) != want {
+		t.Errorf("%v: got %s, want %s", err, got, want)
+	}
+}
+
+// What a schema allows and the type cannot hold is told with its place and what to write instead.
+func TestDecodeSaysWhere(t *testing.T) {
+	type in struct {
+		Home struct {
+			N int8 `json:"n"`
+		} `json:"home"`
+	}
+	c := &call.Capability{}
+	if err := Tool(c, func(context.Context, *call.Call, in) (string, error) { return "", nil }); err != nil {
+		t.Fatal(err)
+	}
+	for args, want := range map[string]string{
+		`{"home":{"n":1000}}`: "/home/n: it is out of range",
+		`{"home":{"n":1.0}}`:  "write it as a whole number",
+		`{"home":{"m":1}}`:    "a member that the tool does not know",
+	} {
+		_, err := c.Run(t.Context(), &call.Call{Args: jsontext.Value(args)})
+		if e := call.AsError(err); e.Code != call.Invalid || !strings.Contains(e.Error(), want) {
+			t.Errorf("%s: got %v, want %q", args, err, want)
+		}
+	}
+}

@@ -2,6 +2,8 @@ package gofunc
 
 import (
 	"cmp"
+	"encoding"
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -15,16 +17,24 @@ import (
 	"newel.dev/newel/call"
 )
 
-// Schema derives the JSON Schema (2020-12) of a type.
+// Schema derives the JSON Schema (2020-12) of the JSON that a value of type t is decoded from.
 //
 // Structs become closed objects. A member is required unless its field is a pointer, has a
 // default, or says omitempty or omitzero. Struct tags: doc (or jsonschema) is the description;
-// enum lists values, separated by commas; minimum, maximum, minLength, maxLength, minItems,
-// maxItems, pattern and format are the keywords of these names; default is the value of an absent
-// member; header mirrors it in an Mcp-Param header. A tag that does not fit its field is an error
-// that names the field. Recursive types are refused: write their schema by hand.
-func Schema(t reflect.Type) (jsontext.Value, error) {
-	s, err := derive(t, nil)
+// enum lists values, separated by commas, of the field or of the elements of a slice; minimum,
+// maximum, minLength, maxLength, minItems, maxItems, pattern, format and title are the keywords of
+// these names; default is the value of an absent member; header mirrors it in an Mcp-Param header.
+// A tag that does not fit its field is an error that names the field. Types that encode themselves
+// as text are strings. Recursive types and types that encode themselves as JSON are refused: write
+// their schema by hand.
+func Schema(t reflect.Type) (jsontext.Value, error) { return objectSchema(t, false) }
+
+// OutputSchema is Schema for the JSON that a value of type t is encoded to: null where Go writes
+// null, for pointers that are not omitted.
+func OutputSchema(t reflect.Type) (jsontext.Value, error) { return objectSchema(t, true) }
+
+func objectSchema(t reflect.Type, out bool) (jsontext.Value, error) {
+	s, err := deriver{out}.derive(indirect(t), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -32,6 +42,13 @@ func Schema(t reflect.Type) (jsontext.Value, error) {
 		return nil, fmt.Errorf("%v is no struct or map: the schema of arguments and results is that of an object", t)
 	}
 	return s.encode(), nil
+}
+
+func indirect(t reflect.Type) reflect.Type {
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	return t
 }
 
 // schema is an object of keywords in order.
@@ -68,19 +85,38 @@ func quote(s string) string { return string(call.AppendString(nil, s)) }
 
 func ofType(name string) schema { return schema{{"type", quote(name)}} }
 
+// deriver derives the schema of what is decoded, or of what is encoded.
+type deriver struct{ out bool }
+
+var (
+	timeType     = reflect.TypeFor[time.Time]()
+	rawType      = reflect.TypeFor[jsontext.Value]()
+	durationType = reflect.TypeFor[time.Duration]()
+)
+
 // derive returns the schema of t; path holds the structs being derived.
-func derive(t reflect.Type, path []reflect.Type) (schema, error) {
+func (d deriver) derive(t reflect.Type, path []reflect.Type) (schema, error) {
 	switch t {
-	case reflect.TypeFor[time.Time]():
+	case timeType:
 		return schema{{"type", `"string"`}, {"format", `"date-time"`}}, nil
-	case reflect.TypeFor[jsontext.Value]():
+	case rawType:
 		return schema{}, nil
-	case reflect.TypeFor[[]byte]():
-		return schema{{"type", `"string"`}, {"contentEncoding", `"base64"`}}, nil
+	case durationType:
+		return nil, errors.New("a time.Duration has no agreed JSON form; use a number whose name tells the unit, such as timeout_seconds")
+	}
+	switch self, err := ownForm(t, d.out); {
+	case err != nil:
+		return nil, err
+	case self:
+		return ofType("string"), nil
 	}
 	switch t.Kind() {
 	case reflect.Pointer:
-		return derive(t.Elem(), path)
+		s, err := d.derive(t.Elem(), path)
+		if err == nil && d.out {
+			s.allowNull()
+		}
+		return s, err
 	case reflect.Interface:
 		return schema{}, nil
 	case reflect.String:
@@ -94,37 +130,76 @@ func derive(t reflect.Type, path []reflect.Type) (schema, error) {
 	case reflect.Float32, reflect.Float64:
 		return ofType("number"), nil
 	case reflect.Slice, reflect.Array:
-		items, err := derive(t.Elem(), path)
+		if t.Elem().Kind() == reflect.Uint8 {
+			return schema{{"type", `"string"`}, {"contentEncoding", `"base64"`}}, nil
+		}
+		items, err := d.derive(t.Elem(), path)
 		if err != nil {
 			return nil, err
 		}
-		return schema{{"type", `"array"`}, {"items", string(items.encode())}}, nil
-	case reflect.Map:
-		if t.Key().Kind() != reflect.String {
-			return nil, fmt.Errorf("%v: the keys of a map must be strings", t)
+		s := schema{{"type", `"array"`}, {"items", string(items.encode())}}
+		if t.Kind() == reflect.Array {
+			s.set("minItems", strconv.Itoa(t.Len()))
+			s.set("maxItems", strconv.Itoa(t.Len()))
 		}
-		values, err := derive(t.Elem(), path)
+		return s, nil
+	case reflect.Map:
+		if own, _ := ownForm(t.Key(), d.out); t.Key().Kind() != reflect.String || own {
+			return nil, fmt.Errorf("%v: the keys of a map must be plain strings", t)
+		}
+		values, err := d.derive(t.Elem(), path)
 		if err != nil {
 			return nil, err
 		}
 		return schema{{"type", `"object"`}, {"additionalProperties", string(values.encode())}}, nil
 	case reflect.Struct:
-		return deriveStruct(t, path)
+		return d.deriveStruct(t, path)
 	}
 	return nil, fmt.Errorf("%v has no JSON form", t)
 }
 
-func deriveStruct(t reflect.Type, path []reflect.Type) (schema, error) {
+// ownForm reports whether a type encodes itself as text. One that encodes itself as JSON is an
+// error: what it writes cannot be known.
+func ownForm(t reflect.Type, out bool) (text bool, err error) {
+	if t.Kind() == reflect.Interface {
+		return false, nil
+	}
+	p := reflect.PointerTo(t)
+	is := func(i reflect.Type) bool { return t.Implements(i) || p.Implements(i) }
+	if is(reflect.TypeFor[json.Marshaler]()) || is(reflect.TypeFor[json.MarshalerTo]()) ||
+		is(reflect.TypeFor[json.Unmarshaler]()) || is(reflect.TypeFor[json.UnmarshalerFrom]()) {
+		if t.Kind() == reflect.Pointer {
+			return false, nil // the same is said of what it points to
+		}
+		return false, fmt.Errorf("%v encodes itself as JSON; write the schema by hand", t)
+	}
+	if t.Kind() == reflect.Pointer {
+		return false, nil
+	}
+	if out {
+		return is(reflect.TypeFor[encoding.TextMarshaler]()) || is(reflect.TypeFor[encoding.TextAppender]()), nil
+	}
+	return is(reflect.TypeFor[encoding.TextUnmarshaler]()), nil
+}
+
+func (d deriver) deriveStruct(t reflect.Type, path []reflect.Type) (schema, error) {
 	if slices.Contains(path, t) {
 		return nil, fmt.Errorf("%v contains itself; write its schema by hand", t)
 	}
 	path = append(path[:len(path):len(path)], t)
+	// The library's own rules for json tags, found now rather than in the first call.
+	if err := json.Unmarshal([]byte("{}"), reflect.New(t).Interface()); err != nil {
+		return nil, fmt.Errorf("%v: %w", t, err)
+	}
 	var props schema
 	var required []string
 	err := eachField(t, func(f reflect.StructField, name string, optional bool) error {
-		p, err := derive(f.Type, path)
+		p, err := d.derive(f.Type, path)
 		if err != nil {
 			return fmt.Errorf("%v.%s: %w", t, f.Name, err)
+		}
+		if optional {
+			p.forbidNull()
 		}
 		if err := p.tags(f); err != nil {
 			return fmt.Errorf("%v.%s: %w", t, f.Name, err)
@@ -133,7 +208,7 @@ func deriveStruct(t reflect.Type, path []reflect.Type) (schema, error) {
 			return fmt.Errorf("%v.%s: the name %q is used twice", t, f.Name, name)
 		}
 		props.set(name, string(p.encode()))
-		if !optional && p.keyword("default") == "" {
+		if !optional && f.Type.Kind() != reflect.Pointer && p.keyword("default") == "" {
 			required = append(required, quote(name))
 		}
 		return nil
@@ -150,17 +225,40 @@ func deriveStruct(t reflect.Type, path []reflect.Type) (schema, error) {
 	return s, nil
 }
 
-// eachField calls f for the JSON members of a struct, embedded structs included.
+// eachField calls f for the JSON members of a struct, embedded structs included. optional is what
+// the json tag says: the member is left out when it is empty.
 func eachField(t reflect.Type, f func(f reflect.StructField, name string, optional bool) error) error {
 	for i := range t.NumField() {
 		field := t.Field(i)
 		tag := field.Tag.Get("json")
-		name, options, _ := strings.Cut(tag, ",")
 		if tag == "-" || !field.IsExported() && !field.Anonymous {
 			continue
 		}
-		if field.Anonymous && name == "" && field.Type.Kind() == reflect.Struct {
-			if err := eachField(field.Type, f); err != nil {
+		name, options, _ := strings.Cut(tag, ",")
+		if strings.ContainsAny(name, "'`\"\\") {
+			return fmt.Errorf("%v.%s: a quoted name in the json tag is not understood here; use a plain name", t, field.Name)
+		}
+		optional, embed := false, field.Anonymous && name == ""
+		for option := range strings.SplitSeq(options, ",") {
+			switch option {
+			case "omitempty", "omitzero":
+				optional = true
+			case "embed":
+				embed = true
+			case "", "case:strict":
+			default:
+				return fmt.Errorf("%v.%s: the json option %q has no place in a schema; use the name, omitempty, omitzero and embed", t, field.Name, option)
+			}
+		}
+		if embed {
+			inner := indirect(field.Type)
+			if inner.Kind() != reflect.Struct {
+				return fmt.Errorf("%v.%s: only structs can be embedded: what else stands there would not be described", t, field.Name)
+			}
+			if inner == t {
+				return fmt.Errorf("%v contains itself; write its schema by hand", t)
+			}
+			if err := eachField(inner, f); err != nil {
 				return err
 			}
 			continue
@@ -168,151 +266,9 @@ func eachField(t reflect.Type, f func(f reflect.StructField, name string, option
 		if !field.IsExported() {
 			continue
 		}
-		optional := field.Type.Kind() == reflect.Pointer || strings.Contains(options, "omitempty") || strings.Contains(options, "omitzero")
 		if err := f(field, cmp.Or(name, field.Name), optional); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// tagRules: which tags fit which types, and how their values become JSON.
-var tagRules = []struct {
-	tag, keyword string
-	types        string // types it fits
-	integer      bool   // a count; otherwise any number, or a string
-	number       bool
-}{
-	{"minimum", "minimum", "integer number", false, true},
-	{"maximum", "maximum", "integer number", false, true},
-	{"minLength", "minLength", "string", true, false},
-	{"maxLength", "maxLength", "string", true, false},
-	{"minItems", "minItems", "array", true, false},
-	{"maxItems", "maxItems", "array", true, false},
-	{"pattern", "pattern", "string", false, false},
-	{"format", "format", "string", false, false},
-	{"header", "x-mcp-header", "string integer boolean", false, false},
-	{"title", "title", "", false, false},
-}
-
-// tags adds the keywords of a field's struct tags.
-func (s *schema) tags(f reflect.StructField) error {
-	if d := cmp.Or(f.Tag.Get("doc"), f.Tag.Get("jsonschema")); d != "" {
-		s.set("description", quote(d))
-	}
-	typ := strings.Trim(s.keyword("type"), `"`)
-	for _, r := range tagRules {
-		v, ok := f.Tag.Lookup(r.tag)
-		if !ok {
-			continue
-		}
-		if r.types != "" && !slices.Contains(strings.Fields(r.types), typ) {
-			return fmt.Errorf("the tag %s does not fit a value of type %q", r.tag, typ)
-		}
-		switch {
-		case r.integer:
-			if _, err := strconv.ParseUint(v, 10, 31); err != nil {
-				return fmt.Errorf("the tag %s must be a whole number, not %q", r.tag, v)
-			}
-		case r.number:
-			if _, err := strconv.ParseFloat(v, 64); err != nil || !jsontext.Value(v).IsValid() {
-				return fmt.Errorf("the tag %s must be a number, not %q", r.tag, v)
-			}
-		default:
-			v = quote(v)
-		}
-		s.replace(r.keyword, v)
-	}
-	if v, ok := f.Tag.Lookup("enum"); ok {
-		var vals []string
-		for one := range strings.SplitSeq(v, ",") {
-			j, err := literal(typ, strings.TrimSpace(one))
-			if err != nil {
-				return fmt.Errorf("the tag enum: %w", err)
-			}
-			vals = append(vals, j)
-		}
-		s.set("enum", "["+strings.Join(vals, ",")+"]")
-	}
-	if v, ok := f.Tag.Lookup("default"); ok {
-		j, err := literal(typ, v)
-		if err != nil {
-			return fmt.Errorf("the tag default: %w", err)
-		}
-		if err := json.Unmarshal([]byte(j), reflect.New(f.Type).Interface()); err != nil {
-			return fmt.Errorf("the tag default: %w", err)
-		}
-		s.set("default", j)
-	}
-	return nil
-}
-
-func (s *schema) replace(name, value string) {
-	for i := range *s {
-		if (*s)[i].name == name {
-			(*s)[i].value = value
-			return
-		}
-	}
-	s.set(name, value)
-}
-
-// literal returns a tag's text as JSON of a type.
-func literal(typ, v string) (string, error) {
-	if typ == "string" {
-		return quote(v), nil
-	}
-	if !jsontext.Value(v).IsValid() {
-		return "", fmt.Errorf("%q is not a value of type %q", v, typ)
-	}
-	return v, nil
-}
-
-// defaults returns a function that sets the defaults of a struct, or nil if it has none.
-func defaults(t reflect.Type) (func(reflect.Value), error) {
-	if t.Kind() != reflect.Struct {
-		return nil, nil
-	}
-	var setters []func(reflect.Value)
-	for i := range t.NumField() {
-		f := t.Field(i)
-		if !f.IsExported() {
-			continue
-		}
-		if f.Type.Kind() == reflect.Struct && f.Type != reflect.TypeFor[time.Time]() {
-			inner, err := defaults(f.Type)
-			if err != nil {
-				return nil, err
-			}
-			if inner != nil {
-				setters = append(setters, func(v reflect.Value) { inner(v.Field(i)) })
-			}
-			continue
-		}
-		text, ok := f.Tag.Lookup("default")
-		if !ok {
-			continue
-		}
-		s, err := derive(f.Type, nil)
-		if err != nil {
-			return nil, err
-		}
-		raw, err := literal(strings.Trim(s.keyword("type"), `"`), text)
-		if err != nil {
-			return nil, fmt.Errorf("%v.%s: the tag default: %w", t, f.Name, err)
-		}
-		setters = append(setters, func(v reflect.Value) {
-			// A fresh value for every call: pointers and slices are not shared. It was
-			// decoded once when the schema was derived, so it decodes now.
-			_ = json.Unmarshal([]byte(raw), v.Field(i).Addr().Interface())
-		})
-	}
-	if len(setters) == 0 {
-		return nil, nil
-	}
-	return func(v reflect.Value) {
-		for _, set := range setters {
-			set(v)
-		}
-	}, nil
 }
