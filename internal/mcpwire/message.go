@@ -17,10 +17,14 @@ const Revision = "2026-07-28"
 
 // A Message is one decoded JSON-RPC request or notification of the stateless revision.
 type Message struct {
-	ID     jsontext.Value // raw, nil for a notification
-	Method string
-	Params Params
-	Size   int // bytes as received
+	ID     jsontext.Value `json:"id"` // raw, nil for a notification
+	Method string         `json:"method"`
+	Params Params         `json:"params"`
+	Size   int            `json:"-"` // bytes as received
+
+	JSONRPC string         `json:"jsonrpc"` // always 2.0
+	Result  jsontext.Value `json:"result"`  // only of a response, which is refused
+	Error   jsontext.Value `json:"error"`
 
 	round int // of a call that asked before
 }
@@ -42,11 +46,11 @@ type Params struct {
 	RequestID      jsontext.Value            `json:"requestId"` // notifications/cancelled
 }
 
-// Meta is the _meta of a request. Pointers tell absent members from empty ones.
+// Meta is the _meta of a request.
 type Meta struct {
-	Revision       *string        `json:"io.modelcontextprotocol/protocolVersion"`
+	Revision       string         `json:"io.modelcontextprotocol/protocolVersion"`
 	Capabilities   jsontext.Value `json:"io.modelcontextprotocol/clientCapabilities"`
-	ClientInfo     *clientInfo    `json:"io.modelcontextprotocol/clientInfo"`
+	ClientInfo     clientInfo     `json:"io.modelcontextprotocol/clientInfo"`
 	LogLevel       string         `json:"io.modelcontextprotocol/logLevel"`
 	ProgressToken  jsontext.Value `json:"progressToken"`
 	Traceparent    string         `json:"traceparent"`
@@ -95,39 +99,26 @@ type clientCapabilities struct {
 	Extensions map[string]jsontext.Value `json:"extensions"`
 }
 
-type envelope struct {
-	JSONRPC string         `json:"jsonrpc"`
-	ID      jsontext.Value `json:"id"`
-	Method  string         `json:"method"`
-	Params  *Params        `json:"params"`
-	Result  jsontext.Value `json:"result"`
-	Error   jsontext.Value `json:"error"`
-}
-
 // Parse decodes one message. On failure it returns a [*Failure] that holds the id, if the
 // message had a usable one.
 func Parse(b []byte, l strictjson.Limits) (*Message, *Failure) {
 	if err := strictjson.Bound(b, l); err != nil {
 		return nil, &Failure{Status: 413, Code: codeInvalidRequest, Message: err.Error(), Cause: call.TooLarge}
 	}
-	var e envelope
-	if err := json.Unmarshal(b, &e); err != nil {
+	m := &Message{Size: len(b)}
+	if err := json.Unmarshal(b, m); err != nil {
 		return nil, refusal(b, l, err)
 	}
-	m := &Message{ID: e.ID, Method: e.Method, Size: len(b)}
 	switch {
-	case e.JSONRPC != "2.0":
+	case m.JSONRPC != "2.0":
 		return nil, invalid(m, `"jsonrpc" must be "2.0"`)
-	case e.ID != nil && !validID(e.ID):
+	case m.ID != nil && !validID(m.ID):
 		m.ID = nil
 		return nil, invalid(m, `"id" must be a string or an integer of at most 256 bytes`)
-	case e.Method == "" && (e.Result != nil || e.Error != nil):
+	case m.Method == "" && (m.Result != nil || m.Error != nil):
 		return nil, invalid(m, "responses are not accepted: this revision asks through input_required results")
-	case e.Method == "":
+	case m.Method == "":
 		return nil, invalid(m, `"method" is missing`)
-	}
-	if e.Params != nil {
-		m.Params = *e.Params
 	}
 	return m, nil
 }
@@ -201,10 +192,10 @@ func (m *Message) checkMeta() *Failure {
 	meta := &m.Params.Meta
 	missing := ""
 	switch {
-	case meta.Revision == nil:
+	case meta.Revision == "":
 		missing = "io.modelcontextprotocol/protocolVersion"
-	case *meta.Revision != Revision:
-		data, err := json.Marshal(map[string]any{"supported": Supported(), "requested": *meta.Revision}, json.Deterministic(true))
+	case meta.Revision != Revision:
+		data, err := json.Marshal(map[string]any{"supported": Supported(), "requested": meta.Revision}, json.Deterministic(true))
 		if err != nil {
 			data = nil
 		}
@@ -226,10 +217,7 @@ func Supported() []string {
 // client returns what the request declares about its sender.
 func (m *Message) client() (call.Client, error) {
 	meta := &m.Params.Meta
-	c := call.Client{Raw: meta.Capabilities}
-	if meta.ClientInfo != nil {
-		c.Name, c.Version = meta.ClientInfo.Name, meta.ClientInfo.Version
-	}
+	c := call.Client{Raw: meta.Capabilities, Name: meta.ClientInfo.Name, Version: meta.ClientInfo.Version}
 	if len(meta.Capabilities) <= 2 { // {}
 		return c, nil
 	}

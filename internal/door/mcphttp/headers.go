@@ -59,10 +59,10 @@ func (d *Door) checkHeaders(r *http.Request, m *mcpwire.Message) *mcpwire.Failur
 	mismatch := func(format string, args ...any) *mcpwire.Failure {
 		return &mcpwire.Failure{ID: m.ID, Status: http.StatusBadRequest, Code: -32020, Message: fmt.Sprintf(format, args...), Cause: call.Malformed}
 	}
-	if m.Params.Meta.Revision == nil {
+	if m.Params.Meta.Revision == "" {
 		return nil // the codec refuses it with the better error
 	}
-	if v := strings.TrimSpace(header(r, "Mcp-Protocol-Version")); v != *m.Params.Meta.Revision {
+	if v := strings.TrimSpace(header(r, "Mcp-Protocol-Version")); v != m.Params.Meta.Revision {
 		return mismatch("the MCP-Protocol-Version header must be present once and equal to params._meta[\"io.modelcontextprotocol/protocolVersion\"]")
 	}
 	if v := strings.TrimSpace(header(r, "Mcp-Method")); v != m.Method {
