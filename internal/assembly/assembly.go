@@ -69,7 +69,7 @@ type Limits struct {
 	Streams         int           // open subscriptions [10,000]
 	StreamsPerPeer  int           // open subscriptions of one client address [1,000]
 	Sessions        int           // sessions of older revisions [10,000]
-	SessionStreams  int           // streams per session [16]
+	SessionStreams  int           // streams per session [64]
 	SessionIdle     time.Duration // a session ends after this long without a message [30 min]
 	ResultBytes     int           // one result [256 KiB]
 	ResultTokens    int           // estimated tokens of one result [64,000]

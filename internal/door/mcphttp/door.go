@@ -92,7 +92,7 @@ func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case http.MethodPost:
 		d.post(w, r)
 	case http.MethodOptions:
-		d.preflight(w)
+		d.preflight(w, r)
 	case http.MethodGet, http.MethodDelete:
 		if header(r, "Mcp-Protocol-Version") == mcpwire.Revision {
 			d.methodNotAllowed(w, r, "POST")

@@ -62,12 +62,39 @@ func (d *Door) allowedOrigin(r *http.Request, origin string) bool {
 	return strings.EqualFold(u.Host, r.Host) || isLoopback(u.Hostname()) && isLoopback(hostname(r.Host)) && onLoopback(r)
 }
 
-func (d *Door) preflight(w http.ResponseWriter) {
+// preflight answers what a browser asks before it sends a request (Fetch standard, CORS). Besides
+// the headers known by name it allows the Mcp-Param-* ones that are asked for: their names come
+// from the schemas of tools.
+func (d *Door) preflight(w http.ResponseWriter, r *http.Request) {
+	allowed := allowedHeaders
+	for asked := range strings.SplitSeq(r.Header.Get("Access-Control-Request-Headers"), ",") {
+		asked = http.CanonicalHeaderKey(strings.TrimSpace(asked))
+		if rest, ok := strings.CutPrefix(asked, "Mcp-Param-"); ok && isToken(rest) && len(allowed) < maxAllowedHeaders {
+			allowed += ", " + asked
+		}
+	}
 	h := w.Header()
 	h.Set("Access-Control-Allow-Methods", "GET, POST, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Content-Type, Accept, Authorization, Last-Event-ID, Mcp-Protocol-Version, Mcp-Method, Mcp-Name, Mcp-Session-Id, X-Correlation-Id, Idempotency-Key, Traceparent, Tracestate, Baggage")
+	h.Set("Access-Control-Allow-Headers", allowed)
+	h.Add("Vary", "Access-Control-Request-Headers")
 	h.Set("Access-Control-Max-Age", "600")
 	w.WriteHeader(http.StatusNoContent)
+}
+
+const (
+	allowedHeaders = "Content-Type, Accept, Authorization, Last-Event-ID, Mcp-Protocol-Version, Mcp-Method, Mcp-Name, Mcp-Session-Id, X-Correlation-Id, Idempotency-Key, Traceparent, Tracestate, Baggage"
+	// maxAllowedHeaders bounds how many bytes of what was asked are echoed.
+	maxAllowedHeaders = 4 << 10
+)
+
+// isToken reports whether s is a token of RFC 9110, section 5.6.2.
+func isToken(s string) bool {
+	for _, c := range []byte(s) {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte(`"(),/:;<=>?@[\]{}`, c) >= 0 {
+			return false
+		}
+	}
+	return s != ""
 }
 
 // hostname returns the name in a Host header, without port and brackets.
