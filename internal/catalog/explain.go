@@ -14,6 +14,7 @@ import (
 	"golang.org/x/text/message"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/nearest"
 )
 
 // maxProblems bounds what one error lists.
@@ -151,12 +152,7 @@ func propertiesAt(doc any, loc []string) []string {
 
 // unknown says that a member is not known, and which one was probably meant.
 func unknown(name string, known []string) string {
-	best, bestDistance := "", 3
-	for _, k := range known {
-		if d := distance(strings.ToLower(name), strings.ToLower(k)); d < bestDistance {
-			best, bestDistance = k, d
-		}
-	}
+	best := nearest.Name(name, known)
 	switch {
 	case best != "":
 		return fmt.Sprintf("unknown member %q; did you mean %q?", clip(name, 80), best)
@@ -164,28 +160,4 @@ func unknown(name string, known []string) string {
 		return fmt.Sprintf("unknown member %q; none are accepted here", clip(name, 80))
 	}
 	return fmt.Sprintf("unknown member %q; accepted: %s", clip(name, 80), clip(strings.Join(known, ", "), 300))
-}
-
-// distance is the Levenshtein distance of two short strings; long ones count as far apart.
-func distance(a, b string) int {
-	if len(a) > 64 || len(b) > 64 {
-		return 64
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j+1]+1, row[j]+1)
-		}
-	}
-	return row[len(b)]
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 
+	"newel.dev/newel/internal/nearest"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -415,36 +416,10 @@ func (d *decoder) secret(n ast.Node, into reflect.Value, path string) {
 
 // suggest returns what was probably meant.
 func suggest(got string, known []string) string {
-	best, distance := "", 3
-	for _, k := range known {
-		if n := levenshtein(strings.ToLower(got), strings.ToLower(k)); n < distance || n == distance && len(k) > 6 && best == "" {
-			best, distance = k, n
-		}
-	}
-	if best != "" {
+	if best := nearest.Name(got, known); best != "" {
 		return fmt.Sprintf("did you mean %q?", best)
 	}
 	sorted := slices.Clone(known)
 	slices.Sort(sorted)
 	return "known here: " + strings.Join(sorted, ", ")
-}
-
-func levenshtein(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diagonal
-			if a[i] != b[j] {
-				cost++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(cost, row[j+1]+1, row[j]+1)
-		}
-	}
-	return row[len(b)]
 }
