@@ -41,6 +41,11 @@ type Question struct {
 // a failure: doors turn it into an input_required result.
 type InputRequired struct {
 	Questions []Question
+
+	// State is what the handler goes on from, or "". With it the handler does not start over:
+	// the retry has it in Call.Resume, and only the answers to these questions. It travels
+	// sealed through the client, at most 64 KiB of it.
+	State string
 }
 
 // Error makes InputRequired travel as an error.

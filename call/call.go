@@ -60,6 +60,14 @@ type Call struct {
 	Credential Credential // what the caller presented; nothing verified yet
 	Key        string     // idempotency key, or ""
 	Client     Client     // what the caller's side can do, as it declared for this call
+	Progress   bool       // the caller wants progress
+	LogLevel   string     // lowest level of log messages the caller wants, or "": none
+	Resume     string     // what [InputRequired.State] held when this call asked last, or ""
+
+	// Meta and Unknown are the members of _meta and of params that the house does not know, as
+	// objects, or nil: what ends a call elsewhere passes them on.
+	Meta, Unknown jsontext.Value
+
 	Trace      Trace      // correlation and W3C trace context
 	Door       string     // "http", "stdio", "memory": for records only, never for decisions
 	Revision   string     // protocol revision as the door knows it: for records only

@@ -54,6 +54,10 @@ type Capability struct {
 	Meta        jsontext.Value // _meta of the listed definition, or nil
 	Arguments   []Argument     // prompts
 
+	// Definition is what lists show, byte for byte, or nil: then it is made of the fields above.
+	// Its name (or URI, or template) must be that of the fields.
+	Definition jsontext.Value
+
 	Effect  Effect
 	Scopes  []string // scopes a caller needs
 	Owner   string

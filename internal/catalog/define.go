@@ -12,6 +12,9 @@ import (
 // encode returns the definition of a capability as lists show it. Member order is fixed, so
 // that equal capabilities have equal bytes.
 func encode(c *call.Capability) ([]byte, error) {
+	if c.Definition != nil {
+		return c.Definition, nil
+	}
 	w := writer{b: []byte{'{'}}
 	switch {
 	case c.Kind == call.Resource && c.Template != "":

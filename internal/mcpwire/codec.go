@@ -100,6 +100,10 @@ func (c *Codec) Call(m *Message, from From, send func([]byte) error) (*call.Call
 		Door:     from.Door,
 		Revision: Revision,
 		Size:     m.Size,
+		LogLevel: p.Meta.LogLevel,
+		Progress: p.Meta.ProgressToken != nil,
+		Meta:     p.Meta.Unknown,
+		Unknown:  p.Unknown,
 		Sink:     call.Discard,
 		Asker:    call.NoAsker,
 	}
@@ -191,7 +195,7 @@ func (c *Codec) fill(cl *call.Call, m *Message) *Failure {
 		for k, v := range st.Answers {
 			answers[k] = v
 		}
-		m.round = st.Round
+		m.round, cl.Resume = st.Round, st.State
 	}
 	cl.Asker = &asker{client: &cl.Client, answers: answers}
 	return nil
@@ -263,7 +267,10 @@ func (c *Codec) askFrame(m *Message, cl *call.Call, ask *call.InputRequired) (Fr
 	if m.round >= MaxRounds {
 		return Frame{}, call.Errorf(call.Exhausted, "the call asked %d times without coming to an end", MaxRounds)
 	}
-	st := &state{Expires: c.sealer.now().Add(StateTTL).Unix(), Round: m.round + 1, Answers: a.answers}
+	st := &state{Expires: c.sealer.now().Add(StateTTL).Unix(), Round: m.round + 1, State: ask.State}
+	if ask.State == "" {
+		st.Answers = a.answers // the handler runs again from its start
+	}
 	b := append([]byte(nil), `{"jsonrpc":"2.0","id":`...)
 	b = append(append(b, m.ID...), `,"result":{"resultType":"input_required","inputRequests":{`...)
 	for i, q := range ask.Questions {

@@ -118,6 +118,10 @@ func fail(id jsontext.Value, err error) *Failure {
 	e := call.AsError(err)
 	row := ErrorTable(e.Code)
 	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data}
+	if e.RPC != 0 {
+		f.Code = e.RPC // another server said so: its error goes on as it is
+		return f
+	}
 	if f.Data == nil {
 		f.Data = append(facts(e), '}')
 	}
@@ -128,7 +132,7 @@ func fail(id jsontext.Value, err error) *Failure {
 // that code as a JSON-RPC error.
 func ToolError(err error) *call.Result {
 	e := call.AsError(err)
-	if !ErrorTable(e.Code).Tool {
+	if !ErrorTable(e.Code).Tool || e.RPC != 0 {
 		return nil
 	}
 	extra := append(jsontext.Value(`{"_meta":{"dev.newel/error":`), facts(e)...)

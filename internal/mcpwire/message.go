@@ -44,6 +44,7 @@ type Params struct {
 	InputResponses map[string]jsontext.Value `json:"inputResponses"`
 	RequestState   string                    `json:"requestState"`
 	RequestID      jsontext.Value            `json:"requestId"` // notifications/cancelled
+	Unknown        jsontext.Value            `json:",embed"`
 }
 
 // Meta is the _meta of a request.
@@ -57,6 +58,7 @@ type Meta struct {
 	Tracestate     string         `json:"tracestate"`
 	Baggage        string         `json:"baggage"`
 	IdempotencyKey string         `json:"dev.newel/idempotencyKey"`
+	Unknown        jsontext.Value `json:",embed"`
 }
 
 type clientInfo struct {

@@ -35,6 +35,7 @@ type state struct {
 	Round   int                       `json:"round"`
 	Pending []string                  `json:"pending"`
 	Answers map[string]jsontext.Value `json:"answers"`
+	State   string                    `json:"state"` // of a handler that goes on from where it was
 }
 
 // sealer seals and opens requestState.

@@ -179,7 +179,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 
 // decode turns a request of the SDK into a call, or returns nil for what is not ours.
 func (d *Door) decode(req mcp.Request) *call.Call {
-	c := &call.Call{Door: "http"}
+	c := &call.Call{Door: "http", LogLevel: "debug"} // the SDK knows the session's level, and keeps to it
 	var params mcp.Params
 	var session *mcp.ServerSession
 	var extra *mcp.RequestExtra
@@ -248,6 +248,7 @@ func (d *Door) decode(req mcp.Request) *call.Call {
 	if params != nil {
 		c.Key, _ = params.GetMeta()["dev.newel/idempotencyKey"].(string)
 		out.token = progressToken(params)
+		c.Progress = out.token != nil
 	}
 	c.Sink = out
 	c.Asker = &asker{session: session, client: &c.Client}
