@@ -101,6 +101,14 @@ type Backend interface {
 	Capabilities(ctx context.Context) ([]*Capability, error)
 }
 
+// A Follower is a Backend that has to be told which resources callers want to hear of.
+type Follower interface {
+	Backend
+	// Follow says that somebody subscribed to the resource at uri. It may be called again for
+	// the same one, and returns quickly.
+	Follow(uri string)
+}
+
 // A Watcher is a Backend whose capabilities or resources change while it runs.
 type Watcher interface {
 	Backend

@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
@@ -105,6 +106,7 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		return nil, err
 	}
 	h.catalog = catalog.New(snapshot)
+	h.hub.OnFollow = h.follow
 
 	observer, err := observe.New(observe.Options{Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Server: o.Name, RPCCode: mcpwire.RPCCode})
 	if err != nil {
@@ -205,25 +207,44 @@ func (h *House) register(ctx context.Context) (*catalog.Snapshot, error) {
 	var sources []catalog.Source
 	var problems []error
 	seen := map[string]bool{}
-	for _, b := range h.backends {
+	answers := make([]answer, len(h.backends))
+	var all sync.WaitGroup
+	for i, b := range h.backends { // side by side: some of them ask servers far away
+		all.Go(func() { answers[i].caps, answers[i].err = b.Capabilities(ctx) })
+	}
+	all.Wait()
+	for i, b := range h.backends {
 		if seen[b.Name()] {
 			problems = append(problems, fmt.Errorf("two backends are named %q", b.Name()))
 			continue
 		}
 		seen[b.Name()] = true
-		caps, err := b.Capabilities(ctx)
-		if err != nil {
+		if err := answers[i].err; err != nil {
 			problems = append(problems, fmt.Errorf("backend %q: %w", b.Name(), err))
 			continue
 		}
-		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: caps})
+		t, ok := b.(tolerant)
+		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: answers[i].caps, Tolerant: ok && t.Tolerant()})
 	}
 	snapshot, err := catalog.Build(sources)
 	if err := errors.Join(append(problems, err)...); err != nil {
 		return nil, err
 	}
+	for _, err := range snapshot.Refused() {
+		h.opts.Logger.LogAttrs(ctx, slog.LevelWarn, "a capability is left out", slog.String("error", err.Error()))
+	}
 	return snapshot, nil
 }
+
+// answer is what one backend publishes.
+type answer struct {
+	caps []*call.Capability
+	err  error
+}
+
+// A tolerant backend publishes what others declare: what is wrong with one capability, or taken
+// by a backend before it, is left out and logged.
+type tolerant interface{ Tolerant() bool }
 
 // refresh registers everything anew and tells subscribers what changed. A failure keeps the
 // snapshot that is served.
@@ -236,6 +257,16 @@ func (h *House) refresh(ctx context.Context) error {
 		h.hub.ListChanged(kind)
 	}
 	return nil
+}
+
+// follow tells the backend of a resource that somebody subscribed to it.
+func (h *House) follow(uri string) {
+	owner := h.catalog.Load().Owner(uri)
+	for _, b := range h.backends {
+		if f, ok := b.(call.Follower); ok && b.Name() == owner {
+			f.Follow(uri)
+		}
+	}
 }
 
 func (h *House) has() mcpwire.Has {

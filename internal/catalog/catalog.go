@@ -25,6 +25,8 @@ const MaxNameBytes = 128
 type Source struct {
 	Backend      string
 	Capabilities []*call.Capability
+	// Tolerant sources are not ours to mend: what is wrong with one capability leaves that one out.
+	Tolerant bool
 }
 
 // A Snapshot is what a server publishes at one moment. It is immutable and safe for
@@ -35,6 +37,7 @@ type Snapshot struct {
 	resources map[string]*entry
 	templates []*template // in order of declaration
 	lists     map[call.Kind]*list
+	refused   []error
 }
 
 type entry struct {
@@ -68,11 +71,17 @@ func Build(sources []Source) (*Snapshot, error) {
 	}
 	items := map[call.Kind][]item{}
 	var problems []error
-	for _, src := range sources {
+	// What is ours comes first: a name that a tolerant source wants too is taken then.
+	for _, src := range append(ours(sources, true), ours(sources, false)...) {
 		for _, c := range src.Capabilities {
 			kind, it, err := s.add(src.Backend, c)
 			if err != nil {
-				problems = append(problems, fmt.Errorf("%s: %w", where(c, src.Backend), err))
+				err = fmt.Errorf("%s: %w", where(c, src.Backend), err)
+				if src.Tolerant {
+					s.refused = append(s.refused, err)
+				} else {
+					problems = append(problems, err)
+				}
 				continue
 			}
 			items[kind] = append(items[kind], it)
@@ -85,6 +94,27 @@ func Build(sources []Source) (*Snapshot, error) {
 		s.lists[k] = newList(items[k])
 	}
 	return s, nil
+}
+
+// ours returns the sources that are tolerant, or those that are not, in order.
+func ours(sources []Source, own bool) []Source {
+	return slices.DeleteFunc(slices.Clone(sources), func(s Source) bool { return s.Tolerant == own })
+}
+
+// Refused returns what was left out of tolerant sources, each naming the capability and why.
+func (s *Snapshot) Refused() []error { return s.refused }
+
+// Owner returns the backend that publishes the resource at uri, or "".
+func (s *Snapshot) Owner(uri string) string {
+	if e := s.resources[uri]; e != nil {
+		return e.backend
+	}
+	for _, t := range s.templates {
+		if t.matcher.Match(uri) != nil {
+			return t.backend
+		}
+	}
+	return ""
 }
 
 // where names a capability for an error: where it was declared, what it is, and its name.

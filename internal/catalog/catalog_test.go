@@ -21,7 +21,7 @@ func tool(name, schema string) *call.Capability {
 
 func build(t *testing.T, caps ...*call.Capability) *Snapshot {
 	t.Helper()
-	s, err := Build([]Source{{"test", caps}})
+	s, err := Build([]Source{{Backend: "test", Capabilities: caps}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +59,7 @@ func TestBuildRefuses(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := Build([]Source{{"test", []*call.Capability{tt.c}}})
+			_, err := Build([]Source{{Backend: "test", Capabilities: []*call.Capability{tt.c}}})
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("got %v, want %q", err, tt.want)
 			}
@@ -69,8 +69,8 @@ func TestBuildRefuses(t *testing.T) {
 
 func TestBuildNamesBothOwners(t *testing.T) {
 	_, err := Build([]Source{
-		{"one", []*call.Capability{tool("a", `{"type":"object"}`)}},
-		{"two", []*call.Capability{{Kind: call.Tool, Name: "a", Run: run, Origin: "b.go:2"}}},
+		{Backend: "one", Capabilities: []*call.Capability{tool("a", `{"type":"object"}`)}},
+		{Backend: "two", Capabilities: []*call.Capability{{Kind: call.Tool, Name: "a", Run: run, Origin: "b.go:2"}}},
 	})
 	if err == nil || !strings.Contains(err.Error(), "a.go:1") || !strings.Contains(err.Error(), "b.go:2") {
 		t.Errorf("got %v", err)
@@ -231,7 +231,7 @@ func FuzzQuick(f *testing.F) {
 }
 
 func BenchmarkCheck(b *testing.B) {
-	s, err := Build([]Source{{"test", []*call.Capability{tool("x", orderSchema)}}})
+	s, err := Build([]Source{{Backend: "test", Capabilities: []*call.Capability{tool("x", orderSchema)}}})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -12,6 +12,10 @@ import (
 // merged, so that it costs a bounded amount however slow it is. Methods are safe for
 // concurrent use.
 type Hub struct {
+	// OnFollow, if set before use, is told of every resource that a subscriber names, so that
+	// its backend can ask for its changes. It returns quickly.
+	OnFollow func(uri string)
+
 	mu        sync.Mutex
 	listeners map[*listener]struct{}
 }
@@ -42,6 +46,11 @@ func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notific
 	h.mu.Lock()
 	h.listeners[l] = struct{}{}
 	h.mu.Unlock()
+	if !l.all {
+		for _, uri := range l.filter.URIs {
+			h.Follow(uri)
+		}
+	}
 	defer func() {
 		h.mu.Lock()
 		delete(h.listeners, l)
@@ -62,6 +71,13 @@ func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notific
 				return err
 			}
 		}
+	}
+}
+
+// Follow says that somebody wants to hear of changes of the resource at uri.
+func (h *Hub) Follow(uri string) {
+	if h.OnFollow != nil {
+		h.OnFollow(uri)
 	}
 }
 

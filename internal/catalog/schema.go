@@ -206,6 +206,18 @@ func decodeNext(d *jsontext.Decoder) (any, error) {
 	return obj, err
 }
 
+// ParamHeaders returns the headers that an input schema asks callers over HTTP to send.
+func ParamHeaders(schema jsontext.Value) ([]ParamHeader, error) {
+	if !bytes.Contains(schema, []byte("x-mcp-header")) {
+		return nil, nil
+	}
+	doc, err := decode(schema)
+	if err != nil {
+		return nil, err
+	}
+	return paramHeaders(doc)
+}
+
 // paramHeaders collects x-mcp-header annotations. They are valid only on string, integer and
 // boolean properties that are reachable through properties alone, with unique token names
 // (MCP 2026-07-28, basic/transports/streamable-http).

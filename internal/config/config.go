@@ -36,7 +36,7 @@ type Config struct {
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
-	Backends       []Backend `yaml:"backends" required:"true" doc:"What is served."`
+	Backends       []Backend `yaml:"backends" doc:"What is served, beside mcpServers."`
 }
 
 // Server is what clients see.
@@ -200,8 +200,12 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	if root == nil {
 		return nil, d.problems
 	}
-	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) (reflect.Value, bool) { return reflect.Value{}, false })
+	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) (reflect.Value, bool) { return reflect.Value{}, key == serversKey })
 	d.backends(root, modules)
+	d.servers(root, modules)
+	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
+		d.problem(where(root), "backends", "nothing is served: both backends and mcpServers are missing or empty", "newel init writes a file to start from")
+	}
 	if len(d.problems) > 0 {
 		slices.SortStableFunc(d.problems, func(a, b Problem) int { return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column)) })
 		return nil, d.problems
@@ -260,5 +264,57 @@ func (d *decoder) backends(root ast.Node, modules []module.Module) {
 		v := reflect.New(b.Module.Config).Elem()
 		d.mapping(node, v, b.path, func(key string) (reflect.Value, bool) { return reflect.Value{}, key == "type" || key == "name" })
 		b.Settings = v.Interface()
+	}
+}
+
+// serversKey is where MCP servers stand in the form that clients use: each entry is a backend of
+// type mcp.
+const (
+	serversKey    = "mcpServers"
+	serversModule = "mcp"
+)
+
+// servers decodes mcpServers.
+func (d *decoder) servers(root ast.Node, modules []module.Module) {
+	node := child(root, serversKey)
+	if node == nil {
+		return
+	}
+	ms, ok := members(node)
+	at := slices.IndexFunc(modules, func(m module.Module) bool { return m.Name == serversModule })
+	switch {
+	case !ok:
+		d.problem(where(node), serversKey, fmt.Sprintf("must be a mapping (name: server), not %s", kindOf(node)), "")
+		return
+	case at < 0:
+		d.problem(where(node), serversKey, "this program cannot serve MCP servers", "")
+		return
+	}
+	for _, m := range ms {
+		b := Backend{Type: serversModule, Name: keyOf(m), Module: &modules[at], path: join(serversKey, keyOf(m))}
+		d.file.positions[b.path] = where(m.Value)
+		if slices.ContainsFunc(d.file.Config.Backends, func(other Backend) bool { return other.Name == b.Name }) {
+			d.problem(where(m.Key), b.path, fmt.Sprintf("two backends are named %q", b.Name), "")
+		}
+		d.transport(child(m.Value, "type"), b.path+".type")
+		v := reflect.New(b.Module.Config).Elem()
+		d.mapping(m.Value, v, b.path, func(key string) (reflect.Value, bool) { return reflect.Value{}, key == "type" })
+		b.Settings = v.Interface()
+		d.file.Config.Backends = append(d.file.Config.Backends, b)
+	}
+}
+
+// transport checks the type that some clients write. It says nothing that command or url does not.
+func (d *decoder) transport(n ast.Node, path string) {
+	if n == nil {
+		return
+	}
+	text, _, _ := scalarOf(n)
+	switch text {
+	case "stdio", "http", "streamable-http", "streamableHttp":
+	case "sse":
+		d.problem(where(n), path, "the transport HTTP+SSE of revision 2024-11-05 is not served", "most such servers also speak Streamable HTTP, often at /mcp")
+	default:
+		d.problem(where(n), path, fmt.Sprintf("must be one of stdio, http, streamable-http, not %q", text), "")
 	}
 }

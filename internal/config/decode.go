@@ -242,6 +242,9 @@ func (d *decoder) value(n ast.Node, into reflect.Value, path string, f field) {
 		}
 		into.Set(out)
 		return
+	case reflect.Map:
+		d.table(n, into, path)
+		return
 	case reflect.Pointer:
 		into.Set(reflect.New(t.Elem()))
 		d.value(n, into.Elem(), path, field{})
@@ -273,6 +276,83 @@ func (d *decoder) value(n ast.Node, into reflect.Value, path string, f field) {
 	}
 	if len(f.enum) > 0 && !slices.Contains(f.enum, text) {
 		d.problem(at, path, fmt.Sprintf("must be one of %s, not %q", strings.Join(f.enum, ", "), text), suggest(text, f.enum))
+	}
+}
+
+// table decodes a mapping whose keys are free. Secrets in it may be plain text, because most of it
+// is none, unless their name says that they are.
+func (d *decoder) table(n ast.Node, into reflect.Value, path string) {
+	ms, ok := members(n)
+	if !ok {
+		d.problem(where(n), path, fmt.Sprintf("must be a mapping (name: value), not %s", kindOf(n)), "")
+		return
+	}
+	out := reflect.MakeMap(into.Type())
+	for _, m := range ms {
+		key := keyOf(m)
+		at := join(path, key)
+		d.file.positions[at] = where(m.Value)
+		if out.MapIndex(reflect.ValueOf(key)).IsValid() {
+			d.problem(where(m.Key), at, fmt.Sprintf("%q is given twice", key), "")
+			continue
+		}
+		v := reflect.New(into.Type().Elem()).Elem()
+		if v.Type() == reflect.TypeFor[secret.String]() {
+			d.plainOrSecret(key, m.Value, v, at)
+		} else {
+			d.value(m.Value, v, at, field{})
+		}
+		out.SetMapIndex(reflect.ValueOf(key), v)
+	}
+	into.Set(out)
+}
+
+// secretNames are parts of names whose values are secrets.
+var secretNames = []string{"AUTHORIZATION", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "API-KEY", "PRIVATE_KEY", "COOKIE", "CREDENTIAL"}
+
+// plainOrSecret decodes text that may hold references to secrets, such as Bearer ${env:TOKEN}.
+func (d *decoder) plainOrSecret(name string, n ast.Node, into reflect.Value, path string) {
+	text, _, ok := scalarOf(n)
+	if !ok {
+		d.problem(where(n), path, fmt.Sprintf("must be text, not %s", kindOf(n)), "")
+		return
+	}
+	out, refs, err := d.expand(text)
+	if err != nil {
+		d.problem(where(n), path, err.Error(), "")
+		return
+	}
+	if refs == 0 && text != "" && slices.ContainsFunc(secretNames, func(s string) bool { return strings.Contains(strings.ToUpper(name), s) }) {
+		d.problem(where(n), path, fmt.Sprintf("the value of %q is a secret by its name, and must be a reference", name), "write ${env:NAME} or ${file:path}")
+		if len(d.problems) > 0 {
+			d.problems[len(d.problems)-1].Source = "" // the line may hold the secret: it is not shown
+		}
+		return
+	}
+	into.Set(reflect.ValueOf(secret.New(out)))
+}
+
+// expand replaces the references in a text and returns how many there were.
+func (d *decoder) expand(text string) (out string, refs int, err error) {
+	for {
+		before, rest, found := strings.Cut(text, "${")
+		out += before
+		if !found {
+			return out, refs, nil
+		}
+		ref, after, closed := strings.Cut(rest, "}")
+		kind, name, hasKind := strings.Cut(ref, ":")
+		if !closed || !hasKind || name == "" || kind != "env" && kind != "file" {
+			return "", refs, errors.New("a reference is not of the form ${env:NAME} or ${file:path}")
+		}
+		v := "unresolved"
+		if d.secrets != nil {
+			if v, err = d.secrets(kind, name); err != nil {
+				return "", refs, err
+			}
+		}
+		out, text = out+v, after
+		refs++
 	}
 }
 

@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,8 +36,17 @@ func Schema(modules []module.Module) ([]byte, error) {
 	props, _ := s["properties"].(object)
 	props["backends"] = object{"type": "array", "description": "What is served.", "items": object{
 		"type": "object", "required": []string{"type", "name"}, "properties": object{"type": object{"enum": names}}, "allOf": kinds}}
+	if at := slices.IndexFunc(modules, func(m module.Module) bool { return m.Name == serversModule }); at >= 0 {
+		one := schemaOf(modules[at].Config, field{})
+		props, _ := one["properties"].(object)
+		props["type"] = object{"enum": []string{"stdio", "http", "streamable-http"}}
+		all, _ := s["properties"].(object)
+		all[serversKey] = object{"type": "object", "description": serversDoc, "additionalProperties": one}
+	}
 	return json.Marshal(s, json.Deterministic(true), jsontext.WithIndent("  "))
 }
+
+const serversDoc = "MCP servers behind the gateway, in the form that clients use: a name and a backend of type mcp."
 
 func schemaOf(t reflect.Type, f field) object {
 	o := object{}
@@ -66,6 +76,12 @@ func schemaOf(t reflect.Type, f field) object {
 			}
 		case reflect.Slice:
 			o["type"], o["items"] = "array", schemaOf(t.Elem(), field{})
+		case reflect.Map:
+			values := schemaOf(t.Elem(), field{})
+			if t.Elem() == reflect.TypeFor[secret.String]() {
+				values = object{"type": "string"}
+			}
+			o["type"], o["additionalProperties"] = "object", values
 		case reflect.Bool:
 			o["type"] = "boolean"
 		case reflect.Int:
@@ -102,6 +118,7 @@ func Reference(modules []module.Module) string {
 	var b strings.Builder
 	b.WriteString("# Configuration reference\n\nMade from the code by `newel config reference`. Durations are written like `30s` or `5m`, sizes like `64KiB` or `4MiB`, secrets as `${env:NAME}` or `${file:path}`. Unknown settings are errors.\n")
 	section(&b, "The file", "", reflect.TypeFor[Config](), "")
+	fmt.Fprintf(&b, "| `%s` | mapping | – | %s |\n", serversKey, serversDoc)
 	for _, m := range modules {
 		section(&b, fmt.Sprintf("Backend `type: %s`", m.Name), m.Doc, m.Config, "backends[].")
 	}
@@ -158,7 +175,7 @@ func typeName(t reflect.Type) string {
 	switch t.Kind() {
 	case reflect.Pointer:
 		return typeName(t.Elem())
-	case reflect.Struct:
+	case reflect.Struct, reflect.Map:
 		return "mapping"
 	case reflect.Slice:
 		return "list"

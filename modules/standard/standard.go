@@ -4,6 +4,7 @@ package standard
 
 import (
 	"newel.dev/newel/internal/backend/knowledge"
+	"newel.dev/newel/internal/backend/mcpupstream"
 	"newel.dev/newel/internal/backend/sqldb"
 	"newel.dev/newel/internal/module"
 )
@@ -13,5 +14,6 @@ func Modules() []module.Module {
 	return []module.Module{
 		sqldb.Module(),
 		knowledge.Module(),
+		mcpupstream.Module(),
 	}
 }

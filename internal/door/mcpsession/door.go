@@ -94,12 +94,12 @@ func New(o Options) (*Door, error) {
 		SupportedProtocolVersions: Revisions(),
 		GetSessionID:              rand.Text,
 		SubscribeHandler: func(ctx context.Context, r *mcp.SubscribeRequest) error {
-			if o.Readable == nil {
-				return nil
+			if o.Readable != nil {
+				if err := o.Readable(ctx, r.Params.URI); err != nil {
+					return wireError(mcpwire.SessionError(call.Resource, err))
+				}
 			}
-			if err := o.Readable(ctx, r.Params.URI); err != nil {
-				return wireError(mcpwire.SessionError(call.Resource, err))
-			}
+			o.Hub.Follow(r.Params.URI)
 			return nil
 		},
 		UnsubscribeHandler: func(context.Context, *mcp.UnsubscribeRequest) error { return nil },

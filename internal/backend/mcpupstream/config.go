@@ -1,0 +1,163 @@
+package mcpupstream
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/module"
+	"newel.dev/newel/internal/secret"
+)
+
+// Config is one MCP server behind the gateway: a command or a URL, in the form that clients use
+// (mcpServers), and what is ours.
+type Config struct {
+	Command string                   `yaml:"command" doc:"Program of a server that speaks over stdio; started without a shell, on demand."`
+	Args    []string                 `yaml:"args" doc:"Its arguments."`
+	Env     map[string]secret.String `yaml:"env" doc:"Its environment, beside PATH, HOME, LANG, TMPDIR and USER. Plain text, or a reference such as ${env:NAME}."`
+	Cwd     string                   `yaml:"cwd" doc:"Its folder; default: that of the configuration."`
+	URL     string                   `yaml:"url" doc:"Address of a server that speaks Streamable HTTP. Redirects are not followed."`
+	Headers map[string]secret.String `yaml:"headers" doc:"Headers sent with every request. Plain text, or a reference such as ${env:NAME}."`
+
+	Revision string   `yaml:"revision" enum:"auto,2026-07-28,2025-11-25" default:"auto" doc:"Protocol revision to speak: the stateless one, one with sessions, or whatever the server speaks."`
+	Prefix   string   `yaml:"prefix" doc:"Put before the names of its tools and prompts, such as files_."`
+	Tools    []Tool   `yaml:"tools" doc:"Which tools are published, and how; empty publishes all."`
+	Exclude  []string `yaml:"exclude" doc:"Tools that are not published; * stands for any text."`
+	PerUser  bool     `yaml:"per_principal" doc:"Whether every caller has sessions (or processes) of its own."`
+
+	ConnectTimeout     time.Duration `yaml:"connect_timeout" default:"5s" doc:"Longest wait for a connection."`
+	StartTimeout       time.Duration `yaml:"start_timeout" default:"30s" doc:"Longest start of a process with its first handshake."`
+	ListTimeout        time.Duration `yaml:"list_timeout" default:"5s" doc:"How long the start of the gateway waits for this server's lists; they come later then."`
+	CallTimeout        time.Duration `yaml:"call_timeout" doc:"Longest call of this server; default: the gateway's own."`
+	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for when it does not tell of changes."`
+	MaxMessageBytes    int           `yaml:"max_message_bytes" default:"16777216" doc:"Largest message it may send, in bytes."`
+	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" default:"64" doc:"Most calls it gets at once."`
+	MaxProcesses       int           `yaml:"max_processes" default:"4" doc:"Most processes of a command."`
+	IdleTimeout        time.Duration `yaml:"idle_timeout" default:"5m" doc:"A session or process that nobody uses ends after this long."`
+	MaxParked          int           `yaml:"max_parked" default:"100" doc:"Most calls that wait for input of a caller who has to come back with it."`
+	ParkTimeout        time.Duration `yaml:"park_timeout" default:"5m" doc:"How long such a call waits."`
+}
+
+// Tool is how one tool is published.
+type Tool struct {
+	Name        string         `yaml:"name" required:"true" doc:"Name of the tool at the server; * stands for any text."`
+	As          string         `yaml:"as" doc:"Name to publish it under, instead of prefix and name."`
+	Description string         `yaml:"description" doc:"Description to publish instead of the server's."`
+	Effect      string         `yaml:"effect" enum:"read,write,destructive" doc:"What it does to the world; default: what the server's annotations say, which is destructive if they say nothing."`
+	Scopes      []string       `yaml:"scopes" doc:"Scopes a caller needs."`
+	Fixed       map[string]any `yaml:"fixed" doc:"Arguments that are always these; callers neither see nor send them."`
+	Hidden      []string       `yaml:"hidden" doc:"Optional arguments that callers neither see nor send."`
+}
+
+// Module declares the backend for configurations.
+func Module() module.Module {
+	return module.Backend("mcp", "An MCP server behind the gateway, over stdio or Streamable HTTP, of any revision.",
+		func(_ context.Context, name string, c Config, env module.Env) (call.Backend, error) {
+			return New(name, c, env)
+		})
+}
+
+// setDefaults fills in what a zero Config leaves open, for those who do not come from a file.
+func (c *Config) setDefaults() {
+	c.Revision = cmp.Or(c.Revision, "auto")
+	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, 5*time.Second)
+	c.StartTimeout = cmp.Or(c.StartTimeout, 30*time.Second)
+	c.ListTimeout = cmp.Or(c.ListTimeout, 5*time.Second)
+	c.RefreshInterval = cmp.Or(c.RefreshInterval, 5*time.Minute)
+	c.MaxMessageBytes = cmp.Or(c.MaxMessageBytes, 16<<20)
+	c.MaxConcurrentCalls = cmp.Or(c.MaxConcurrentCalls, 64)
+	c.MaxProcesses = cmp.Or(c.MaxProcesses, 4)
+	c.IdleTimeout = cmp.Or(c.IdleTimeout, 5*time.Minute)
+	c.MaxParked = cmp.Or(c.MaxParked, 100)
+	c.ParkTimeout = cmp.Or(c.ParkTimeout, 5*time.Minute)
+}
+
+// check returns every problem, each with the place of its setting.
+func (c *Config) check(at func(setting string) string) error {
+	var problems []error
+	bad := func(setting, format string, args ...any) {
+		problems = append(problems, fmt.Errorf("%s: "+format, append([]any{at(setting)}, args...)...))
+	}
+	switch {
+	case (c.Command == "") == (c.URL == ""):
+		bad("", "a server needs either a command or a url")
+	}
+	if c.URL != "" {
+		u, err := url.Parse(c.URL)
+		switch {
+		case err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https":
+			bad("url", "must be an http or https address")
+		case u.User != nil:
+			bad("url", "must not hold a password; put it into headers, as a reference")
+		}
+	}
+	for name, v := range c.Headers {
+		if !validHeader(name, v.Reveal()) {
+			bad("headers", "%q is not a valid header, or one that the gateway sets itself", name)
+		}
+	}
+	for name := range c.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") {
+			bad("env", "%q is not a valid name of a variable", name)
+		}
+	}
+	seen := map[string]bool{}
+	for i, t := range c.Tools {
+		setting := fmt.Sprintf("tools[%d]", i)
+		if _, err := path.Match(t.Name, ""); err != nil || t.Name == "" {
+			bad(setting+".name", "%q is not a name or pattern", t.Name)
+		}
+		if t.As != "" && strings.Contains(t.Name, "*") {
+			bad(setting+".as", "a pattern cannot have one name")
+		}
+		if seen[t.Name] {
+			bad(setting+".name", "%q is there twice", t.Name)
+		}
+		seen[t.Name] = true
+	}
+	for i, p := range c.Exclude {
+		if _, err := path.Match(p, ""); err != nil {
+			bad(fmt.Sprintf("exclude[%d]", i), "%q is not a pattern", p)
+		}
+	}
+	return errors.Join(problems...)
+}
+
+// validHeader refuses what would break a request and what the protocol itself sets.
+func validHeader(name, value string) bool {
+	canonical := http.CanonicalHeaderKey(name)
+	if strings.HasPrefix(canonical, "Mcp-") || slices.Contains([]string{"Content-Type", "Content-Length", "Accept", "Host", "Connection", "Transfer-Encoding", "Last-Event-Id"}, canonical) {
+		return false
+	}
+	return name != "" && !strings.ContainsAny(name, " :\r\n\t") && !strings.ContainsAny(value, "\r\n\x00")
+}
+
+// rule returns how a tool is published, and whether it is.
+func (c *Config) rule(name string) (Tool, bool) {
+	for _, p := range c.Exclude {
+		if ok, _ := path.Match(p, name); ok { // checked at start
+			return Tool{}, false
+		}
+	}
+	var found *Tool
+	for i, t := range c.Tools {
+		if t.Name == name {
+			return t, true
+		}
+		if ok, _ := path.Match(t.Name, name); ok && found == nil {
+			found = &c.Tools[i]
+		}
+	}
+	if found != nil {
+		return *found, true
+	}
+	return Tool{}, len(c.Tools) == 0
+}

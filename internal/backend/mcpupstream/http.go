@@ -1,0 +1,299 @@
+package mcpupstream
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// endpoint is an upstream over Streamable HTTP. It is safe for concurrent use.
+type endpoint struct {
+	url     string
+	header  http.Header // as configured
+	client  *http.Client
+	maxSize int // bytes of one message
+}
+
+func newEndpoint(url string, header http.Header, o *Config) (*endpoint, error) {
+	dialer := &net.Dialer{Timeout: o.ConnectTimeout, KeepAlive: 30 * time.Second}
+	e := &endpoint{url: url, header: header, maxSize: o.MaxMessageBytes, client: &http.Client{
+		Transport: &http.Transport{
+			Proxy:                  http.ProxyFromEnvironment,
+			DialContext:            dialer.DialContext,
+			TLSHandshakeTimeout:    o.ConnectTimeout,
+			MaxIdleConns:           o.MaxConcurrentCalls,
+			MaxIdleConnsPerHost:    o.MaxConcurrentCalls,
+			IdleConnTimeout:        90 * time.Second,
+			MaxResponseHeaderBytes: 64 << 10,
+			ForceAttemptHTTP2:      true,
+			DisableCompression:     true, // what was compressed to nothing would be unpacked without bound
+		},
+		// Where a configured address leads to is for the operator to say, not for the upstream.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+	_, err := http.NewRequest(http.MethodPost, url, nil)
+	return e, err
+}
+
+// statusError is an answer without a JSON-RPC message in it.
+type statusError struct {
+	status int
+	after  time.Duration // Retry-After, or 0
+	what   string
+}
+
+// Error says what came back.
+func (e *statusError) Error() string { return fmt.Sprintf("HTTP status %d: %s", e.status, e.what) }
+
+// errUnsent is an error before the upstream can have seen the request: nothing was done.
+type unsentError struct{ error }
+
+// Unwrap returns the cause.
+func (e unsentError) Unwrap() error { return e.error }
+
+// errCut is a stream that ended before the answer. What the upstream did is not known.
+var errCut = errors.New("the connection ended before the answer came")
+
+// bodies hold JSON answers while they are decoded.
+var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+
+const maxPooled = 256 << 10
+
+// stream tells where an interrupted event stream can be taken up again.
+type stream struct {
+	lastID string
+	retry  time.Duration
+	some   bool // an event came
+}
+
+// post sends one message and returns the answer to the request id in it. Everything else that
+// arrives goes to on, in order. For notifications and responses (id 0) the answer is nil.
+func (e *endpoint) post(ctx context.Context, header http.Header, body []byte, id int64, on func(*message)) (*message, http.Header, *stream, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, e.url, bytes.NewReader(body))
+	if err != nil {
+		return nil, nil, nil, unsentError{err}
+	}
+	r.Header = header
+	header["Content-Type"] = jsonType
+	header["Accept"] = acceptBoth
+	resp, err := e.client.Do(r)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) && op.Op == "dial" {
+			return nil, nil, nil, unsentError{err}
+		}
+		return nil, nil, nil, err
+	}
+	defer resp.Body.Close()
+	m, s, err := e.read(resp, id, on)
+	return m, resp.Header, s, err
+}
+
+var (
+	jsonType   = []string{"application/json"}
+	acceptBoth = []string{"application/json, text/event-stream"}
+)
+
+// get opens an event stream: one that was interrupted (last is its last event id) or that of
+// what the upstream says unasked. It returns when the answer to id comes or the stream ends.
+func (e *endpoint) get(ctx context.Context, header http.Header, last string, id int64, on func(*message)) (*message, *stream, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, e.url, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	r.Header = header
+	header["Accept"] = []string{"text/event-stream"}
+	if last != "" {
+		header.Set("Last-Event-ID", last)
+	}
+	resp, err := e.client.Do(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	return e.read(resp, id, on)
+}
+
+// read reads an answer, bounded.
+func (e *endpoint) read(resp *http.Response, id int64, on func(*message)) (*message, *stream, error) {
+	kind := resp.Header.Get("Content-Type")
+	if kind != "application/json" {
+		kind, _, _ = mime.ParseMediaType(kind) // what it cannot parse is no type we take
+	}
+	switch {
+	case resp.StatusCode == http.StatusOK && kind == "text/event-stream":
+		return e.events(resp.Body, id, on)
+	case resp.StatusCode == http.StatusAccepted, resp.StatusCode == http.StatusNoContent:
+		if id != 0 {
+			return nil, nil, fmt.Errorf("%w: status %d", errCut, resp.StatusCode)
+		}
+		return nil, nil, nil
+	case kind == "application/json":
+		return e.body(resp, id)
+	}
+	what := "the answer is of type " + strconv.Quote(kind)
+	if resp.StatusCode >= 300 && resp.StatusCode < 400 {
+		what = fmt.Sprintf("a redirect to %.200q, which is not followed: configure the final address", resp.Header.Get("Location"))
+	}
+	_, _ = io.CopyN(io.Discard, resp.Body, 4<<10) // so that the connection can be used again; no matter if not
+	return nil, nil, &statusError{resp.StatusCode, retryAfter(resp.Header), what}
+}
+
+func retryAfter(h http.Header) time.Duration {
+	n, err := strconv.Atoi(h.Get("Retry-After"))
+	if err != nil || n < 0 {
+		return 0
+	}
+	return min(time.Duration(n)*time.Second, time.Hour)
+}
+
+func (e *endpoint) body(resp *http.Response, id int64) (*message, *stream, error) {
+	buf := bodies.Get().(*bytes.Buffer)
+	buf.Reset()
+	defer func() {
+		if buf.Cap() <= maxPooled {
+			bodies.Put(buf)
+		}
+	}()
+	if n := resp.ContentLength; n > 0 && n <= maxPooled {
+		buf.Grow(int(n) + bytes.MinRead)
+	}
+	if _, err := buf.ReadFrom(io.LimitReader(resp.Body, int64(e.maxSize)+1)); err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", errCut, err)
+	}
+	if buf.Len() > e.maxSize {
+		return nil, nil, errTooLarge
+	}
+	m, err := parse(buf.Bytes(), e.maxSize)
+	if resp.StatusCode >= 400 && (err != nil || m.Error == nil) {
+		return nil, nil, &statusError{resp.StatusCode, retryAfter(resp.Header), http.StatusText(resp.StatusCode)}
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if id == 0 {
+		return nil, nil, nil
+	}
+	if resp.StatusCode >= 400 && m.ID == nil {
+		return m, nil, nil // it could not read the id, or did not care to repeat it
+	}
+	if !m.answers(id) {
+		return nil, nil, fmt.Errorf("%w: it answers id %.40s, not %d", errGarbage, m.ID, id)
+	}
+	return m, nil, nil
+}
+
+// answers reports whether m is the response to the request with this id.
+func (m *message) answers(id int64) bool {
+	return m.isResponse() && string(m.ID) == strconv.FormatInt(id, 10)
+}
+
+// errTooLarge is a message over the bound.
+var errTooLarge = errors.New("the message is larger than max_message_bytes")
+
+// events reads an event stream (HTML standard, server-sent events) until the answer to id.
+func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message, *stream, error) {
+	r := bufio.NewReaderSize(body, 8<<10)
+	s := &stream{}
+	var data []byte
+	for {
+		line, err := e.line(r, len(data))
+		if err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				err = errCut
+			}
+			return nil, s, err
+		}
+		if len(line) > 0 {
+			field, value, _ := bytes.Cut(line, []byte{':'})
+			value = bytes.TrimPrefix(value, []byte{' '})
+			switch string(field) {
+			case "data":
+				if data != nil {
+					data = append(data, '\n')
+				}
+				data = append(data, value...)
+			case "id":
+				if bytes.IndexByte(value, 0) < 0 && len(value) <= 1024 {
+					s.lastID, s.some = string(value), true
+				}
+			case "retry":
+				if ms, err := strconv.Atoi(string(value)); err == nil && ms >= 0 {
+					s.retry = min(time.Duration(ms)*time.Millisecond, time.Minute)
+				}
+			}
+			continue
+		}
+		if len(bytes.TrimSpace(data)) > 0 {
+			m, err := parse(data, e.maxSize)
+			if err != nil {
+				return nil, s, err
+			}
+			switch {
+			case id != 0 && m.answers(id):
+				return m, s, nil
+			case m.Method != "":
+				on(m)
+			}
+		}
+		data = data[:0:0]
+	}
+}
+
+// line reads one line without its end; have bytes of the event are there already.
+func (e *endpoint) line(r *bufio.Reader, have int) ([]byte, error) {
+	var long []byte
+	for {
+		part, err := r.ReadSlice('\n')
+		if have+len(long)+len(part) > e.maxSize+64 {
+			return nil, errTooLarge
+		}
+		if err == nil && long == nil {
+			return bytes.TrimRight(part, "\r\n"), nil
+		}
+		long = append(long, part...)
+		switch {
+		case err == nil:
+			return bytes.TrimRight(long, "\r\n"), nil
+		case !errors.Is(err, bufio.ErrBufferFull):
+			return nil, err
+		}
+	}
+}
+
+// headers returns the configured headers with room for more.
+func (e *endpoint) headers() http.Header {
+	h := make(http.Header, len(e.header)+8)
+	for k, v := range e.header {
+		h[k] = v
+	}
+	return h
+}
+
+// wait sleeps for d or until ctx ends.
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+// trimURL hides what may be secret in an address that goes into a log.
+func trimURL(s string) string {
+	s, _, _ = strings.Cut(s, "?")
+	return s
+}

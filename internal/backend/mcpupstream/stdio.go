@@ -1,0 +1,190 @@
+package mcpupstream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// A pipe is one running process that speaks lines of JSON. Send is safe for concurrent use; Read
+// is called by one goroutine and fails once the process has ended.
+type pipe interface {
+	Send(ctx context.Context, line []byte) error
+	Read() ([]byte, error)
+	Kill()
+}
+
+// piped is one process with several requests on their way at once.
+type piped struct {
+	pipe    pipe
+	maxSize int
+	unasked func(*message)
+	ended   chan struct{}
+
+	mu      sync.Mutex // guards what is below
+	waiting map[int64]*waiter
+	err     error // why it ended
+}
+
+type waiter struct {
+	inbox  chan *message // what belongs to the request; bounded: a slow caller loses progress, not its answer
+	answer chan *message
+}
+
+// inboxSize bounds what one slow caller holds back.
+const inboxSize = 64
+
+func newPiped(p pipe, maxSize int, unasked func(*message)) *piped {
+	l := &piped{pipe: p, maxSize: maxSize, unasked: unasked, ended: make(chan struct{}), waiting: map[int64]*waiter{}}
+	go l.read()
+	return l
+}
+
+// read takes lines apart until the process ends. Lines that are no messages are skipped: many
+// servers print to standard output what they should not.
+func (l *piped) read() {
+	for {
+		line, err := l.pipe.Read()
+		if err != nil {
+			l.mu.Lock()
+			l.err = err
+			l.mu.Unlock()
+			close(l.ended)
+			return
+		}
+		m, err := parse(line, l.maxSize)
+		if err != nil {
+			continue
+		}
+		l.deliver(m)
+	}
+}
+
+func (l *piped) deliver(m *message) {
+	l.mu.Lock()
+	var w *waiter
+	switch {
+	case m.isResponse():
+		if id, err := strconv.ParseInt(string(m.ID), 10, 64); err == nil {
+			if w = l.waiting[id]; w != nil {
+				delete(l.waiting, id)
+			}
+		}
+		l.mu.Unlock()
+		if w != nil {
+			w.answer <- m // has room: it is sent once
+		}
+		return
+	case m.Method == "notifications/progress":
+		w = l.waiting[progressToken(m.Params)]
+	case m.ID != nil || m.Method == "notifications/message":
+		// Nothing says what it belongs to. Whoever may be asked has the process for itself.
+		if len(l.waiting) == 1 {
+			for _, only := range l.waiting {
+				w = only
+			}
+		}
+	}
+	l.mu.Unlock()
+	if w != nil {
+		select {
+		case w.inbox <- m:
+			return
+		default:
+		}
+	}
+	if w == nil || m.ID != nil {
+		l.unasked(m)
+	}
+}
+
+// exchange implements link.
+func (l *piped) exchange(ctx context.Context, r *request, on func(*message)) (*message, error) {
+	w := &waiter{inbox: make(chan *message, inboxSize), answer: make(chan *message, 1)}
+	l.mu.Lock()
+	l.waiting[r.id] = w
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		delete(l.waiting, r.id)
+		l.mu.Unlock()
+	}()
+	if err := l.pipe.Send(ctx, r.append(nil)); err != nil {
+		return nil, err
+	}
+	for {
+		select {
+		case m := <-w.inbox:
+			on(m)
+		case m := <-w.answer:
+			for len(w.inbox) > 0 { // what came before the answer goes out before it
+				on(<-w.inbox)
+			}
+			return m, nil
+		case <-l.ended:
+			select {
+			case m := <-w.answer: // it answered, then ended
+				return m, nil
+			default:
+			}
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return nil, fmt.Errorf("%w: %w", errCut, l.err)
+		case <-ctx.Done():
+			l.cancel(ctx, r.id)
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// cancelTimeout bounds how long telling an upstream of a cancelled call may take.
+const cancelTimeout = 2 * time.Second
+
+// cancel tells the server that nobody waits any more (basic/patterns/cancellation).
+func (l *piped) cancel(ctx context.Context, id int64) {
+	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), cancelTimeout)
+	defer stop()
+	_ = l.send(ctx, cancelled(id)) // it may have ended: then there is nothing to cancel
+}
+
+func cancelled(id int64) []byte {
+	return fmt.Appendf(nil, `{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d,"reason":"the caller went away"}}`, id)
+}
+
+// send implements link.
+func (l *piped) send(ctx context.Context, body []byte) error { return l.pipe.Send(ctx, body) }
+
+// close implements link.
+func (l *piped) close(context.Context) { l.pipe.Kill() }
+
+// alive implements link.
+func (l *piped) alive() bool {
+	select {
+	case <-l.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// progressToken returns the token of a progress notification, which is the id of its request.
+func progressToken(params jsontext.Value) int64 {
+	var p struct {
+		Token jsontext.Value `json:"progressToken"`
+	}
+	if unmarshal(params, &p) != nil {
+		return 0
+	}
+	n, err := strconv.ParseInt(string(p.Token), 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+var errNoProcess = errors.New("the process could not be started")
