@@ -16,7 +16,7 @@ test: ## run all tests, real databases and clients included (needs postgresql, n
 	cd test/bench && go test ./...
 
 race: ## run the tests that use goroutines with the race detector (needs a C compiler)
-	go test -race . ./call/... ./internal/... ./neweltest/...
+	go test -race . ./call/... ./internal/... ./neweltest/... ./test/gateway/...
 
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(git ls-files -co --exclude-standard '*.go' | xargs gofmt -l); \
@@ -38,8 +38,14 @@ vuln: ## known vulnerabilities in what is linked (needs the vulnerability databa
 conformance: ## the official suite, both revisions on one URL (needs npm)
 	@go run ./test/conformance
 
+conformance-gateway: ## the same suite through the gateway, in front of six servers (needs npm)
+	@go run ./test/conformance -gateway
+
 bench: ## what a call costs, against the floor and other libraries (three minutes, Linux, two CPUs)
 	@cd test/bench && go run . $(BENCHFLAGS)
+
+supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
+	@go run ./test/supervisor
 
 fuzz: ## run every fuzz target for FUZZTIME (20s)
 	@set -e; targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ {names[++n]=$$1} /^ok/ {for (i=1; i<=n; i++) print $$2, names[i]; n=0}'); \
@@ -57,4 +63,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance bench fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway supervisor-soak bench fuzz sbom ci

@@ -19,8 +19,8 @@ const modulePath = "newel.dev/newel"
 // from its own. A package that stands on none fails: a new idea gets a place here first.
 var floors = []string{
 	"call internal/strictjson internal/secret internal/nearest",
-	"internal/module internal/catalog",
-	"internal/config internal/guard/* internal/backend/*",
+	"internal/module internal/catalog internal/process internal/policy",
+	"internal/config internal/guard/* internal/backend/* internal/identity/*",
 	"internal/guard internal/mcpwire",
 	"internal/door/*",
 	"internal/assembly",

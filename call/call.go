@@ -68,11 +68,11 @@ type Call struct {
 	// objects, or nil: what ends a call elsewhere passes them on.
 	Meta, Unknown jsontext.Value
 
-	Trace      Trace      // correlation and W3C trace context
-	Door       string     // "http", "stdio", "memory": for records only, never for decisions
-	Revision   string     // protocol revision as the door knows it: for records only
-	SessionID  string     // session of an older revision: for records only, or ""
-	Size       int        // bytes of the message as received
+	Trace     Trace  // correlation and W3C trace context
+	Door      string // "http", "stdio", "memory": for records only, never for decisions
+	Revision  string // protocol revision as the door knows it: for records only
+	SessionID string // session of an older revision: for records only, or ""
+	Size      int    // bytes of the message as received
 
 	Sink  Sink  // progress and log messages to the caller; never nil
 	Asker Asker // asks the caller's side for input; never nil

@@ -113,6 +113,8 @@ type Follower interface {
 type Watcher interface {
 	Backend
 	// Run blocks until ctx ends. It calls changed after its capabilities changed, and updated
-	// when the content of the resource at uri changed. Both return quickly.
-	Run(ctx context.Context, changed func(), updated func(uri string)) error
+	// when the content of the resource at uri changed. Both return quickly. Callers hear of lists
+	// that are different, and of those kinds (ListTools and so on) that changed names although
+	// they look the same.
+	Run(ctx context.Context, changed func(kinds ...Kind), updated func(uri string)) error
 }

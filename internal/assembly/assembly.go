@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -248,12 +249,18 @@ type tolerant interface{ Tolerant() bool }
 
 // refresh registers everything anew and tells subscribers what changed. A failure keeps the
 // snapshot that is served.
-func (h *House) refresh(ctx context.Context) error {
+func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
 	snapshot, err := h.register(ctx)
 	if err != nil {
 		return err
 	}
-	for _, kind := range h.catalog.Swap(snapshot) {
+	changed := h.catalog.Swap(snapshot)
+	for _, kind := range kinds { // their backend was told so, even if nothing is different any more
+		if !slices.Contains(changed, kind) {
+			changed = append(changed, kind)
+		}
+	}
+	for _, kind := range changed {
 		h.hub.ListChanged(kind)
 	}
 	return nil

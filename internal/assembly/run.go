@@ -137,8 +137,8 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 
 // watch runs one backend's watcher. A watcher that fails is logged: what it published stays.
 func (h *House) watch(ctx context.Context, w call.Watcher) {
-	changed := func() {
-		if err := h.refresh(ctx); err != nil && ctx.Err() == nil {
+	changed := func(kinds ...call.Kind) {
+		if err := h.refresh(ctx, kinds...); err != nil && ctx.Err() == nil {
 			h.opts.Logger.LogAttrs(ctx, slog.LevelError, "a change was not taken over; the previous catalog stays",
 				slog.String("backend", w.Name()), slog.String("error", err.Error()))
 		}

@@ -3,6 +3,7 @@
 //
 //	go run ./test/conformance           # or: make conformance
 //	go run ./test/conformance -update   # after a new suite: rewrite scenarios.txt, review the diff
+//	go run ./test/conformance -gateway  # or: make conformance-gateway: the same through the gateway
 //
 // Start reading at [run]. Which scenarios must run, and with how many checks, is written in
 // scenarios.txt: a scenario that silently stops checking fails like one that checks and fails.
@@ -19,13 +20,11 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"syscall"
-	"time"
 )
 
 // revisions are the requirement sets of the suite. Both run against the same server.
@@ -33,10 +32,11 @@ var revisions = []string{"2025-11-25", "2026-07-28"}
 
 func main() {
 	update := flag.Bool("update", false, "write scenarios.txt from this run instead of comparing with it")
+	gateway := flag.Bool("gateway", false, "run the suite through the gateway, in front of servers of every era and transport")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Stdout, *update); err != nil {
+	if err := run(ctx, os.Stdout, *update, *gateway); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
 		stop()
 		os.Exit(1)
@@ -44,7 +44,7 @@ func main() {
 }
 
 // run is the whole way: install, build, start, ask, judge.
-func run(ctx context.Context, out io.Writer, update bool) error {
+func run(ctx context.Context, out io.Writer, update, gateway bool) error {
 	root, err := moduleRoot(ctx)
 	if err != nil {
 		return err
@@ -59,24 +59,21 @@ func run(ctx context.Context, out io.Writer, update bool) error {
 	if err := install(ctx, here); err != nil {
 		return err
 	}
-	url, stop, err := startFixture(ctx, root, temp)
+	subjects, err := subjectsOf(ctx, root, temp, gateway)
 	if err != nil {
 		return err
 	}
-	defer stop()
-
 	got := Report{}
-	for _, revision := range revisions {
-		results := filepath.Join(temp, revision)
-		if err := suite(ctx, here, url, revision, results); err != nil {
-			return err
-		}
-		if err := got.Read(revision, results); err != nil {
-			return err
+	for _, subject := range subjects {
+		if err := ask(ctx, here, temp, subject, got); err != nil {
+			return fmt.Errorf("%s: %w", subject.name, err)
 		}
 	}
 
 	list := filepath.Join(here, "scenarios.txt")
+	if gateway {
+		list = filepath.Join(here, "gateway-scenarios.txt")
+	}
 	want := got.Expectation()
 	if !update {
 		if want, err = os.ReadFile(list); err != nil {
@@ -123,43 +120,6 @@ func install(ctx context.Context, here string) error {
 	return os.WriteFile(stamp, lock, 0o644)
 }
 
-// startFixture builds and starts the fixture and returns its URL once it is ready.
-func startFixture(ctx context.Context, root, temp string) (url string, stop func(), err error) {
-	binary := filepath.Join(temp, "fixture")
-	build := exec.CommandContext(ctx, "go", "build", "-o", binary, "./test/conformance/fixture")
-	build.Dir, build.Stderr = root, os.Stderr
-	if err := build.Run(); err != nil {
-		return "", nil, fmt.Errorf("building the fixture: %w", err)
-	}
-	addr, err := freeAddress()
-	if err != nil {
-		return "", nil, err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	server := exec.CommandContext(ctx, binary, "-http="+addr)
-	server.Cancel = func() error { return server.Process.Signal(syscall.SIGTERM) }
-	server.WaitDelay = 10 * time.Second
-	server.Stderr = os.Stderr
-	if err := server.Start(); err != nil {
-		cancel()
-		return "", nil, err
-	}
-	exited := make(chan struct{})
-	go func() {
-		defer close(exited)
-		_ = server.Wait() // what it had to say is on standard error
-	}()
-	stop = func() {
-		cancel()
-		<-exited
-	}
-	if err := ready(ctx, "http://"+addr+"/ready", exited); err != nil {
-		stop()
-		return "", nil, err
-	}
-	return "http://" + addr + "/mcp", stop, nil
-}
-
 // freeAddress picks a loopback address nobody listens on now.
 func freeAddress() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -168,34 +128,6 @@ func freeAddress() (string, error) {
 	}
 	defer l.Close()
 	return l.Addr().String(), nil
-}
-
-// ready waits until the server answers, for at most 10 s.
-func ready(ctx context.Context, url string, exited <-chan struct{}) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	again := time.NewTicker(20 * time.Millisecond)
-	defer again.Stop()
-	client := &http.Client{Timeout: time.Second}
-	for {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		if resp, err := client.Do(req); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return nil
-			}
-		}
-		select {
-		case <-exited:
-			return errors.New("the fixture ended before it was ready")
-		case <-ctx.Done():
-			return fmt.Errorf("the fixture was not ready in time: %w", ctx.Err())
-		case <-again.C:
-		}
-	}
 }
 
 // suite runs one requirement set. Its exit code is not asked: the results are.

@@ -52,7 +52,8 @@ func startFixture(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	deadline := time.Now().Add(10 * time.Second)
+	deadline, again := time.After(10*time.Second), time.NewTicker(10*time.Millisecond)
+	defer again.Stop()
 	for {
 		resp, err := http.Get("http://" + addr + "/ready")
 		if err == nil {
@@ -61,10 +62,11 @@ func startFixture(t *testing.T) string {
 				return "http://" + addr + "/mcp"
 			}
 		}
-		if time.Now().After(deadline) {
+		select {
+		case <-deadline:
 			t.Fatal("the fixture is not ready: ", err)
+		case <-again.C:
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 }
 

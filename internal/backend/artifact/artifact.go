@@ -277,7 +277,7 @@ func (s *Store) find(id, owner string) *item {
 }
 
 // Run implements call.Watcher: it deletes what has expired until ctx ends.
-func (s *Store) Run(ctx context.Context, _ func(), _ func(uri string)) error {
+func (s *Store) Run(ctx context.Context, _ func(...call.Kind), _ func(uri string)) error {
 	tick := time.NewTicker(max(time.Second, min(s.o.Retention/10, time.Minute)))
 	defer tick.Stop()
 	for {

@@ -153,7 +153,7 @@ func (b *Backend) Close() error {
 func (b *Backend) Name() string { return b.name }
 
 // Run implements call.Watcher: it looks through the folders until ctx ends.
-func (b *Backend) Run(ctx context.Context, changed func(), updated func(uri string)) error {
+func (b *Backend) Run(ctx context.Context, changed func(kinds ...call.Kind), updated func(uri string)) error {
 	tick := time.NewTicker(b.config.Refresh)
 	defer tick.Stop()
 	for {

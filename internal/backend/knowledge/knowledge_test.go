@@ -384,7 +384,7 @@ func TestRun(t *testing.T) {
 	listed, updated := make(chan struct{}, 1), make(chan string, 1)
 	var running sync.WaitGroup
 	running.Go(func() {
-		err := w.Run(ctx, func() {
+		err := w.Run(ctx, func(...call.Kind) {
 			select {
 			case listed <- struct{}{}:
 			default:

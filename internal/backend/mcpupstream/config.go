@@ -40,7 +40,7 @@ type Config struct {
 	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for when it does not tell of changes."`
 	MaxMessageBytes    int           `yaml:"max_message_bytes" default:"16777216" doc:"Largest message it may send, in bytes."`
 	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" default:"64" doc:"Most calls it gets at once."`
-	MaxProcesses       int           `yaml:"max_processes" default:"4" doc:"Most processes of a command."`
+	MaxProcesses       int           `yaml:"max_processes" default:"8" doc:"Most processes of a command."`
 	IdleTimeout        time.Duration `yaml:"idle_timeout" default:"5m" doc:"A session or process that nobody uses ends after this long."`
 	MaxParked          int           `yaml:"max_parked" default:"100" doc:"Most calls that wait for input of a caller who has to come back with it."`
 	ParkTimeout        time.Duration `yaml:"park_timeout" default:"5m" doc:"How long such a call waits."`
@@ -74,7 +74,7 @@ func (c *Config) setDefaults() {
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, 5*time.Minute)
 	c.MaxMessageBytes = cmp.Or(c.MaxMessageBytes, 16<<20)
 	c.MaxConcurrentCalls = cmp.Or(c.MaxConcurrentCalls, 64)
-	c.MaxProcesses = cmp.Or(c.MaxProcesses, 4)
+	c.MaxProcesses = cmp.Or(c.MaxProcesses, 8)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 5*time.Minute)
 	c.MaxParked = cmp.Or(c.MaxParked, 100)
 	c.ParkTimeout = cmp.Or(c.ParkTimeout, 5*time.Minute)

@@ -81,10 +81,7 @@ func (u *Upstream) listen(ctx context.Context) {
 			return
 		}
 		pause = min(2*pause, time.Minute)
-		select {
-		case u.changed <- struct{}{}:
-		default:
-		}
+		u.announce(0)
 	}
 }
 

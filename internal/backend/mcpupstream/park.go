@@ -10,6 +10,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
 	"newel.dev/newel/call"
 )
 
@@ -28,6 +31,7 @@ type flight struct {
 	open  *message // the question that waits for its answer
 	asked int      // questions so far: their keys are numbered
 	timer *time.Timer
+	since time.Time // parked at
 }
 
 type landing struct {
@@ -44,7 +48,7 @@ func (t *target) fly(c *call.Call, s *session, release func()) *flight {
 	f := &flight{t: t, s: s, release: release, cancel: cancel, asks: make(chan *message, maxOpenQuestions), done: make(chan landing, 1)}
 	f.sink.Store(&c.Sink)
 	id := s.ids.Add(1)
-	r := &request{id: id, method: t.method, params: t.params(ctx, c, s, id).end()}
+	r := &request{id: id, method: t.method, name: t.subject(c), params: t.params(ctx, c, s, id).end()}
 	t.u.background.Go(func() {
 		m, err := s.request(ctx, r, func(m *message) { f.take(ctx, m) })
 		f.done <- landing{m, err}
@@ -122,7 +126,10 @@ func (f *flight) abandon() {
 // answer asks the caller what the server asked. What the caller's side cannot answer is told to
 // the server, which decides what to do without.
 func (f *flight) answer(ctx context.Context, c *call.Call) error {
-	key := "q" + strconv.Itoa(f.asked)
+	key := keyOf(f.open.Params)
+	if key == "" {
+		key = "q" + strconv.Itoa(f.asked)
+	}
 	answers, err := c.Asker.Ask(ctx, call.Question{Key: key, Method: f.open.Method, Params: f.open.Params})
 	var ask *call.InputRequired
 	var own *call.Error
@@ -140,6 +147,20 @@ func (f *flight) answer(ctx context.Context, c *call.Call) error {
 	}
 	f.open = nil
 	return nil
+}
+
+// keyOf returns the key that a Newel behind this gave its question, or "": session revisions have
+// no keys of their own.
+func keyOf(params jsontext.Value) string {
+	var p struct {
+		Meta struct {
+			Key string `json:"dev.newel/key"`
+		} `json:"_meta"`
+	}
+	if params == nil || json.Unmarshal(params, &p) != nil || len(p.Meta.Key) > 128 {
+		return ""
+	}
+	return p.Meta.Key
 }
 
 // parking holds calls whose callers have to come back. Their number and time are bounded.
@@ -167,6 +188,7 @@ func (p *parking) park(f *flight, ask *call.InputRequired) error {
 		return e
 	}
 	p.calls[id] = f
+	f.since = time.Now()
 	f.timer = time.AfterFunc(p.timeout, func() {
 		if p.remove(id) == f {
 			f.abandon()
@@ -197,6 +219,31 @@ func (p *parking) remove(id string) *flight {
 	delete(p.calls, id)
 	return f
 }
+
+// evict gives up the call that has waited longest, if that is long enough, so that a process that
+// it holds is free for others. Its caller is told when it comes back.
+func (p *parking) evict() bool {
+	p.mu.Lock()
+	var oldest *flight
+	var at string
+	for id, f := range p.calls {
+		if oldest == nil || f.since.Before(oldest.since) {
+			oldest, at = f, id
+		}
+	}
+	if oldest == nil || time.Since(oldest.since) < minParked {
+		p.mu.Unlock()
+		return false
+	}
+	delete(p.calls, at)
+	p.mu.Unlock()
+	oldest.timer.Stop()
+	oldest.abandon()
+	return true
+}
+
+// minParked is how long every parked call may wait, whoever else needs its process.
+const minParked = 2 * time.Second
 
 func (p *parking) len() int {
 	p.mu.Lock()

@@ -1,6 +1,7 @@
 package mcpupstream
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -174,15 +175,15 @@ func (t *target) refusal(e *rpcError) error {
 	code := call.Failed
 	out := &call.Error{Message: e.Message, Data: e.Data, RPC: e.Code}
 	switch {
-	case e.Code == -32002 || t.kind == call.Resource && e.Code == -32602:
+	case e.Code == -32021, e.Data.Kind() == '{' && bytes.Contains(e.Data, []byte(`"requiredCapabilities"`)):
+		code, out.RPC = call.Unsupported, 0
+	case e.Code == -32002, t.kind == call.Resource && e.Code == -32602:
 		code, out.RPC = call.NotFound, 0 // each era has its own code for it
 		if out.Data == nil {
 			out.Data = jsontext.Value("{}")
 		}
 	case e.Code == -32602:
 		code = call.Invalid
-	case e.Code == -32021:
-		code, out.RPC = call.Unsupported, 0
 	case e.Code == -32020 || e.Code == -32022 || e.Code == -32700 || e.Code == -32600:
 		return call.Errorf(call.Failed, "the server %q behind this and the gateway do not understand each other", t.u.name).Because(e)
 	}

@@ -232,7 +232,13 @@ func (u *Upstream) initialize(ctx context.Context, l link, caps jsontext.Value) 
 	if overHTTP {
 		h.revision = said.Revision
 	}
-	return s, l.send(ctx, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`))
+	if err := l.send(ctx, []byte(`{"jsonrpc":"2.0","method":"notifications/initialized"}`)); err != nil || s.server.Logging == nil {
+		return s, err
+	}
+	// Levels belong to sessions, and callers share this one: it says all, and each caller's own
+	// door leaves out what that caller did not ask for. A server that refuses stays as it is.
+	_, err = s.request(ctx, &request{id: s.ids.Add(1), method: "logging/setLevel", params: jsontext.Value(`{"level":"debug"}`)}, u.heard)
+	return s, err
 }
 
 // discover asks a server of the stateless revision what it has. era is false if the answer says
@@ -423,6 +429,9 @@ func (u *Upstream) exclusive(ctx context.Context, key string, caps jsontext.Valu
 		}
 	}
 	p.mu.Unlock()
+	if u.processes.Full() && u.parked.evict() {
+		return u.exclusive(ctx, key, caps) // the session that was freed may be of this very key
+	}
 	s, err := u.open(ctx, caps)
 	if err != nil {
 		return nil, nil, err

@@ -34,6 +34,7 @@ type piped struct {
 type waiter struct {
 	inbox  chan *message // what belongs to the request; bounded: a slow caller loses progress, not its answer
 	answer chan *message
+	call   bool // of a capability, as opposed to a list or a subscription
 }
 
 // inboxSize bounds what one slow caller holds back.
@@ -84,9 +85,13 @@ func (l *piped) deliver(m *message) {
 		w = l.waiting[progressToken(m.Params)]
 	case m.ID != nil || m.Method == "notifications/message":
 		// Nothing says what it belongs to. Whoever may be asked has the process for itself.
-		if len(l.waiting) == 1 {
-			for _, only := range l.waiting {
-				w = only
+		for _, one := range l.waiting {
+			if one.call && w != nil {
+				w = nil
+				break
+			}
+			if one.call {
+				w = one
 			}
 		}
 	}
@@ -105,7 +110,7 @@ func (l *piped) deliver(m *message) {
 
 // exchange implements link.
 func (l *piped) exchange(ctx context.Context, r *request, on func(*message)) (*message, error) {
-	w := &waiter{inbox: make(chan *message, inboxSize), answer: make(chan *message, 1)}
+	w := &waiter{inbox: make(chan *message, inboxSize), answer: make(chan *message, 1), call: r.name != ""}
 	l.mu.Lock()
 	l.waiting[r.id] = w
 	l.mu.Unlock()

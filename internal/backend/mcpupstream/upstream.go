@@ -30,8 +30,8 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
-	"newel.dev/newel/internal/backend/mcpupstream/process"
 	"newel.dev/newel/internal/module"
+	"newel.dev/newel/internal/process"
 )
 
 // An Upstream is one MCP server behind the gateway. It is safe for concurrent use.
@@ -53,7 +53,8 @@ type Upstream struct {
 	life       context.Context // ends with Close
 	end        context.CancelFunc
 	background sync.WaitGroup
-	changed    chan struct{} // its lists may have changed
+	changed    chan struct{} // its lists may have changed: there is something in announced
+	announced  atomic.Uint32 // kinds of lists that the server said have changed, as bits
 
 	mu        sync.Mutex // guards what is below
 	published []*call.Capability
@@ -158,13 +159,25 @@ func (u *Upstream) start(ctx context.Context) (link, error) {
 // heard takes what a server says outside of a request.
 func (u *Upstream) heard(m *message) {
 	switch m.Method {
-	case "notifications/tools/list_changed", "notifications/prompts/list_changed", "notifications/resources/list_changed":
-		select {
-		case u.changed <- struct{}{}:
-		default: // one refresh is due already
-		}
+	case "notifications/tools/list_changed":
+		u.announce(call.ListTools)
+	case "notifications/prompts/list_changed":
+		u.announce(call.ListPrompts)
+	case "notifications/resources/list_changed":
+		u.announce(call.ListResources)
 	case "notifications/resources/updated":
 		u.updatedURI(m)
+	}
+}
+
+// announce has the lists read again. kind 0 means that changes may have been missed.
+func (u *Upstream) announce(kind call.Kind) {
+	if kind != 0 {
+		u.announced.Or(1 << kind)
+	}
+	select {
+	case u.changed <- struct{}{}:
+	default: // one refresh is due already
 	}
 }
 
@@ -224,7 +237,7 @@ func (u *Upstream) Capabilities(ctx context.Context) ([]*call.Capability, error)
 func (u *Upstream) Tolerant() bool { return true }
 
 // Run implements call.Watcher: it follows the server's lists and resources until ctx ends.
-func (u *Upstream) Run(ctx context.Context, changed func(), updated func(uri string)) error {
+func (u *Upstream) Run(ctx context.Context, changed func(kinds ...call.Kind), updated func(uri string)) error {
 	u.mu.Lock()
 	u.onUpdated(updated)
 	u.mu.Unlock()
@@ -249,7 +262,7 @@ func (u *Upstream) Run(ctx context.Context, changed func(), updated func(uri str
 
 // keepListed asks for the lists again: after a change, after a failure with growing pauses, and
 // now and then.
-func (u *Upstream) keepListed(ctx context.Context, changed func()) {
+func (u *Upstream) keepListed(ctx context.Context, changed func(kinds ...call.Kind)) {
 	pause := 500 * time.Millisecond
 	for {
 		u.mu.Lock()
@@ -271,13 +284,21 @@ func (u *Upstream) keepListed(ctx context.Context, changed func()) {
 		case <-t.C:
 		}
 		limit, stop := context.WithTimeout(ctx, u.config.StartTimeout+u.config.ListTimeout)
+		said := u.announced.Swap(0)
 		different, err := u.refresh(limit)
 		stop()
+		var kinds []call.Kind
+		for _, k := range []call.Kind{call.ListTools, call.ListPrompts, call.ListResources} {
+			if said&(1<<k) != 0 {
+				kinds = append(kinds, k)
+			}
+		}
 		switch {
 		case err != nil && ctx.Err() == nil:
+			u.announced.Or(said)
 			u.log.LogAttrs(ctx, slog.LevelWarn, "the server's lists could not be read; the last ones stay", slog.String("error", err.Error()))
-		case different:
-			changed()
+		case different || len(kinds) > 0:
+			changed(kinds...)
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json" // the SDK's types speak encoding/json
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strconv"
 	"strings"
@@ -141,25 +142,36 @@ func (a *asker) one(ctx context.Context, q call.Question) (any, error) {
 	if params == nil {
 		params = jsontext.Value("{}")
 	}
+	// A gateway in front of this may speak a revision in which questions have keys.
+	key := mcp.Meta{"dev.newel/key": q.Key}
 	switch q.Method {
 	case call.MethodElicit:
 		var p mcp.ElicitParams
 		if err := json.Unmarshal(params, &p); err != nil {
 			return nil, err
 		}
+		p.Meta = merge(p.Meta, key)
 		return a.session.Elicit(ctx, &p)
 	case call.MethodSample:
 		var p mcp.CreateMessageWithToolsParams
 		if err := json.Unmarshal(params, &p); err != nil {
 			return nil, err
 		}
+		p.Meta = merge(p.Meta, key)
 		r, err := a.session.CreateMessageWithTools(ctx, &p)
 		if err != nil {
 			return nil, err
 		}
 		return r, nil
 	case call.MethodRoots:
-		return a.session.ListRoots(ctx, &mcp.ListRootsParams{})
+		return a.session.ListRoots(ctx, &mcp.ListRootsParams{Meta: key})
 	}
 	return nil, fmt.Errorf("unknown method %q", q.Method)
+}
+
+// merge adds members to what the handler itself put there.
+func merge(meta, more mcp.Meta) mcp.Meta {
+	out := maps.Clone(more)
+	maps.Copy(out, meta)
+	return out
 }

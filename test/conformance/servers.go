@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// A subject is what the suite talks to: a server, or a gateway in front of one.
+type subject struct {
+	name    string   // "" for the fixture itself
+	server  []string // command of the server over HTTP, its address left out; nil if the gateway starts it
+	health  string   // path that answers once the server is ready
+	gateway string   // configuration of the gateway, with %s for the server's address; "" for none
+	newel   string   // binary of the gateway
+	args    []string // of the gateway
+}
+
+// sdkServer is the official SDK's own conformance server.
+const sdkServer = "github.com/modelcontextprotocol/go-sdk/conformance/everything-server"
+
+// subjectsOf builds what the suite talks to.
+func subjectsOf(ctx context.Context, root, temp string, gateway bool) ([]subject, error) {
+	build := func(pkg, name string) (string, error) {
+		binary := filepath.Join(temp, name)
+		cmd := exec.CommandContext(ctx, "go", "build", "-o", binary, pkg)
+		cmd.Dir, cmd.Stderr = root, os.Stderr
+		if err := cmd.Run(); err != nil {
+			return "", fmt.Errorf("building %s: %w", pkg, err)
+		}
+		return binary, nil
+	}
+	fixture, err := build("./test/conformance/fixture", "fixture")
+	if err != nil {
+		return nil, err
+	}
+	direct := subject{server: []string{fixture, "-http="}, health: "/ready"}
+	if !gateway {
+		return []subject{direct}, nil
+	}
+	newel, err := build("./cmd/newel", "newel")
+	if err != nil {
+		return nil, err
+	}
+	sdk, err := build(sdkServer, "sdk-server")
+	if err != nil {
+		return nil, err
+	}
+	overHTTP := func(revision string) string {
+		return "mcpServers:\n  upstream:\n    url: http://%s/mcp\n    revision: \"" + revision + "\"\n"
+	}
+	overStdio := func(revision string) string {
+		return "mcpServers:\n  upstream:\n    command: " + fixture + "\n    revision: \"" + revision + "\"\n"
+	}
+	return []subject{
+		{name: "fixture-stateless-http", server: direct.server, health: "/ready", gateway: overHTTP("2026-07-28"), newel: newel},
+		{name: "fixture-sessions-http", server: direct.server, health: "/ready", gateway: overHTTP("2025-11-25"), newel: newel},
+		{name: "fixture-stateless-stdio", gateway: overStdio("2026-07-28"), newel: newel},
+		{name: "fixture-sessions-stdio", gateway: overStdio("2025-11-25"), newel: newel},
+		{name: "sdk-stateless-http", server: []string{sdk, "-stateless=true", "-http="}, health: "/mcp", gateway: overHTTP("auto"), newel: newel},
+		{name: "sdk-sessions-http", server: []string{sdk, "-stateless=false", "-http="}, health: "/mcp", gateway: overHTTP("auto"), newel: newel},
+	}, nil
+}
+
+// leftOut are scenarios that a subject cannot pass whatever the gateway does, and why. Each was
+// seen to fail, or to have nothing to test, against the server itself.
+var leftOut = map[string]map[string]string{
+	"sdk-stateless-http/2025-11-25": {
+		"tools-call-sampling":          "the server asks through a session only",
+		"tools-call-elicitation":       "the server asks through a session only",
+		"elicitation-sep1034-defaults": "the server asks through a session only",
+		"elicitation-sep1330-enums":    "the server asks through a session only",
+		"server-sse-polling":           "only a server with sessions can close a stream in the middle of a call",
+	},
+	"fixture-stateless-http/2025-11-25":  {"server-sse-polling": "only a server with sessions can close a stream in the middle of a call"},
+	"fixture-stateless-stdio/2025-11-25": {"server-sse-polling": "there is no stream to close"},
+	"fixture-sessions-stdio/2025-11-25":  {"server-sse-polling": "there is no stream to close"},
+	"fixture-sessions-http/2025-11-25":   {"server-sse-polling": "the gateway takes the server's stream up again and keeps that of its caller open"},
+	"sdk-sessions-http/2025-11-25":       {"server-sse-polling": "the server keeps no events to come back for"},
+	"fixture-sessions-http/2026-07-28": {
+		"input-required-result-multiple-input-requests": "in sessions, questions come one after the other",
+	},
+	"fixture-sessions-stdio/2026-07-28": {
+		"input-required-result-multiple-input-requests": "in sessions, questions come one after the other",
+	},
+	"sdk-sessions-http/2026-07-28": {
+		"input-required-result-multiple-input-requests": "in sessions, questions come one after the other",
+		"input-required-result-basic-elicitation":       "in sessions, questions have no keys",
+		"input-required-result-ignore-extra-params":     "in sessions, questions have no keys",
+		"input-required-result-multi-round":             "the server asks once at most in sessions",
+	},
+}
+
+// ask runs both requirement sets against one subject and adds what they found.
+func ask(ctx context.Context, here, temp string, s subject, got Report) error {
+	url, stop, err := s.start(ctx, temp)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	for _, revision := range revisions {
+		results := filepath.Join(temp, s.name+revision)
+		if err := suite(ctx, here, url, revision, results); err != nil {
+			return err
+		}
+		key := revision
+		if s.name != "" {
+			key = s.name + "/" + revision
+		}
+		if err := got.Read(key, results); err != nil {
+			return err
+		}
+		for scenario, why := range leftOut[key] {
+			delete(got, key+" "+scenario)
+			fmt.Printf("LEFT OUT  %s %s: %s\n", key, scenario, why)
+		}
+	}
+	return nil
+}
+
+// start starts the server and, if there is one, the gateway, and returns the URL to talk to.
+func (s *subject) start(ctx context.Context, temp string) (url string, stop func(), err error) {
+	stop = func() {}
+	addr := ""
+	if s.server != nil {
+		if addr, err = freeAddress(); err != nil {
+			return "", nil, err
+		}
+		last := len(s.server) - 1
+		args := append(append([]string{}, s.server[1:last]...), s.server[last]+addr)
+		if stop, err = startServer(ctx, s.server[0], args, "http://"+addr+s.health); err != nil {
+			return "", nil, err
+		}
+	}
+	if s.gateway == "" {
+		return "http://" + addr + "/mcp", stop, nil
+	}
+	config := filepath.Join(temp, s.name+".yaml")
+	text := s.gateway
+	if addr != "" {
+		text = fmt.Sprintf(text, addr)
+	}
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		stop()
+		return "", nil, err
+	}
+	front, err := freeAddress()
+	if err != nil {
+		stop()
+		return "", nil, err
+	}
+	stopGateway, err := startServer(ctx, s.newel, []string{"serve", "--config", config, "--listen", front}, "http://"+front+"/ready")
+	if err != nil {
+		stop()
+		return "", nil, err
+	}
+	stopServer := stop
+	return "http://" + front + "/mcp", func() { stopGateway(); stopServer() }, nil
+}
+
+// startServer starts a program and returns once its health address answers.
+func startServer(ctx context.Context, binary string, args []string, health string) (stop func(), err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	server := exec.CommandContext(ctx, binary, args...)
+	server.Cancel = func() error { return server.Process.Signal(syscall.SIGTERM) }
+	server.WaitDelay = 10 * time.Second
+	if os.Getenv("CONFORMANCE_LOG") != "" {
+		server.Stderr = os.Stderr
+	}
+	if err := server.Start(); err != nil {
+		cancel()
+		return nil, err
+	}
+	exited := make(chan struct{})
+	go func() {
+		defer close(exited)
+		_ = server.Wait() // CONFORMANCE_LOG shows what it had to say
+	}()
+	stop = func() {
+		cancel()
+		<-exited
+	}
+	if err := ready(ctx, health, exited); err != nil {
+		stop()
+		return nil, err
+	}
+	return stop, nil
+}
+
+// ready waits until the server answers, for at most 10 s.
+func ready(ctx context.Context, url string, exited <-chan struct{}) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	again := time.NewTicker(20 * time.Millisecond)
+	defer again.Stop()
+	client := &http.Client{Timeout: time.Second}
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
+		}
+		if resp, err := client.Do(req); err == nil {
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusServiceUnavailable {
+				return nil
+			}
+		}
+		select {
+		case <-exited:
+			return errors.New("the server ended before it was ready; CONFORMANCE_LOG=1 shows what it says")
+		case <-ctx.Done():
+			return fmt.Errorf("the server was not ready in time: %w", ctx.Err())
+		case <-again.C:
+		}
+	}
+}
