@@ -105,8 +105,8 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	b := &bench{temp: temp, plan: p, bar: bar}
 	defer b.stopAll()
 
-	cases := []func(context.Context) (*table, error){b.echo, b.list, b.large}
-	b.bar.total = p.rounds*(4+2+2) + 4*p.starts
+	cases := []func(context.Context) (*table, error){b.echo, b.list, b.large, b.hop, b.manyLists}
+	b.bar.total = p.rounds*(4+2+2+3+1) + 4*p.starts
 	var tables []*table
 	for _, c := range cases {
 		t, err := c(ctx)
@@ -150,7 +150,12 @@ func (b *bench) stopAll() {
 
 // start starts a server that runs until stopAll.
 func (b *bench) start(ctx context.Context, name string, args ...string) (*server, error) {
-	s, err := startServer(ctx, filepath.Join(b.temp, name), args...)
+	return b.startOn(ctx, serverCPU, name, args...)
+}
+
+// startOn is start on another CPU: what stands behind a measured server must not share its own.
+func (b *bench) startOn(ctx context.Context, cpu int, name string, args ...string) (*server, error) {
+	s, err := startServer(ctx, cpu, filepath.Join(b.temp, name), args...)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}

@@ -104,15 +104,23 @@ func report(out io.Writer, p plan, tables []*table, starts []start) error {
 	mcpgo, _, _ := echo.ratio("mcpgo", "newel")
 	listRatio, _, _ := list.ratio("newel", "floor")
 	largeRatio, _, _ := large.ratio("newel", "floor")
+	hop, lists := tables[3], tables[4]
+	hopRatio, _, _ := hop.ratio("gateway", "reverseproxy")
+	sdkHop, _, _ := hop.ratio("sdkproxy", "gateway")
+	slowest, _, _ := lists.row("gateway").spread(func(m measurement) float64 { return float64(m.p99) / float64(time.Millisecond) })
 	last, err := json.Marshal(struct {
-		Path  float64 `json:"path_cpu_over_floor"`
-		SDK   float64 `json:"sdk_cpu_over_path"`
-		MCPGo float64 `json:"mcpgo_cpu_over_path"`
-		List  float64 `json:"list_cpu_over_floor"`
-		Large float64 `json:"large_cpu_over_floor"`
-		Idle  float64 `json:"idle_rss_mib"`
-		First float64 `json:"first_answer_ms"`
-	}{round(path), round(sdk), round(mcpgo), round(listRatio), round(largeRatio), round(idle), round(first)})
+		Path   float64 `json:"path_cpu_over_floor"`
+		SDK    float64 `json:"sdk_cpu_over_path"`
+		MCPGo  float64 `json:"mcpgo_cpu_over_path"`
+		List   float64 `json:"list_cpu_over_floor"`
+		Large  float64 `json:"large_cpu_over_floor"`
+		Idle   float64 `json:"idle_rss_mib"`
+		First  float64 `json:"first_answer_ms"`
+		Hop    float64 `json:"hop_cpu_over_reverseproxy"`
+		SDKHop float64 `json:"sdkproxy_cpu_over_hop"`
+		Lists  float64 `json:"warm_list_20_upstreams_p99_ms"`
+	}{round(path), round(sdk), round(mcpgo), round(listRatio), round(largeRatio), round(idle), round(first),
+		round(hopRatio), round(sdkHop), round(slowest)})
 	if err != nil {
 		return err
 	}

@@ -25,7 +25,7 @@ type server struct {
 }
 
 // startServer starts a server and returns once it accepts connections.
-func startServer(ctx context.Context, binary string, args ...string) (*server, error) {
+func startServer(ctx context.Context, cpu int, binary string, args ...string) (*server, error) {
 	addr, err := freeAddress()
 	if err != nil {
 		return nil, err
@@ -34,7 +34,7 @@ func startServer(ctx context.Context, binary string, args ...string) (*server, e
 	s.cmd = exec.CommandContext(ctx, binary, append([]string{"-addr=" + addr}, args...)...)
 	s.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
 	s.cmd.Stderr = os.Stderr
-	if err := startOn(serverCPU, s.cmd); err != nil {
+	if err := startOn(cpu, s.cmd); err != nil {
 		return nil, err
 	}
 	go func() {

@@ -36,39 +36,65 @@ var listKinds = []struct {
 
 // refresh reads all lists and publishes them. It reports whether anything is different.
 func (u *Upstream) refresh(ctx context.Context) (different bool, err error) {
-	caps, err := u.list(ctx)
+	caps, missing, err := u.list(ctx)
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	u.problem = ""
 	if err != nil {
 		u.problem = explain(err)
-		return false, err
+		if len(missing) == len(listKinds) {
+			return false, err
+		}
 	}
-	u.problem = ""
+	for _, c := range u.published { // of the lists that could not be read, the last ones stay
+		if slices.Contains(missing, listOf(c)) {
+			caps = append(caps, c)
+		}
+	}
 	different = !u.listed || !slices.EqualFunc(caps, u.published, func(a, b *call.Capability) bool { return bytes.Equal(a.Definition, b.Definition) })
 	u.listed = true
 	if different {
 		u.published = caps // otherwise the old ones stay: what was compiled for them still holds
 	}
-	return different, nil
+	return different, err
 }
 
-func (u *Upstream) list(ctx context.Context) ([]*call.Capability, error) {
+// listOf returns the method that lists a capability.
+func listOf(c *call.Capability) string {
+	switch {
+	case c.Kind == call.Tool:
+		return "tools/list"
+	case c.Kind == call.Prompt:
+		return "prompts/list"
+	case c.Template != "":
+		return "resources/templates/list"
+	}
+	return "resources/list"
+}
+
+// list reads all lists; missing names those that could not be read, err says why.
+func (u *Upstream) list(ctx context.Context) (caps []*call.Capability, missing []string, err error) {
+	for _, k := range listKinds {
+		missing = append(missing, k.method)
+	}
 	s, done, err := u.lease(ctx, nil)
 	if err != nil {
-		return nil, err
+		return nil, missing, err
 	}
 	defer done()
-	var caps []*call.Capability
+	missing = missing[:0]
+	var problems []error
 	for _, k := range listKinds {
 		if !k.has(&s.server) {
 			continue
 		}
+		var of []*call.Capability
 		err := u.pages(ctx, s, k.method, k.items, func(def jsontext.Value) {
 			c, err := u.capability(s, k.method, def)
 			if err != nil {
 				u.log.LogAttrs(ctx, slog.LevelWarn, "a definition is left out", slog.String("list", k.method), slog.String("error", err.Error()))
 			} else if c != nil {
-				caps = append(caps, c)
+				of = append(of, c)
 			}
 		})
 		var rpc *rpcError
@@ -76,10 +102,13 @@ func (u *Upstream) list(ctx context.Context) ([]*call.Capability, error) {
 			err = nil // many servers with resources have no such method
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", k.method, err)
+			problems = append(problems, fmt.Errorf("%s: %w", k.method, err))
+			missing = append(missing, k.method)
+			continue
 		}
+		caps = append(caps, of...)
 	}
-	return caps, nil
+	return caps, missing, errors.Join(problems...)
 }
 
 // pages reads one list to its end. A list without end is an error, not an endless wait.

@@ -293,11 +293,12 @@ func (u *Upstream) keepListed(ctx context.Context, changed func(kinds ...call.Ki
 				kinds = append(kinds, k)
 			}
 		}
-		switch {
-		case err != nil && ctx.Err() == nil:
+		if err != nil && ctx.Err() == nil {
 			u.announced.Or(said)
+			kinds = nil // told of when they could be read
 			u.log.LogAttrs(ctx, slog.LevelWarn, "the server's lists could not be read; the last ones stay", slog.String("error", err.Error()))
-		case different || len(kinds) > 0:
+		}
+		if different || len(kinds) > 0 {
 			changed(kinds...)
 		}
 	}
