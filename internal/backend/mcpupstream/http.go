@@ -10,39 +10,47 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 )
 
 // endpoint is an upstream over Streamable HTTP. It is safe for concurrent use.
 type endpoint struct {
-	url     string
-	header  http.Header // as configured
-	client  *http.Client
-	maxSize int // bytes of one message
+	url     *url.URL
+	header  http.Header     // as configured
+	trip    *http.Transport // follows no redirects: where an address leads is for the operator to say
+	maxSize int             // bytes of one message
 }
 
-func newEndpoint(url string, header http.Header, o *Config) (*endpoint, error) {
+func newEndpoint(address string, header http.Header, o *Config) (*endpoint, error) {
+	to, err := url.Parse(address)
+	if err != nil {
+		return nil, err
+	}
 	dialer := &net.Dialer{Timeout: o.ConnectTimeout, KeepAlive: 30 * time.Second}
-	e := &endpoint{url: url, header: header, maxSize: o.MaxMessageBytes, client: &http.Client{
-		Transport: &http.Transport{
-			Proxy:                  http.ProxyFromEnvironment,
-			DialContext:            dialer.DialContext,
-			TLSHandshakeTimeout:    o.ConnectTimeout,
-			MaxIdleConns:           o.MaxConcurrentCalls,
-			MaxIdleConnsPerHost:    o.MaxConcurrentCalls,
-			IdleConnTimeout:        90 * time.Second,
-			MaxResponseHeaderBytes: 64 << 10,
-			ForceAttemptHTTP2:      true,
-			DisableCompression:     true, // what was compressed to nothing would be unpacked without bound
-		},
-		// Where a configured address leads to is for the operator to say, not for the upstream.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}}
-	_, err := http.NewRequest(http.MethodPost, url, nil)
-	return e, err
+	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            dialer.DialContext,
+		TLSHandshakeTimeout:    o.ConnectTimeout,
+		MaxIdleConns:           o.MaxConcurrentCalls,
+		MaxIdleConnsPerHost:    o.MaxConcurrentCalls,
+		IdleConnTimeout:        90 * time.Second,
+		MaxResponseHeaderBytes: 64 << 10,
+		ForceAttemptHTTP2:      true,
+		DisableCompression:     true, // what was compressed to nothing would be unpacked without bound
+	}}, nil
+}
+
+// do sends one request. Nothing is followed, nothing stored: a transport is all that is needed.
+func (e *endpoint) do(ctx context.Context, method string, header http.Header, body []byte) (*http.Response, error) {
+	r := &http.Request{Method: method, URL: e.url, Host: e.url.Host, Header: header, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}
+	if body != nil {
+		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		r.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(body)), nil }
+	}
+	return e.trip.RoundTrip(r.WithContext(ctx))
 }
 
 // statusError is an answer without a JSON-RPC message in it.
@@ -79,14 +87,9 @@ type stream struct {
 // post sends one message and returns the answer to the request id in it. Everything else that
 // arrives goes to on, in order. For notifications and responses (id 0) the answer is nil.
 func (e *endpoint) post(ctx context.Context, header http.Header, body []byte, id int64, on func(*message)) (*message, http.Header, *stream, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, e.url, bytes.NewReader(body))
-	if err != nil {
-		return nil, nil, nil, unsentError{err}
-	}
-	r.Header = header
 	header["Content-Type"] = jsonType
 	header["Accept"] = acceptBoth
-	resp, err := e.client.Do(r)
+	resp, err := e.do(ctx, http.MethodPost, header, body)
 	if err != nil {
 		var op *net.OpError
 		if errors.As(err, &op) && op.Op == "dial" {
@@ -107,16 +110,11 @@ var (
 // get opens an event stream: one that was interrupted (last is its last event id) or that of
 // what the upstream says unasked. It returns when the answer to id comes or the stream ends.
 func (e *endpoint) get(ctx context.Context, header http.Header, last string, id int64, on func(*message)) (*message, *stream, error) {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, e.url, nil)
-	if err != nil {
-		return nil, nil, err
-	}
-	r.Header = header
 	header["Accept"] = []string{"text/event-stream"}
 	if last != "" {
 		header.Set("Last-Event-ID", last)
 	}
-	resp, err := e.client.Do(r)
+	resp, err := e.do(ctx, http.MethodGet, header, nil)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -290,10 +288,4 @@ func wait(ctx context.Context, d time.Duration) error {
 	case <-t.C:
 		return nil
 	}
-}
-
-// trimURL hides what may be secret in an address that goes into a log.
-func trimURL(s string) string {
-	s, _, _ = strings.Cut(s, "?")
-	return s
 }

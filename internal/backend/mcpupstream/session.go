@@ -181,12 +181,7 @@ func (l *sessionHTTP) close(ctx context.Context) {
 	}
 	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), cancelTimeout)
 	defer stop()
-	r, err := http.NewRequestWithContext(ctx, http.MethodDelete, l.url, nil)
-	if err != nil {
-		return
-	}
-	r.Header = l.head()
-	if resp, err := l.client.Do(r); err == nil {
+	if resp, err := l.do(ctx, http.MethodDelete, l.head(), nil); err == nil {
 		resp.Body.Close()
 	}
 }
@@ -349,12 +344,12 @@ type slot struct {
 
 // lease returns a session for a call and how to give it back.
 func (u *Upstream) lease(ctx context.Context, c *call.Call) (*session, func(), error) {
+	if s := u.stateless.Load(); s != nil && s.usable() {
+		return s, func() {}, nil // every request stands for itself
+	}
 	caps := noCapabilities
 	if c != nil {
 		caps = capabilitiesOf(&c.Client)
-	}
-	if s := u.stateless.Load(); s != nil && s.usable() {
-		return s, func() {}, nil // every request stands for itself
 	}
 	key := string(caps)
 	if c != nil && c.Principal != nil && u.config.PerUser {

@@ -159,6 +159,9 @@ func headerValue(v string) string {
 // nobody can answer. Extensions go on as declared, except those that change what results look
 // like and that the house does not carry.
 func capabilitiesOf(c *call.Client) jsontext.Value {
+	if !c.ElicitForm && !c.ElicitURL && !c.Sampling && !c.Roots && len(c.Extensions) == 0 {
+		return noCapabilities
+	}
 	o := newObject()
 	if c.ElicitForm || c.ElicitURL {
 		modes := newObject()

@@ -43,59 +43,76 @@ func collect(cmd *exec.Cmd) {
 	}
 }
 
-// sweepTime bounds how long is waited for what was killed to be gone.
-const sweepTime = 2 * time.Second
+const (
+	sweepTime = 2 * time.Second       // longest wait for what was killed to be gone
+	execTime  = 50 * time.Millisecond // longest wait for a process that has no environment yet
+)
 
 // sweep kills what carries the token in its environment. It looks again until it finds nothing, as
 // what it looks for may fork meanwhile, and until what it killed is gone; those that became ours
 // are reaped. It returns how many resist: they wait inside of the kernel.
 func sweep(token string) (left int) {
-	deadline := time.Now().Add(sweepTime)
-	killed := map[int]struct{}{}
+	began := time.Now()
+	killed := map[int]bool{}
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
-		found := false
+		again := false
 		eachProcess(func(pid int) {
-			if marked(pid, token) && killMarked(pid, token) {
-				killed[pid] = struct{}{}
-				found = true
+			switch yes, unclear := marked(pid, token); {
+			case yes && killMarked(pid, token):
+				killed[pid] = true
+				again = true
+			case unclear && time.Since(began) < execTime:
+				again = true
 			}
 		})
 		for pid := range killed {
-			if gone(pid) {
+			if gone(pid, killed) {
 				delete(killed, pid)
 			}
 		}
-		if !found && len(killed) == 0 || time.Now().After(deadline) {
+		if !again && len(killed) == 0 || time.Since(began) > sweepTime {
 			return len(killed)
 		}
 		time.Sleep(pause)
 	}
 }
 
+// marked reports whether the environment of a process holds the token. It is not clear while a
+// process executes another program, and for one that really has no environment.
+func marked(pid int, token string) (yes, unclear bool) {
+	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+	if err != nil || len(env) > 0 {
+		return bytes.Contains(env, []byte(token)), false
+	}
+	const kthreadd = 2 // the parent of the kernel's own threads
+	s, ok := status(pid)
+	return false, ok && s.state != 'Z' && s.parent != kthreadd && pid != kthreadd
+}
+
 // killMarked kills a process without ever killing another that got its number meanwhile: the
-// descriptor stands for whoever had it when the environment was read after it was opened.
+// descriptor stands for one process, whose environment is read after it was opened.
 func killMarked(pid int, token string) bool {
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return false // it is gone, or the kernel is older than 5.3
 	}
 	defer unix.Close(fd) //nolint:errcheck // a descriptor without data
-	return marked(pid, token) && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil
+	yes, _ := marked(pid, token)
+	return yes && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil
 }
 
-// marked reports whether the environment of a process holds the token. A zombie has none.
-func marked(pid int, token string) bool {
-	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
-	return err == nil && bytes.Contains(env, []byte(token))
-}
-
-// gone reports whether a killed process is dead, and reaps it if it is ours.
-func gone(pid int) bool {
+// gone reports whether a killed process is dead, and reaps it if it is ours. If its parent dies too
+// it may become ours any moment. (A state of Z is not enough: other threads may live for a moment.)
+func gone(pid int, killed map[int]bool) bool {
 	s, ok := status(pid)
-	if ok && s.state == 'Z' && s.parent == os.Getpid() {
-		_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) // another may have been faster
+	switch {
+	case !ok:
+		return true
+	case s.parent == os.Getpid():
+		reaped, err := unix.Wait4(pid, nil, unix.WNOHANG, nil)
+		return reaped == pid || errors.Is(err, unix.ECHILD)
 	}
-	return !ok || s.state == 'Z' || s.state == 'X'
+	return s.state == 'Z' && !killed[s.parent]
 }
 
 // reapAdopted reaps the zombies of these groups that became ours: the program is process 1 or a
