@@ -445,10 +445,19 @@ func (s *Supervisor) rest(lived time.Duration) {
 	s.notBefore = time.Now().Add(s.pause/2 + rand.N(s.pause/2+1)) //nolint:gosec // spreads starts, no secret
 }
 
-// Stats returns how many processes there are, how many were started, and how many crashed: failed
-// to start, ended without being asked, or had to be ended because they broke the rules.
-func (s *Supervisor) Stats() (running, starts, crashes int64) {
+// Stats counts processes since the start.
+type Stats struct {
+	Running int   // now, those included that are being ended
+	Starts  int64 // that succeeded
+	Crashes int64 // failed to start, ended without being asked, or had to be ended because they broke the rules
+}
+
+// Stats returns the counts.
+func (s *Supervisor) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return int64(len(s.all)), s.started, s.crashes
+	return Stats{Running: len(s.all), Starts: s.started, Crashes: s.crashes}
 }
+
+// Full reports whether Acquire would have to wait now.
+func (s *Supervisor) Full() bool { return len(s.places) == cap(s.places) }
