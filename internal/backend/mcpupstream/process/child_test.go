@@ -6,11 +6,9 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"os/signal"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -37,7 +35,6 @@ var roles = map[string]func(arg string){
 	"show":     show,
 	"mute":     func(string) { _ = os.Stdout.Close(); forever() },
 	"garbage":  func(string) { _, _ = os.Stdout.WriteString("\x00\xff{\r\n\n{\"cut\":"); os.Exit(0) },
-	"eat":      eat,
 	"spin":     func(string) { fmt.Println("ready"); spin() },
 	"fugitive": fugitive,
 }
@@ -164,24 +161,6 @@ func show(string) {
 	dir, _ := os.Getwd()
 	_ = json.NewEncoder(os.Stdout).Encode(map[string]any{"args": os.Args[1:], "env": os.Environ(), "dir": dir})
 	echo(-1)
-}
-
-// eat uses arg mebibytes of memory.
-func eat(arg string) {
-	n, _ := strconv.Atoi(arg)
-	in := bufio.NewReader(os.Stdin)
-	_, _ = in.ReadString('\n') // the caps are there now
-	var hold [][]byte
-	for range n {
-		b := make([]byte, 1<<20)
-		for i := 0; i < len(b); i += 4096 {
-			b[i] = 1
-		}
-		hold = append(hold, b)
-	}
-	fmt.Println("survived")
-	runtime.KeepAlive(hold)
-	_, _ = io.Copy(io.Discard, in)
 }
 
 func spin() {

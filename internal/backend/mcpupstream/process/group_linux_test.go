@@ -246,17 +246,21 @@ func TestChildrenOutliveThreads(t *testing.T) {
 	}
 }
 
+// The child is a shell, as the race detector takes more memory than a child should.
 func TestMemoryIsCapped(t *testing.T) {
 	for _, tt := range []struct {
-		megabytes string
-		survives  bool
-	}{{"16", true}, {"600", false}} {
-		s, _ := run(t, "eat:"+tt.megabytes, Options{MemoryBytes: 300 << 20})
+		bytes    string
+		survives bool
+	}{{"1000000", true}, {"100000000", false}} {
+		s, _ := run(t, "", Options{
+			Command: "/bin/sh", MemoryBytes: 50 << 20,
+			Args: []string{"-c", `read go; text=$(head -c "$0" /dev/zero | tr '\0' x); echo ${#text}; read end`, tt.bytes},
+		})
 		p := acquire(t, s)
-		send(t, p, "go")
+		send(t, p, "go") // the cap is there now
 		line, err := p.Read()
-		if (string(line) == "survived") != tt.survives {
-			t.Errorf("%s MiB: %q, %v", tt.megabytes, line, err)
+		if (string(line) == tt.bytes) != tt.survives {
+			t.Errorf("%s bytes: %q, %v", tt.bytes, line, err)
 		}
 	}
 }
