@@ -4,11 +4,17 @@ package gateway
 import (
 	"context"
 	"errors"
+	"io"
+	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,12 +22,17 @@ import (
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/backend/mcpupstream"
 	"newel.dev/newel/internal/module"
+	"newel.dev/newel/internal/secret"
 )
 
 // fixture is the conformance fixture, built once.
 var fixture string
 
 func TestMain(m *testing.M) {
+	if os.Getenv("GATEWAY_TEST_CHILD") != "" {
+		outOfTurn() // this very program is a server over stdio
+		return
+	}
 	dir, err := os.MkdirTemp("", "newel-gateway-")
 	if err != nil {
 		panic(err)
@@ -70,19 +81,44 @@ func startFixture(t *testing.T) string {
 	}
 }
 
+// upstream is one server behind, with its name.
+type upstream struct {
+	name   string
+	config mcpupstream.Config
+}
+
 // serve starts a gateway in front of upstreams and returns its URL.
 func serve(t *testing.T, upstreams map[string]mcpupstream.Config) string {
 	t.Helper()
+	var all []upstream
+	for _, name := range slices.Sorted(maps.Keys(upstreams)) {
+		all = append(all, upstream{name, upstreams[name]})
+	}
+	return serveOrdered(t, nil, all...)
+}
+
+// serveOrdered is serve with an order, and with the log in out if it is not nil.
+func serveOrdered(t *testing.T, out io.Writer, upstreams ...upstream) string {
+	t.Helper()
+	log := logger(t)
+	if out != nil {
+		log = slog.New(slog.NewTextHandler(out, nil))
+	}
 	var backends []call.Backend
-	for name, c := range upstreams {
-		u, err := mcpupstream.New(name, c, module.Env{Dir: ".", Logger: logger(t)})
+	for _, up := range upstreams {
+		u, err := mcpupstream.New(up.name, up.config, module.Env{Dir: ".", Logger: log})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = u.Close() })
 		backends = append(backends, u)
 	}
-	h, err := assembly.Build(t.Context(), &assembly.Options{Name: "gateway", Backends: backends, Logger: logger(t)})
+	return serveBackends(t, log, backends...)
+}
+
+func serveBackends(t *testing.T, log *slog.Logger, backends ...call.Backend) string {
+	t.Helper()
+	h, err := assembly.Build(t.Context(), &assembly.Options{Name: "gateway", Backends: backends, Logger: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,4 +136,31 @@ func serve(t *testing.T, upstreams map[string]mcpupstream.Config) string {
 		}
 	})
 	return "http://" + l.Addr().String() + "/mcp"
+}
+
+// plain makes settings of plain text.
+func plain(m map[string]string) map[string]secret.String {
+	out := map[string]secret.String{}
+	for k, v := range m {
+		out[k] = secret.New(v)
+	}
+	return out
+}
+
+// syncBuffer is a log that is written and read at once.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
 }

@@ -128,6 +128,7 @@ func (e *endpoint) read(resp *http.Response, id int64, on func(*message)) (*mess
 	if kind != "application/json" {
 		kind, _, _ = mime.ParseMediaType(kind) // what it cannot parse is no type we take
 	}
+	redirect := resp.StatusCode >= 300 && resp.StatusCode < 400
 	switch {
 	case resp.StatusCode == http.StatusOK && kind == "text/event-stream":
 		return e.events(resp.Body, id, on)
@@ -136,11 +137,11 @@ func (e *endpoint) read(resp *http.Response, id int64, on func(*message)) (*mess
 			return nil, nil, fmt.Errorf("%w: status %d", errCut, resp.StatusCode)
 		}
 		return nil, nil, nil
-	case kind == "application/json":
+	case kind == "application/json" && !redirect:
 		return e.body(resp, id)
 	}
 	what := "the answer is of type " + strconv.Quote(kind)
-	if resp.StatusCode >= 300 && resp.StatusCode < 400 {
+	if redirect {
 		what = fmt.Sprintf("a redirect to %.200q, which is not followed: configure the final address", resp.Header.Get("Location"))
 	}
 	_, _ = io.CopyN(io.Discard, resp.Body, 4<<10) // so that the connection can be used again; no matter if not
