@@ -17,15 +17,30 @@ import (
 const defaultConfig = "newel.yaml"
 
 func serveCommand(env *environment) *cobra.Command {
-	var path, listen string
+	var path, listen, from string
 	c := &cobra.Command{
 		Use:   "serve",
 		Short: "Serve over HTTP what the configuration names",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return env.serve(cmd.Context(), path, listen)
+			if from != "" && cmd.Flags().Changed("config") {
+				return errors.New("--from and --config name one file each; choose one")
+			}
+			if from != "" {
+				f, err := env.loadClient(from)
+				if err != nil {
+					return err
+				}
+				return env.serve(cmd.Context(), f, from, listen)
+			}
+			f, err := env.load(path, env.secrets(path))
+			if err != nil {
+				return err
+			}
+			return env.serve(cmd.Context(), f, path, listen)
 		},
 	}
+	c.Flags().StringVar(&from, "from", "", "serve the MCP servers of a client's file (Claude, Cursor, VS Code) instead")
 	c.Flags().StringVarP(&path, "config", "c", defaultConfig, "configuration file")
 	c.Flags().StringVarP(&listen, "listen", "l", "", "address to listen on (host:port), instead of the configuration's")
 	return c
@@ -62,11 +77,7 @@ func (e *environment) secrets(path string) config.Lookup {
 	return config.Secrets(e.getenv, filepath.Dir(path))
 }
 
-func (e *environment) serve(ctx context.Context, path, listen string) error {
-	f, err := e.load(path, e.secrets(path))
-	if err != nil {
-		return err
-	}
+func (e *environment) serve(ctx context.Context, f *config.File, path, listen string) error {
 	if listen == "" {
 		listen = f.Config.Listen
 	}

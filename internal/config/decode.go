@@ -322,7 +322,7 @@ func (d *decoder) plainOrSecret(name string, n ast.Node, into reflect.Value, pat
 		d.problem(where(n), path, err.Error(), "")
 		return
 	}
-	if refs == 0 && text != "" && slices.ContainsFunc(secretNames, func(s string) bool { return strings.Contains(strings.ToUpper(name), s) }) {
+	if refs == 0 && text != "" && isSecretName(name) {
 		d.problem(where(n), path, fmt.Sprintf("the value of %q is a secret by its name, and must be a reference", name), "write ${env:NAME} or ${file:path}")
 		if len(d.problems) > 0 {
 			d.problems[len(d.problems)-1].Source = "" // the line may hold the secret: it is not shown
