@@ -63,7 +63,7 @@ func (f *flight) take(ctx context.Context, m *message) {
 		if sink := f.sink.Load(); sink != nil {
 			notify(ctx, *sink, m)
 		}
-	case m.Method == call.MethodElicit || m.Method == call.MethodSample || m.Method == call.MethodRoots:
+	case isQuestion(m.Method):
 		select {
 		case f.asks <- m:
 		default:
@@ -72,6 +72,11 @@ func (f *flight) take(ctx context.Context, m *message) {
 	default:
 		f.s.respond(ctx, m.ID, nil, &rpcError{Code: -32601, Message: "the client does not serve this method"})
 	}
+}
+
+// isQuestion reports whether a request of a server is for the caller to answer.
+func isQuestion(method string) bool {
+	return method == call.MethodElicit || method == call.MethodSample || method == call.MethodRoots
 }
 
 // finish gives the session back once the call is over.

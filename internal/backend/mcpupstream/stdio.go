@@ -28,6 +28,7 @@ type piped struct {
 
 	mu      sync.Mutex // guards what is below
 	waiting map[int64]*waiter
+	early   []*message // questions asked before the call that they are for
 	err     error // why it ended
 }
 
@@ -103,9 +104,39 @@ func (l *piped) deliver(m *message) {
 		default:
 		}
 	}
-	if w == nil || m.ID != nil {
+	switch {
+	case m.ID == nil:
 		l.unasked(m)
+	case w == nil && l.hold(m):
+	default:
+		go l.refuse(m) // ends when it is written, at the latest after cancelTimeout
 	}
+}
+
+// hold keeps a question that came before its call: some servers ask as soon as they are told that
+// the client is ready.
+func (l *piped) hold(m *message) bool {
+	if !isQuestion(m.Method) {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.early) >= maxOpenQuestions {
+		return false
+	}
+	l.early = append(l.early, m)
+	return true
+}
+
+// refuse answers a request that nobody can answer; ping is answered.
+func (l *piped) refuse(m *message) {
+	ctx, stop := context.WithTimeout(context.Background(), cancelTimeout)
+	defer stop()
+	rest := `"error":{"code":-32601,"message":"nobody can be asked now"}}`
+	if m.Method == "ping" {
+		rest = `"result":{}}`
+	}
+	_ = l.send(ctx, fmt.Appendf(nil, `{"jsonrpc":"2.0","id":%s,%s`, m.ID, rest)) // it may have ended
 }
 
 // exchange implements link.
@@ -113,6 +144,12 @@ func (l *piped) exchange(ctx context.Context, r *request, on func(*message)) (*m
 	w := &waiter{inbox: make(chan *message, inboxSize), answer: make(chan *message, 1), call: r.name != ""}
 	l.mu.Lock()
 	l.waiting[r.id] = w
+	if w.call {
+		for _, m := range l.early {
+			w.inbox <- m // has room: it is new
+		}
+		l.early = nil
+	}
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
