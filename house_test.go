@@ -20,7 +20,7 @@ const modulePath = "newel.dev/newel"
 var floors = []string{
 	"call internal/strictjson internal/secret internal/nearest",
 	"internal/module internal/catalog internal/process internal/policy",
-	"internal/config internal/guard/* internal/backend/* internal/identity/*",
+	"internal/config internal/guard/* internal/backend/* internal/identity/* internal/toolsearch",
 	"internal/guard internal/mcpwire",
 	"internal/door/*",
 	"internal/assembly",

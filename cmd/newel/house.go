@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
@@ -82,10 +83,22 @@ func (e *environment) open(ctx context.Context, f *config.File) (_ *opened, err 
 	if err := errors.Join(problems...); err != nil {
 		return nil, exit(exitFailed, err)
 	}
+	var servers []assembly.Server
+	for i, v := range c.Servers {
+		for j, name := range v.Backends {
+			if !slices.ContainsFunc(c.Backends, func(b config.Backend) bool { return b.Name == name }) {
+				return nil, exit(exitFailed, fmt.Errorf("%s: there is no backend %q", f.Position(fmt.Sprintf("servers[%d].backends[%d]", i, j)), name))
+			}
+		}
+		servers = append(servers, assembly.Server{
+			Path: v.Path, Name: v.Name, Title: v.Title, Instructions: v.Instructions, Backends: v.Backends,
+			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
+		})
+	}
 	l := &c.Limits
 	o.House, err = assembly.Build(ctx, &assembly.Options{
 		Name: c.Server.Name, Title: c.Server.Title, Version: c.Server.Version, Instructions: c.Server.Instructions,
-		Backends: backends,
+		Backends: backends, Servers: servers, Search: c.ToolSearch,
 		Limits: assembly.Limits{
 			MessageBytes: int(l.MaxMessageBytes), Depth: l.MaxDepth, Elements: l.MaxElements,
 			ConcurrentCalls: l.MaxConcurrentCalls, QueuedCalls: l.MaxQueuedCalls, QueueTimeout: l.QueueTimeout, CallTimeout: l.CallTimeout,

@@ -13,8 +13,8 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
@@ -25,17 +25,13 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
-	"newel.dev/newel/internal/door/mcphttp"
-	"newel.dev/newel/internal/door/mcpsession"
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/observe"
-	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
-	"newel.dev/newel/internal/strictjson"
 )
 
 // Options say what the house is made of. The zero value of every field but Backends works.
@@ -46,6 +42,8 @@ type Options struct {
 	Instructions string // for models: how to use the server
 
 	Backends []call.Backend
+	Servers  []Server // virtual ones, on paths of their own beside /mcp
+	Search   string   // tool search on /mcp: auto (from 50 tools on), on or off; default off
 	Limits   Limits
 
 	Logger  *slog.Logger         // one record per call; nil discards
@@ -79,18 +77,17 @@ type Limits struct {
 
 // A House is a built server. Its methods are safe for concurrent use.
 type House struct {
-	opts     Options
-	catalog  *catalog.Catalog
-	hub      *catalog.Hub
-	path     call.Handler
-	backends []call.Backend
-	door     *mcphttp.Door
-	sessions *mcpsession.Door
-	stdio    *mcpstdio.Door
-	codec    *mcpwire.Codec
-	drain    *drain
-	ready    ready
+	opts       Options
+	faces      []*face // the first is the main one, /mcp
+	backends   []call.Backend
+	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
+	stdio      *mcpstdio.Door
+	drain      *drain
+	ready      ready
 }
+
+// main is what stdio and callers in memory see.
+func (h *House) main() *face { return h.faces[0] }
 
 // Build makes a house. All registration happens here, before any door opens; the error joins
 // every problem and names what is wrong and where it was declared.
@@ -101,13 +98,11 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	if err != nil {
 		return nil, fmt.Errorf("artifacts: %w", err)
 	}
-	h := &House{opts: o, hub: catalog.NewHub(), drain: newDrain(), backends: append(o.Backends[:len(o.Backends):len(o.Backends)], artifacts)}
+	h := &House{opts: o, drain: newDrain(), backends: append(o.Backends[:len(o.Backends):len(o.Backends)], artifacts)}
 	snapshot, err := h.register(ctx)
 	if err != nil {
 		return nil, err
 	}
-	h.catalog = catalog.New(snapshot)
-	h.hub.OnFollow = h.follow
 
 	observer, err := observe.New(observe.Options{Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Server: o.Name, RPCCode: mcpwire.RPCCode})
 	if err != nil {
@@ -131,58 +126,20 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	if err != nil {
 		return nil, err
 	}
-	h.path, err = guard.Compile(guard.Path(guard.Set{
-		Observe:  observer.Guard,
-		Admit:    admission.Guard,
-		Resolve:  resolve.New(h.catalog),
-		Validate: validate.Guard,
-		Bound:    bounds.Guard,
-	}), guard.End(h.catalog, h.hub))
-	if err != nil {
-		return nil, err
-	}
-	return h, h.openDoors(observer)
-}
-
-// openDoors makes the doors; they serve nothing until they are asked to.
-func (h *House) openDoors(observer *observe.Observer) error {
-	o := &h.opts
-	var err error
-	h.codec, err = mcpwire.New(mcpwire.Options{
-		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
-		Path: h.path, Has: h.has, StateKey: o.StateKey,
-		Limits: strictjson.Limits{Bytes: o.Limits.MessageBytes, Depth: o.Limits.Depth, Elements: o.Limits.Elements},
-	})
-	if err != nil {
-		return err
-	}
-	h.sessions, err = mcpsession.New(mcpsession.Options{
-		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
-		Path: h.path, Hub: h.hub, Has: h.has(), Readable: h.readable,
-		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
-		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger,
-	})
-	if err != nil {
-		return err
+	shared := guard.Set{Observe: observer.Guard, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
+	main := Server{Path: "/mcp", Name: o.Name, Title: o.Title, Instructions: o.Instructions, Search: o.Search}
+	for _, s := range append([]Server{main}, o.Servers...) {
+		f, err := h.newFace(s, snapshot, shared, observer)
+		if err != nil {
+			return nil, fmt.Errorf("server %s: %w", s.Path, err)
+		}
+		h.faces = append(h.faces, f)
 	}
 	h.stdio, err = mcpstdio.New(mcpstdio.Options{
-		Stateless: h.statelessLine, Sessions: h.sessions.ServeStdio,
+		Stateless: h.main().statelessLine, Sessions: h.main().sessions.ServeStdio,
 		MaxMessageBytes: o.Limits.MessageBytes, MaxConcurrent: o.Limits.ConcurrentCalls, Logger: o.Logger,
 	})
-	if err != nil {
-		return err
-	}
-	h.door, err = mcphttp.New(mcphttp.Options{
-		Codec: h.codec, Sessions: h.sessions,
-		ParamHeaders: func(tool string) []catalog.ParamHeader { return h.catalog.Load().ParamHeaders(tool) },
-		Refused: func(ctx context.Context, code call.Code, status int, peer string, size int, reason string) {
-			observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
-		},
-		MaxMessageBytes: o.Limits.MessageBytes,
-		AllowedHosts:    o.AllowedHosts, AllowedOrigins: o.AllowedOrigins,
-		Draining: h.drain.begun,
-	})
-	return err
+	return h, err
 }
 
 func setDefaults(o *Options) {
@@ -224,13 +181,13 @@ func (h *House) register(ctx context.Context) (*catalog.Snapshot, error) {
 			problems = append(problems, fmt.Errorf("backend %q: %w", b.Name(), err))
 			continue
 		}
-		t, ok := b.(tolerant)
-		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: answers[i].caps, Tolerant: ok && t.Tolerant()})
+		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: answers[i].caps, Tolerant: isTolerant(b)})
 	}
 	snapshot, err := catalog.Build(sources)
 	if err := errors.Join(append(problems, err)...); err != nil {
 		return nil, err
 	}
+	h.everything.Store(snapshot)
 	for _, err := range snapshot.Refused() {
 		h.opts.Logger.LogAttrs(ctx, slog.LevelWarn, "a capability is left out", slog.String("error", err.Error()))
 	}
@@ -247,28 +204,14 @@ type answer struct {
 // by a backend before it, is left out and logged.
 type tolerant interface{ Tolerant() bool }
 
-// refresh registers everything anew and tells subscribers what changed. A failure keeps the
-// snapshot that is served.
-func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
-	snapshot, err := h.register(ctx)
-	if err != nil {
-		return err
-	}
-	changed := h.catalog.Swap(snapshot)
-	for _, kind := range kinds { // their backend was told so, even if nothing is different any more
-		if !slices.Contains(changed, kind) {
-			changed = append(changed, kind)
-		}
-	}
-	for _, kind := range changed {
-		h.hub.ListChanged(kind)
-	}
-	return nil
+func isTolerant(b call.Backend) bool {
+	t, ok := b.(tolerant)
+	return ok && t.Tolerant()
 }
 
 // follow tells the backend of a resource that somebody subscribed to it.
 func (h *House) follow(uri string) {
-	owner := h.catalog.Load().Owner(uri)
+	owner := h.everything.Load().Owner(uri)
 	for _, b := range h.backends {
 		if f, ok := b.(call.Follower); ok && b.Name() == owner {
 			f.Follow(uri)
@@ -276,20 +219,17 @@ func (h *House) follow(uri string) {
 	}
 }
 
-func (h *House) has() mcpwire.Has {
-	s := h.catalog.Load()
-	return mcpwire.Has{
-		Tools:       len(s.Names(call.ListTools)) > 0,
-		Resources:   len(s.Names(call.ListResources))+len(s.Names(call.ListTemplates)) > 0,
-		Prompts:     len(s.Names(call.ListPrompts)) > 0,
-		Completions: s.HasSuggestions(),
+// refresh registers everything anew and tells subscribers what changed. A failure keeps the
+// snapshot that is served.
+func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
+	snapshot, err := h.register(ctx)
+	if err != nil {
+		return err
 	}
-}
-
-// readable reports whether a resource may be subscribed to.
-func (h *House) readable(_ context.Context, uri string) error {
-	if h.catalog.Load().Resource(uri) == nil {
-		return call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", uri)
+	for _, f := range h.faces {
+		if err := f.show(snapshot, kinds...); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -305,32 +245,7 @@ func (h *House) Do(ctx context.Context, c *call.Call) (*call.Result, error) {
 	if c.Door == "" {
 		c.Door = "memory"
 	}
-	return h.path(ctx, c)
-}
-
-// statelessLine serves one stateless message of the stdio door.
-func (h *House) statelessLine(ctx context.Context, line []byte, send func([]byte) error) {
-	m, f := h.codec.Decode(line)
-	if f == nil && m.IsNotification() {
-		return
-	}
-	var c *call.Call
-	if f == nil {
-		c, f = h.codec.Call(m, mcpwire.From{Door: "stdio", Peer: "stdio"}, send)
-	}
-	var frame mcpwire.Frame
-	if f == nil {
-		frame, f = h.codec.Serve(ctx, m, c, nil)
-	}
-	var out []byte
-	if f != nil {
-		out = mcpwire.AppendFailure(nil, f)
-	} else {
-		out = frame.AppendTo(nil)
-	}
-	if err := send(out); err != nil {
-		h.opts.Logger.LogAttrs(ctx, slog.LevelWarn, "an answer could not be written", slog.String("error", err.Error()))
-	}
+	return h.main().path(ctx, c)
 }
 
 // Summary names what is served, for printing.
@@ -340,7 +255,7 @@ type Summary struct {
 
 // Summary returns what is served now.
 func (h *House) Summary() Summary {
-	s := h.catalog.Load()
+	s := h.main().catalog.Load()
 	return Summary{
 		Tools:     s.Names(call.ListTools),
 		Resources: s.Names(call.ListResources),

@@ -40,7 +40,9 @@ type ready struct{ running atomic.Bool }
 // backends do not notice changes and sessions do not expire.
 func (h *House) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("/mcp", h.door)
+	for _, f := range h.faces {
+		mux.Handle(f.server.Path, f.door)
+	}
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		status(w, http.StatusOK, `{"status":"ok"}`)
 	})
@@ -87,7 +89,9 @@ func (h *House) Serve(ctx context.Context, l net.Listener) error {
 		go func() {
 			<-ctx.Done()
 			h.drain.begin()
-			h.sessions.Close()
+			for _, f := range h.faces {
+				f.sessions.Close()
+			}
 			limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 			defer cancel()
 			err := srv.Shutdown(limit)
@@ -122,17 +126,26 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 			all.Go(func() { h.watch(background, w) })
 		}
 	}
-	all.Go(func() {
-		if err := h.sessions.Run(background); err != nil {
-			h.opts.Logger.LogAttrs(background, slog.LevelError, "sessions ended", slog.String("error", err.Error()))
-		}
-	})
+	for _, f := range h.faces {
+		all.Go(func() {
+			if err := f.sessions.Run(background); err != nil {
+				h.opts.Logger.LogAttrs(background, slog.LevelError, "sessions ended", slog.String("error", err.Error()))
+			}
+		})
+	}
 	h.ready.running.Store(true)
 	err := serve(ctx)
 	h.ready.running.Store(false)
 	stop()
 	all.Wait()
 	return err
+}
+
+// updated tells subscribers of every server that a resource changed.
+func (h *House) updated(uri string) {
+	for _, f := range h.faces {
+		f.hub.Updated(uri)
+	}
 }
 
 // watch runs one backend's watcher. A watcher that fails is logged: what it published stays.
@@ -143,7 +156,7 @@ func (h *House) watch(ctx context.Context, w call.Watcher) {
 				slog.String("backend", w.Name()), slog.String("error", err.Error()))
 		}
 	}
-	if err := w.Run(ctx, changed, h.hub.Updated); err != nil && ctx.Err() == nil {
+	if err := w.Run(ctx, changed, h.updated); err != nil && ctx.Err() == nil {
 		h.opts.Logger.LogAttrs(ctx, slog.LevelError, "a backend stopped watching for changes",
 			slog.String("backend", w.Name()), slog.String("error", err.Error()))
 	}

@@ -44,6 +44,7 @@ type entry struct {
 	capability *call.Capability
 	backend    string
 	headers    []ParamHeader
+	definition []byte // as lists show it
 }
 
 type template struct {
@@ -94,6 +95,57 @@ func Build(sources []Source) (*Snapshot, error) {
 		s.lists[k] = newList(items[k])
 	}
 	return s, nil
+}
+
+// View returns the part of s that keep wants, and extra capabilities beside it, which win over
+// others of their name. Nothing of s is compiled again.
+func (s *Snapshot) View(keep func(backend string, c *call.Capability) bool, extra ...*call.Capability) (*Snapshot, error) {
+	v, err := Build([]Source{{Backend: "built in", Capabilities: extra}})
+	if err != nil {
+		return nil, err
+	}
+	items := map[call.Kind][]item{}
+	take := func(kind call.Kind, from, into map[string]*entry) {
+		for key, e := range into { // the extra ones
+			items[kind] = append(items[kind], item{key, e.definition})
+		}
+		for key, e := range from {
+			if _, taken := into[key]; !taken && keep(e.backend, e.capability) {
+				into[key] = e
+				items[kind] = append(items[kind], item{key, e.definition})
+			}
+		}
+	}
+	take(call.ListTools, s.tools, v.tools)
+	take(call.ListPrompts, s.prompts, v.prompts)
+	take(call.ListResources, s.resources, v.resources)
+	for _, t := range s.templates {
+		if keep(t.backend, t.capability) {
+			v.templates = append(v.templates, t)
+			items[call.ListTemplates] = append(items[call.ListTemplates], item{t.capability.Template, t.definition})
+		}
+	}
+	for _, k := range []call.Kind{call.ListTools, call.ListResources, call.ListTemplates, call.ListPrompts} {
+		v.lists[k] = newList(items[k])
+	}
+	return v, nil
+}
+
+// Tools returns all tools, by name.
+func (s *Snapshot) Tools() []*call.Capability {
+	out := make([]*call.Capability, 0, len(s.tools))
+	for _, name := range s.lists[call.ListTools].keys {
+		out = append(out, s.tools[name].capability)
+	}
+	return out
+}
+
+// Definition returns what lists show of a tool, or nil.
+func (s *Snapshot) Definition(tool string) jsontext.Value {
+	if e := s.tools[tool]; e != nil {
+		return e.definition
+	}
+	return nil
 }
 
 // ours returns the sources that are tolerant, or those that are not, in order.
@@ -184,6 +236,7 @@ func (s *Snapshot) add(backend string, given *call.Capability) (call.Kind, item,
 	if err != nil {
 		return 0, item{}, err
 	}
+	e.definition = def
 	into[key] = e
 	return kind, item{key, def}, nil
 }
@@ -202,6 +255,7 @@ func (s *Snapshot) addTemplate(e *entry) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	e.definition = def
 	s.templates = append(s.templates, &template{entry: *e, matcher: m})
 	return def, nil
 }

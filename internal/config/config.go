@@ -36,6 +36,8 @@ type Config struct {
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
+	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
+	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
 	Backends       []Backend `yaml:"backends" doc:"What is served, beside mcpServers."`
 }
 
@@ -45,6 +47,19 @@ type Server struct {
 	Title        string `yaml:"title" doc:"Name for people."`
 	Version      string `yaml:"version" default:"0.0.0" doc:"Version of what is served."`
 	Instructions string `yaml:"instructions" doc:"How to use the server: models read this."`
+}
+
+// Virtual is a virtual server.
+type Virtual struct {
+	Path         string   `yaml:"path" required:"true" doc:"Its path, such as /mcp/finance."`
+	Name         string   `yaml:"name" doc:"Name of the server; default: server.name."`
+	Title        string   `yaml:"title" doc:"Name for people."`
+	Instructions string   `yaml:"instructions" doc:"How to use the server: models read this."`
+	Backends     []string `yaml:"backends" doc:"Names of the backends it shows; empty shows all."`
+	Tools        []string `yaml:"tools" doc:"Names of tools; * stands for any text. Empty shows all."`
+	Resources    []string `yaml:"resources" doc:"URIs and templates of resources; * stands for any text. Empty shows all."`
+	Prompts      []string `yaml:"prompts" doc:"Names of prompts; * stands for any text. Empty shows all."`
+	ToolSearch   string   `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether it has search_tools and call_tool; auto: from 50 tools on."`
 }
 
 // Limits bound what is served at once.

@@ -104,21 +104,35 @@ func serveOrdered(t *testing.T, out io.Writer, upstreams ...upstream) string {
 	if out != nil {
 		log = slog.New(slog.NewTextHandler(out, nil))
 	}
-	var backends []call.Backend
+	return serveWith(t, assembly.Options{Logger: log}, upstreams...)
+}
+
+// serveWith is serve with more options.
+func serveWith(t *testing.T, o assembly.Options, upstreams ...upstream) string {
+	t.Helper()
+	if o.Logger == nil {
+		o.Logger = logger(t)
+	}
 	for _, up := range upstreams {
-		u, err := mcpupstream.New(up.name, up.config, module.Env{Dir: ".", Logger: log})
+		u, err := mcpupstream.New(up.name, up.config, module.Env{Dir: ".", Logger: o.Logger})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = u.Close() })
-		backends = append(backends, u)
+		o.Backends = append(o.Backends, u)
 	}
-	return serveBackends(t, log, backends...)
+	return serveHouse(t, o)
 }
 
 func serveBackends(t *testing.T, log *slog.Logger, backends ...call.Backend) string {
 	t.Helper()
-	h, err := assembly.Build(t.Context(), &assembly.Options{Name: "gateway", Backends: backends, Logger: log})
+	return serveHouse(t, assembly.Options{Backends: backends, Logger: log})
+}
+
+func serveHouse(t *testing.T, o assembly.Options) string {
+	t.Helper()
+	o.Name = "gateway"
+	h, err := assembly.Build(t.Context(), &o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,7 @@ type piped struct {
 	mu      sync.Mutex // guards what is below
 	waiting map[int64]*waiter
 	early   []*message // questions asked before the call that they are for
-	err     error // why it ended
+	err     error      // why it ended
 }
 
 type waiter struct {

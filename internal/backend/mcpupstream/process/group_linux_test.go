@@ -22,7 +22,10 @@ import (
 func systemRole(name, arg string) {
 	switch name {
 	case "host": // has a child of the role arg, writes its number
-		_, p := host(arg)
+		p := host(arg)
+		if _, err := p.Read(); err != nil { // else it would end because nobody reads what it writes
+			panic(err)
+		}
 		fmt.Println(p.cmd.Process.Pid)
 		forever()
 	case "subreaper": // has a family; all orphans below become its own
@@ -50,7 +53,7 @@ func systemRole(name, arg string) {
 }
 
 // host is a supervisor in a program of its own, with one child.
-func host(role string) (*Supervisor, *Process) {
+func host(role string) *Process {
 	s, err := New(Options{Command: os.Args[0], Env: []string{roleName + "=" + role}, KillGrace: 100 * time.Millisecond, IdleTimeout: 50 * time.Millisecond})
 	if err != nil {
 		panic(err)
@@ -60,7 +63,7 @@ func host(role string) (*Supervisor, *Process) {
 	if err != nil {
 		panic(err)
 	}
-	return s, p
+	return p
 }
 
 // subreaper writes how many processes are below it, zombies too, before and after an end.
@@ -69,7 +72,7 @@ func subreaper(how string) {
 	if how == "orphan" {
 		role = "orphan"
 	}
-	_, p := host(role)
+	p := host(role)
 	if _, err := p.Read(); err != nil {
 		panic(err)
 	}

@@ -357,6 +357,9 @@ func TestOldProcessesEndWhenFree(t *testing.T) {
 	send(t, used, "still there")
 	read(t, used)
 	used.Release()
+	if !used.isEnding() {
+		t.Error("it was too old when it was released, and may be given out again")
+	}
 	if e := ended(t, used); !errors.Is(e, errTooOld) {
 		t.Error(e)
 	}

@@ -1,0 +1,230 @@
+package assembly
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/door/mcphttp"
+	"newel.dev/newel/internal/door/mcpsession"
+	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/guard/resolve"
+	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/strictjson"
+	"newel.dev/newel/internal/toolsearch"
+)
+
+// A Server is a virtual server: a path with a part of what the house publishes. What is not in
+// the part cannot be called there either. Empty lists choose everything.
+type Server struct {
+	Path         string   // below /mcp/, such as /mcp/finance
+	Name         string   // default: that of the house
+	Title        string   // for people
+	Instructions string   // for models
+	Backends     []string // names of backends
+	Tools        []string // names of tools; * stands for any text but /
+	Resources    []string // URIs and templates; * stands for any text
+	Prompts      []string // names of prompts
+	Search       string   // tool search: auto, on or off; default off
+}
+
+// face is one server as callers see it: its catalog, the path over it, and the doors to that.
+type face struct {
+	server   Server
+	catalog  *catalog.Catalog
+	hub      *catalog.Hub
+	path     call.Handler
+	codec    *mcpwire.Codec
+	door     *mcphttp.Door
+	sessions *mcpsession.Door
+	search   *toolsearch.Tools
+	open     bool // what is published may come later: features are announced in any case
+	log      *slog.Logger
+}
+
+// newFace makes one server over the guards that all share.
+func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, observer *observe.Observer) (*face, error) {
+	if err := s.check(); err != nil {
+		return nil, err
+	}
+	o := &h.opts
+	f := &face{server: s, hub: catalog.NewHub(), log: o.Logger, open: slices.ContainsFunc(h.backends, isTolerant)}
+	f.hub.OnFollow = h.follow
+	f.search = toolsearch.NewTools(func(name string) jsontext.Value { return f.catalog.Load().Definition(name) })
+	view, err := f.view(snapshot)
+	if err != nil {
+		return nil, err
+	}
+	f.catalog = catalog.New(view)
+	shared.Resolve = resolve.New(f.catalog)
+	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
+	if err != nil {
+		return nil, err
+	}
+	f.path = path
+	if s.Search == "on" || s.Search == "auto" {
+		f.path = toolsearch.Unwrap(path)
+	}
+	return f, f.openDoors(h, observer)
+}
+
+func (s *Server) check() error {
+	if s.Path != "/mcp" && !strings.HasPrefix(s.Path, "/mcp/") || strings.ContainsAny(s.Path, " ?#{}%") || path.Clean(s.Path) != s.Path {
+		return errors.New("its path must be /mcp/ and a name")
+	}
+	if !slices.Contains([]string{"", "off", "on", "auto"}, s.Search) {
+		return fmt.Errorf("tool search must be auto, on or off, not %q", s.Search)
+	}
+	for _, p := range slices.Concat(s.Tools, s.Resources, s.Prompts) {
+		if _, err := path.Match(p, ""); err != nil {
+			return fmt.Errorf("%q is not a pattern: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// keep reports whether a capability is of this server.
+func (s *Server) keep(backend string, c *call.Capability) bool {
+	if len(s.Backends) > 0 && !slices.Contains(s.Backends, backend) && backend != artifactBackend {
+		return false
+	}
+	switch c.Kind {
+	case call.Tool:
+		return matches(s.Tools, c.Name)
+	case call.Prompt:
+		return matches(s.Prompts, c.Name)
+	}
+	return matches(s.Resources, cmp.Or(c.URI, c.Template)) || backend == artifactBackend
+}
+
+// artifactBackend is where large results of any tool are read from.
+const artifactBackend = "artifacts"
+
+func matches(patterns []string, name string) bool {
+	return len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool {
+		// A slash has no meaning in these names: * stands for it too.
+		ok, _ := path.Match(strings.ReplaceAll(p, "/", "\x00"), strings.ReplaceAll(name, "/", "\x00")) // checked at start
+		return ok
+	})
+}
+
+// view is the part of a snapshot that this server shows.
+func (f *face) view(snapshot *catalog.Snapshot) (*catalog.Snapshot, error) {
+	v, err := snapshot.View(f.server.keep)
+	if err != nil {
+		return nil, err
+	}
+	tools := v.Tools()
+	if f.server.Search != "on" && (f.server.Search != "auto" || len(tools) < toolsearch.Threshold) {
+		return v, nil
+	}
+	f.search.Use(tools)
+	return snapshot.View(f.server.keep, f.search.Capabilities()...)
+}
+
+// show makes a new snapshot what callers see, and tells subscribers what changed.
+func (f *face) show(snapshot *catalog.Snapshot, kinds ...call.Kind) error {
+	v, err := f.view(snapshot)
+	if err != nil {
+		return err
+	}
+	changed := f.catalog.Swap(v)
+	for _, kind := range kinds { // their backend was told so, even if nothing is different any more
+		if !slices.Contains(changed, kind) {
+			changed = append(changed, kind)
+		}
+	}
+	for _, kind := range changed {
+		f.hub.ListChanged(kind)
+	}
+	return nil
+}
+
+// openDoors makes the doors; they serve nothing until they are asked to.
+func (f *face) openDoors(h *House, observer *observe.Observer) error {
+	o := &h.opts
+	name := cmp.Or(f.server.Name, o.Name)
+	var err error
+	f.codec, err = mcpwire.New(mcpwire.Options{
+		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
+		Path: f.path, Has: f.has, StateKey: o.StateKey,
+		Limits: strictjson.Limits{Bytes: o.Limits.MessageBytes, Depth: o.Limits.Depth, Elements: o.Limits.Elements},
+	})
+	if err != nil {
+		return err
+	}
+	f.sessions, err = mcpsession.New(mcpsession.Options{
+		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
+		Path: f.path, Hub: f.hub, Has: f.has(), Readable: f.readable,
+		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
+		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger,
+	})
+	if err != nil {
+		return err
+	}
+	f.door, err = mcphttp.New(mcphttp.Options{
+		Codec: f.codec, Sessions: f.sessions,
+		ParamHeaders: func(tool string) []catalog.ParamHeader { return f.catalog.Load().ParamHeaders(tool) },
+		Refused: func(ctx context.Context, code call.Code, status int, peer string, size int, reason string) {
+			observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
+		},
+		MaxMessageBytes: o.Limits.MessageBytes,
+		AllowedHosts:    o.AllowedHosts, AllowedOrigins: o.AllowedOrigins,
+		Draining: h.drain.begun,
+	})
+	return err
+}
+
+// has says which features exist.
+func (f *face) has() mcpwire.Has {
+	s := f.catalog.Load()
+	return mcpwire.Has{
+		Tools:       f.open || len(s.Names(call.ListTools)) > 0,
+		Resources:   f.open || len(s.Names(call.ListResources))+len(s.Names(call.ListTemplates)) > 0,
+		Prompts:     f.open || len(s.Names(call.ListPrompts)) > 0,
+		Completions: f.open || s.HasSuggestions(),
+	}
+}
+
+// readable reports whether a resource may be subscribed to.
+func (f *face) readable(_ context.Context, uri string) error {
+	if f.catalog.Load().Resource(uri) == nil {
+		return call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", uri)
+	}
+	return nil
+}
+
+// statelessLine serves one stateless message of the stdio door.
+func (f *face) statelessLine(ctx context.Context, line []byte, send func([]byte) error) {
+	m, failure := f.codec.Decode(line)
+	if failure == nil && m.IsNotification() {
+		return
+	}
+	var c *call.Call
+	if failure == nil {
+		c, failure = f.codec.Call(m, mcpwire.From{Door: "stdio", Peer: "stdio"}, send)
+	}
+	var frame mcpwire.Frame
+	if failure == nil {
+		frame, failure = f.codec.Serve(ctx, m, c, nil)
+	}
+	var out []byte
+	if failure != nil {
+		out = mcpwire.AppendFailure(nil, failure)
+	} else {
+		out = frame.AppendTo(nil)
+	}
+	if err := send(out); err != nil {
+		f.log.LogAttrs(ctx, slog.LevelWarn, "an answer could not be written", slog.String("error", err.Error()))
+	}
+}
