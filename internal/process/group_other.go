@@ -1,29 +1,36 @@
-//go:build !linux
+//go:build !unix
 
 package process
 
 import (
-	"log/slog"
-	"os"
+	"errors"
 	"os/exec"
+	"syscall"
 )
 
-func isolate(*exec.Cmd) {}
+// attributes are none: this system has no process groups. What a child starts is not ended with it.
+func attributes() *syscall.SysProcAttr { return nil }
 
-func terminateGroup(pid int) { killGroup(pid) }
+// terminate does what kill does: this system has no signal that asks.
+func terminate(cmd *exec.Cmd) { kill(cmd) }
 
-// killGroup ends the child alone: this system is served without process groups.
-func killGroup(pid int) {
-	if p, err := os.FindProcess(pid); err == nil {
-		_ = p.Kill() // it may be gone already
+func kill(cmd *exec.Cmd) { _ = cmd.Process.Kill() } // it may be gone already
+
+// waitExit reaps the child.
+func waitExit(cmd *exec.Cmd) { _ = cmd.Wait() } // its ProcessState says how it ended
+
+// collect has nothing to do: waitExit has reaped the child.
+func collect(*exec.Cmd) {}
+
+// sweep finds nothing: what the child started stays.
+func sweep(string) int { return 0 }
+
+// reapAdopted does nothing: this system gives orphans to nobody.
+func reapAdopted([]int) {}
+
+func limit(_ int, memory, cpuSeconds int64) error {
+	if memory > 0 || cpuSeconds > 0 {
+		return errors.New("this system does not let another process be capped")
 	}
-}
-
-// waitExit returns when standard error is closed, which is what tells here that the child has ended.
-func waitExit(_ int, quiet <-chan struct{}) { <-quiet }
-
-func limit(_ int, memory int64, log *slog.Logger) {
-	if memory > 0 {
-		log.Warn("the memory of processes cannot be capped on this system")
-	}
+	return nil
 }

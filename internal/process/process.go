@@ -1,377 +1,345 @@
-// Package process supervises the child processes of MCP servers that speak over stdio. It knows
-// nothing of MCP: it moves lines.
-//
-// Start reading at [Supervisor.Acquire]. It refuses more processes than configured, and new ones
-// while a program crashes again and again. Children run in process groups of their own, see only
-// the environment they are given, and are all gone and reaped when [Supervisor.Run] has returned.
 package process
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	cryptorand "crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"math/rand/v2"
+	"os"
 	"os/exec"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"newel.dev/newel/call"
 )
 
-// Options configure a Supervisor. Command is required; zero means the default in brackets.
-type Options struct {
-	Name         string // of the server, for errors and logs
-	Command      string // started without a shell
-	Args         []string
-	Env          []string // the whole environment of the child, as name=value
-	Dir          string
-	MaxLine      int           // bytes of one line on standard output; a longer one ends the process [16 MiB]
-	MaxProcesses int           // [4]
-	StartTimeout time.Duration // how long Acquire waits for a place [30 s]
-	KillGrace    time.Duration // between closing standard input, SIGTERM and SIGKILL, each [1 s]
-	MaxStderr    int           // bytes a second of standard error that go to the log [16 KiB]
-	BackoffBase  time.Duration // first pause after a crash, doubled by each further one [100 ms]
-	BackoffMax   time.Duration // [30 s]
-	MemoryBytes  int64         // address space of one process, where the system offers it; 0: no cap
-	Logger       *slog.Logger  // nil discards
+// What a caller may want to tell apart.
+var (
+	// ErrNotSent says that the child got nothing of a line: it may be sent to another process.
+	ErrNotSent = errors.New("nothing of the line was sent")
+	// ErrLineTooLong says that the child wrote a line over MaxLine.
+	ErrLineTooLong = errors.New("it wrote a line that is too long")
+)
+
+// Why a process ends, beside [ErrLineTooLong].
+var (
+	errItself    = errors.New("it ended by itself")
+	errKilled    = errors.New("it is not needed any more")
+	errIdle      = errors.New("nobody used it")
+	errTooOld    = errors.New("it has reached its age")
+	errStopped   = errors.New("all processes are stopped")
+	errDeaf      = errors.New("it does not read its input")
+	errNoInput   = errors.New("it closed its input")
+	errNoOutput  = errors.New("it closed its output")
+	errLineBreak = errors.New("a line break inside of a line")
+)
+
+// An ExitError says how a process ended. It is for operators: the lines may hold anything.
+type ExitError struct {
+	Reason error            // why it ended; [ErrLineTooLong] is one
+	State  *os.ProcessState // exit code, signal, processor time
+	Stderr []string         // the last lines it wrote to standard error, control characters escaped
 }
 
-// stableAfter is how long a process has to live for its end not to count as a crash loop.
-const stableAfter = 30 * time.Second
-
-// A Supervisor starts and ends the processes of one program. It is safe for concurrent use.
-type Supervisor struct {
-	o      Options
-	places chan struct{} // one per running process
-	all    sync.WaitGroup
-
-	mu      sync.Mutex // guards what is below
-	running map[*Process]struct{}
-	closed  bool
-	crashes int       // in a row
-	notTill time.Time // no start before this
-	stats   Stats
+// Error says all of it, on one line.
+func (e *ExitError) Error() string {
+	s := "the process has ended: " + e.Reason.Error() + ": " + e.State.String()
+	if len(e.Stderr) > 0 {
+		s += "; it said last: " + strings.Join(e.Stderr, " | ")
+	}
+	return s
 }
 
-// Stats counts processes since the start.
-type Stats struct {
-	Running int
-	Starts  int64
-	Crashes int64 // ends that nobody asked for
-}
+// Unwrap returns the reason.
+func (e *ExitError) Unwrap() error { return e.Reason }
 
-// New checks the options; it starts nothing.
-func New(o Options) (*Supervisor, error) {
-	if o.Command == "" {
-		return nil, errors.New("process: Command is required")
-	}
-	if o.MaxLine <= 0 {
-		o.MaxLine = 16 << 20
-	}
-	if o.MaxProcesses <= 0 {
-		o.MaxProcesses = 4
-	}
-	if o.StartTimeout <= 0 {
-		o.StartTimeout = 30 * time.Second
-	}
-	if o.KillGrace <= 0 {
-		o.KillGrace = time.Second
-	}
-	if o.MaxStderr <= 0 {
-		o.MaxStderr = 16 << 10
-	}
-	if o.BackoffBase <= 0 {
-		o.BackoffBase = 100 * time.Millisecond
-	}
-	if o.BackoffMax <= 0 {
-		o.BackoffMax = 30 * time.Second
-	}
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if _, err := exec.LookPath(o.Command); err != nil {
-		return nil, fmt.Errorf("the program %q is not there or cannot be run (%w); install it, or give its full path", o.Command, err)
-	}
-	return &Supervisor{o: o, places: make(chan struct{}, o.MaxProcesses), running: map[*Process]struct{}{}}, nil
-}
-
-// Acquire starts a process. It waits for a place while as many run as may; while the program
-// crashes again and again it fails at once with Unavailable.
-func (s *Supervisor) Acquire(ctx context.Context) (*Process, error) {
-	s.mu.Lock()
-	pause := time.Until(s.notTill)
-	s.mu.Unlock()
-	if pause > 0 {
-		e := call.Errorf(call.Unavailable, "the program of %q keeps ending; it is started again in a moment", s.o.Name)
-		e.RetryAfter = pause
-		return nil, e
-	}
-	ctx, stop := context.WithTimeout(ctx, s.o.StartTimeout)
-	defer stop()
-	select {
-	case s.places <- struct{}{}:
-	case <-ctx.Done():
-		e := call.Errorf(call.Exhausted, "all %d processes of %q are in use; try again in a moment", s.o.MaxProcesses, s.o.Name)
-		return nil, e.Because(ctx.Err())
-	}
-	p, err := s.start()
-	if err != nil {
-		<-s.places
-		s.crashed(0)
-		return nil, err
-	}
-	return p, nil
-}
-
-func (s *Supervisor) start() (*Process, error) {
-	cmd := exec.Command(s.o.Command, s.o.Args...) //nolint:gosec // from the operator's file only
-	cmd.Env, cmd.Dir = s.o.Env, s.o.Dir
-	isolate(cmd)
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, errors.New("the supervisor has ended")
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("the program %q could not be started: %w", s.o.Command, err)
-	}
-	p := &Process{
-		s: s, cmd: cmd, stdin: stdin, lines: bufio.NewReaderSize(stdout, 64<<10), began: time.Now(),
-		writes: make(chan struct{}, 1), ended: make(chan struct{}),
-		log: s.o.Logger.With(slog.Int("pid", cmd.Process.Pid)),
-	}
-	limit(cmd.Process.Pid, s.o.MemoryBytes, p.log)
-	s.running[p] = struct{}{}
-	s.stats.Starts++
-	var said sync.WaitGroup
-	said.Go(func() { p.tell(stderr) })
-	s.all.Go(func() {
-		<-p.drained(&said)
-		p.reap()
-	})
-	return p, nil
-}
-
-// crashed notes an end that nobody asked for, after a life of lived.
-func (s *Supervisor) crashed(lived time.Duration) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.stats.Crashes++
-	if lived > stableAfter {
-		s.crashes = 0
-	}
-	pause := min(s.o.BackoffBase<<min(s.crashes, 20), s.o.BackoffMax)
-	s.crashes++
-	s.notTill = time.Now().Add(pause/2 + rand.N(pause/2+1)) //nolint:gosec // spreads starts, no secret
-}
-
-// Full reports whether as many processes run as may.
-func (s *Supervisor) Full() bool { return len(s.places) == cap(s.places) }
-
-// Stats returns the counts.
-func (s *Supervisor) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.stats
-	st.Running = len(s.running)
-	return st
-}
-
-// Run waits for ctx to end, then ends all processes and returns when there are none.
-func (s *Supervisor) Run(ctx context.Context) error {
-	<-ctx.Done()
-	s.mu.Lock()
-	s.closed = true
-	for p := range s.running {
-		go p.Kill() // ends with the process, which is waited for below
-	}
-	s.mu.Unlock()
-	s.all.Wait()
-	return nil
-}
-
-// A Process is one running child. Send and Kill are safe for concurrent use; Read is for one
-// goroutine.
+// A Process is one running child. All but Read is safe for concurrent use, so several calls may
+// share a process. After Release it belongs to somebody else.
 type Process struct {
-	s      *Supervisor
-	cmd    *exec.Cmd
-	stdin  io.WriteCloser
-	lines  *bufio.Reader
-	log    *slog.Logger
-	began  time.Time
-	writes chan struct{} // held by who writes
-	ended  chan struct{} // closed when reaped
-	once   sync.Once
-	asked  bool // guarded by Supervisor.mu: the end was asked for
-	last   string
-	why    error
+	s     *Supervisor
+	cmd   *exec.Cmd
+	token string // in its environment and in that of all it starts
+	began time.Time
+	log   *slog.Logger
+
+	stdin   *os.File
+	writing chan struct{} // held by who writes
+	stdout  *os.File
+	lines   *bufio.Reader
+	stderr  *os.File
+	said    teller
+
+	once    sync.Once
+	ending  chan struct{} // closed when the end has been decided; then why and crashed are set
+	why     error
+	crashed bool
+	ended   chan struct{} // closed when the child was reaped; then exit is set
+	exit    *ExitError
+
+	// Guarded by Supervisor.mu.
+	leased    bool // holds a place
+	freeSince time.Time
 }
 
-// drained returns a channel that is closed when the child has closed standard error, which is when
-// it and all that inherited it are gone, or when it has been killed.
-func (p *Process) drained(said *sync.WaitGroup) <-chan struct{} {
-	done := make(chan struct{})
-	go func() {
-		state := make(chan struct{})
-		go func() { said.Wait(); close(state) }()
-		exited := make(chan struct{})
-		go func() { waitExit(p.cmd.Process.Pid, state); close(exited) }()
-		<-exited
-		select { // a grandchild may hold standard error open: it is of the group and dies with it
-		case <-state:
-		case <-time.After(50 * time.Millisecond):
-			killGroup(p.cmd.Process.Pid)
-			<-state
+// markName is a variable in the environment of every child: one random text per process around it,
+// the innermost last. By it a child's descendants are found wherever they went.
+const markName = "NEWEL_PROCESS"
+
+// launch starts a child, on the caller's OS thread.
+func (s *Supervisor) launch() (*Process, error) {
+	p := &Process{
+		s: s, token: cryptorand.Text(), leased: true,
+		writing: make(chan struct{}, 1), ending: make(chan struct{}), ended: make(chan struct{}),
+	}
+	p.cmd = exec.Command(s.path, s.o.Args...) //nolint:gosec,noctx // from the operator's options; its end is ours
+	p.cmd.Dir = s.o.Dir
+	p.cmd.Env = append(s.env[:len(s.env):len(s.env)], markName+"="+strings.TrimPrefix(os.Getenv(markName)+"."+p.token, "."))
+	p.cmd.SysProcAttr = attributes()
+	if err := p.connect(); err != nil {
+		return nil, err
+	}
+	p.began = time.Now()
+	p.lines = bufio.NewReaderSize(p.stdout, 64<<10)
+	p.log = s.o.Logger.With(slog.String("process", s.o.Name), slog.Int("pid", p.cmd.Process.Pid))
+	p.said = teller{log: p.log, perSecond: s.o.MaxStderr}
+	if err := limit(p.cmd.Process.Pid, s.o.MemoryBytes, s.o.CPUSeconds); err != nil {
+		s.capped.Do(func() {
+			p.log.LogAttrs(context.Background(), slog.LevelWarn, "memory and processor time of processes are not capped", slog.String("error", err.Error()))
+		})
+	}
+	p.log.LogAttrs(context.Background(), slog.LevelDebug, "the process has started")
+	return p, nil
+}
+
+// connect starts the command with pipes. They are not those of os/exec, whose Wait would close them
+// before all was read.
+func (p *Process) connect() (err error) {
+	var theirs [3]*os.File
+	defer func() {
+		for _, f := range theirs {
+			_ = f.Close() // nothing was written to it here
 		}
-		close(done)
+		if err != nil {
+			for _, f := range []*os.File{p.stdin, p.stdout, p.stderr} {
+				_ = f.Close()
+			}
+		}
 	}()
-	return done
+	if theirs[0], p.stdin, err = os.Pipe(); err != nil {
+		return err
+	}
+	if p.stdout, theirs[1], err = os.Pipe(); err != nil {
+		return err
+	}
+	if p.stderr, theirs[2], err = os.Pipe(); err != nil {
+		return err
+	}
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = theirs[0], theirs[1], theirs[2]
+	return p.cmd.Start()
 }
 
-// reap collects the child and everything it left behind.
-func (p *Process) reap() {
-	killGroup(p.cmd.Process.Pid) // what it started and did not end
-	err := p.cmd.Wait()
-	s := p.s
-	s.mu.Lock()
-	delete(s.running, p)
-	asked := p.asked
-	s.mu.Unlock()
-	if err == nil {
-		err = errors.New("exit status 0")
-	}
-	p.why = err
-	if p.last != "" {
-		p.why = fmt.Errorf("%w; it said last: %s", err, p.last)
-	}
-	if !asked {
-		s.crashed(time.Since(p.began))
-		p.log.LogAttrs(context.Background(), slog.LevelWarn, "the process ended by itself", slog.String("error", p.why.Error()))
-	}
-	close(p.ended)
-	<-s.places
-}
-
-// Send writes one line. A child that does not read is ended when ctx is: half a line would make
-// nonsense of all that follow.
+// Send writes a line, to which it adds the end; the line holds no line break. It is safe for
+// concurrent use: lines stay whole. It waits while the child does not read, as long as ctx lives.
+//
+// If ctx ends before the child took the whole line, the process is ended: half a line would spoil
+// all that follow, and a child that takes nothing until a deadline is stuck. Only if ctx was
+// canceled and the child had nothing of the line yet does it live on: who goes away must not end
+// what others use. Errors with [ErrNotSent] mean that the child got nothing of the line.
 func (p *Process) Send(ctx context.Context, line []byte) error {
+	if bytes.IndexByte(line, '\n') >= 0 {
+		return notSent(errLineBreak)
+	}
 	select {
-	case p.writes <- struct{}{}:
+	case p.writing <- struct{}{}:
+		defer func() { <-p.writing }()
 	case <-ctx.Done():
-		return ctx.Err()
-	case <-p.ended:
-		return p.Err()
+		return notSent(ctx.Err())
+	case <-p.ending:
+		return notSent(p.reason())
 	}
-	defer func() { <-p.writes }()
-	stop := context.AfterFunc(ctx, p.Kill)
-	defer stop()
-	b := append(append(make([]byte, 0, len(line)+1), line...), '\n')
-	if _, err := p.stdin.Write(b); err != nil {
-		if ctx.Err() != nil {
-			return ctx.Err()
+	if err := ctx.Err(); err != nil {
+		return notSent(err)
+	}
+	n, err := p.write(ctx, append(append(make([]byte, 0, len(line)+1), line...), '\n'))
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = ctx.Err()
+		if n > 0 || errors.Is(err, context.DeadlineExceeded) {
+			p.stop(errDeaf, true)
 		}
-		return fmt.Errorf("writing to the process: %w", err)
+	} else {
+		p.stop(errNoInput, true)
+		select { // how it ended says more than a broken pipe
+		case <-p.ended:
+		case <-ctx.Done():
+		}
+		err = p.reason()
 	}
-	return nil
+	if n == 0 {
+		return notSent(err)
+	}
+	return err
 }
 
-// Read returns the next line without its end. A line over the bound ends the process.
+func notSent(err error) error { return fmt.Errorf("%w: %w", ErrNotSent, err) }
+
+// write writes to the child until ctx ends, then fails with os.ErrDeadlineExceeded.
+func (p *Process) write(ctx context.Context, b []byte) (int, error) {
+	hurried := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(hurried)
+		if p.stdin.SetWriteDeadline(time.Unix(1, 0)) != nil { // pipes have none on this system
+			p.stop(errDeaf, true)
+		}
+	})
+	n, err := p.stdin.Write(b)
+	if !stop() {
+		<-hurried
+		_ = p.stdin.SetWriteDeadline(time.Time{}) // closed, or without deadlines: nothing to undo
+	}
+	return n, err
+}
+
+// Read returns the next line without its end, whatever it holds; the caller may keep it. A last
+// line that has no end was cut off, and is not returned. One goroutine at a time may read. When
+// the output has ended it waits for the process to do so and returns what Err does. At a line over
+// MaxLine it fails with [ErrLineTooLong], and the process is ended.
+//
+// A child is not read ahead of Read: one that writes more than is read waits.
 func (p *Process) Read() ([]byte, error) {
-	var long []byte
+	var line []byte
 	for {
 		part, err := p.lines.ReadSlice('\n')
-		if len(long)+len(part) > p.s.o.MaxLine {
-			p.Kill()
-			return nil, fmt.Errorf("a line of more than %d bytes", p.s.o.MaxLine)
-		}
-		long = append(long, part...)
+		line = append(line, part...)
+		text := bytes.TrimSuffix(line, []byte("\n"))
 		switch {
+		case len(text) > p.s.o.MaxLine:
+			p.stop(ErrLineTooLong, true)
+			return nil, fmt.Errorf("%w: more than %d bytes", ErrLineTooLong, p.s.o.MaxLine)
 		case err == nil:
-			return []byte(strings.TrimRight(string(long), "\r\n")), nil
+			return bytes.TrimSuffix(text, []byte("\r")), nil
 		case !errors.Is(err, bufio.ErrBufferFull):
+			_ = p.stdout.Close() // there is no more; it may be closed already
+			p.stop(errNoOutput, true)
 			<-p.ended
-			return nil, p.Err()
+			return nil, p.exit
 		}
 	}
 }
 
-// Done is closed when the process has ended and was reaped.
+// Done returns a channel that is closed when the process has ended and was reaped, and all that it
+// started has been killed.
 func (p *Process) Done() <-chan struct{} { return p.ended }
 
-// Err says how the process ended; nil while it runs.
+// Err returns nil until Done, then an [*ExitError].
 func (p *Process) Err() error {
 	select {
 	case <-p.ended:
-		return p.why
+		return p.exit
 	default:
 		return nil
 	}
 }
 
-// Kill ends the process and its group: standard input is closed, then SIGTERM, then SIGKILL. It
-// returns when the process is gone.
-func (p *Process) Kill() {
+// Release gives the process back, for the next who acquires one: it ends when nobody does for
+// IdleTimeout, or at once when it is over MaxLifetime. What it writes meanwhile is not lost but read
+// by the next. The second Release, and one after the end, do nothing.
+func (p *Process) Release() { p.s.release(p) }
+
+// Kill ends the process and all that it started: first its input ends, after KillGrace it gets
+// SIGTERM, after another SIGKILL. It does not wait; Done does. Its place is free when it is gone.
+func (p *Process) Kill() { p.stop(errKilled, false) }
+
+// stop decides that the process ends. The first reason counts.
+func (p *Process) stop(why error, crashed bool) {
 	p.once.Do(func() {
-		p.s.mu.Lock()
-		p.asked = true
-		p.s.mu.Unlock()
-		go func() { // ends with the process
-			_ = p.stdin.Close()
-			for _, end := range []func(int){terminateGroup, killGroup} {
-				t := time.NewTimer(p.s.o.KillGrace)
-				select {
-				case <-p.ended:
-					t.Stop()
-					return
-				case <-t.C:
-					end(p.cmd.Process.Pid)
-				}
-			}
-		}()
+		p.why, p.crashed = why, crashed
+		close(p.ending)
 	})
 }
 
-// tell passes standard error on to the log, bounded, with control characters escaped.
-func (p *Process) tell(r io.Reader) {
-	in := bufio.NewReaderSize(r, 4<<10)
-	window, left, dropped := time.Now(), p.s.o.MaxStderr, 0
-	for {
-		line, err := in.ReadSlice('\n')
-		if now := time.Now(); now.Sub(window) > time.Second {
-			if dropped > 0 {
-				p.log.LogAttrs(context.Background(), slog.LevelWarn, "standard error was cut", slog.Int("bytes", dropped))
-			}
-			window, left, dropped = now, p.s.o.MaxStderr, 0
+func (p *Process) isEnding() bool {
+	select {
+	case <-p.ending:
+		return true
+	default:
+		return false
+	}
+}
+
+// reason returns why the process ends or has ended; the caller knows that it does.
+func (p *Process) reason() error {
+	if err := p.Err(); err != nil {
+		return err
+	}
+	return p.why
+}
+
+// mind stays with the child until nothing is left of it. It is the only one to send it signals, and
+// reaps it after the last: until then the kernel gives its number to nobody else.
+func (p *Process) mind() {
+	grace := p.s.o.KillGrace
+	silent := make(chan struct{})
+	go func() {
+		p.said.tell(p.stderr)
+		close(silent)
+	}()
+	exited := make(chan struct{})
+	go func() {
+		waitExit(p.cmd)
+		close(exited)
+	}()
+
+	select {
+	case <-exited:
+		p.stop(errItself, true)
+	case <-p.ending:
+	}
+	_ = p.stdin.Close() // the polite way to ask; whoever writes fails
+	for _, insist := range []func(*exec.Cmd){terminate, kill} {
+		if within(grace, exited) {
+			break
 		}
-		text := strings.Trim(strconv.QuoteToGraphic(strings.TrimRight(string(line), "\r\n")), `"`)
-		switch {
-		case text == "":
-		case len(line) > left:
-			dropped += len(line)
-		default:
-			left -= len(line)
-			p.last = text
-			p.log.LogAttrs(context.Background(), slog.LevelInfo, "stderr", slog.String("line", text))
-		}
-		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
-			return
-		}
+		insist(p.cmd)
+	}
+	<-exited
+
+	// The child is gone, but what it started may live and hold its pipes open.
+	kill(p.cmd)
+	collect(p.cmd)
+	if left := sweep(p.token); left > 0 {
+		p.log.LogAttrs(context.Background(), slog.LevelError, "some of what the process started cannot be killed", slog.Int("processes", left))
+	}
+	if !within(grace, silent) {
+		_ = p.stderr.Close()
+		<-silent
+	}
+	_ = p.stderr.Close()                                   // again, maybe
+	time.AfterFunc(grace, func() { _ = p.stdout.Close() }) // Read has this long to take the rest
+
+	p.exit = &ExitError{Reason: p.why, State: p.cmd.ProcessState, Stderr: p.said.last()}
+	level := slog.LevelDebug
+	if p.crashed {
+		level = slog.LevelWarn
+	}
+	p.log.LogAttrs(context.Background(), level, "the process has ended", slog.String("reason", p.why.Error()),
+		slog.String("state", p.exit.State.String()), slog.Duration("lived", time.Since(p.began)))
+	p.s.forget(p)
+	close(p.ended)
+}
+
+// within reports whether c is closed before d has passed.
+func within(d time.Duration, c <-chan struct{}) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-c:
+		return true
+	case <-t.C:
+		return false
 	}
 }

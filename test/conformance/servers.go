@@ -19,7 +19,6 @@ type subject struct {
 	health  string   // path that answers once the server is ready
 	gateway string   // configuration of the gateway, with %s for the server's address; "" for none
 	newel   string   // binary of the gateway
-	args    []string // of the gateway
 }
 
 // sdkServer is the official SDK's own conformance server.

@@ -264,7 +264,7 @@ func (t *target) params(ctx context.Context, c *call.Call, s *session, id int64)
 
 // arguments adds the fixed arguments.
 func (t *target) arguments(args jsontext.Value) jsontext.Value {
-	if t.fixed == nil || len(t.fixed) <= 2 {
+	if len(t.fixed) <= 2 {
 		return args
 	}
 	o := newObject()

@@ -424,7 +424,7 @@ func (u *Upstream) exclusive(ctx context.Context, key string, caps jsontext.Valu
 		}
 	}
 	p.mu.Unlock()
-	if u.processes.Full() && u.parked.evict() {
+	if u.processes.Stats().Running >= u.config.MaxProcesses && u.parked.evict() {
 		return u.exclusive(ctx, key, caps) // the session that was freed may be of this very key
 	}
 	s, err := u.open(ctx, caps)

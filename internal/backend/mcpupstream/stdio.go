@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/internal/process"
 )
 
 // A pipe is one running process that speaks lines of JSON. Send is safe for concurrent use; Read
@@ -157,6 +159,9 @@ func (l *piped) exchange(ctx context.Context, r *request, on func(*message)) (*m
 		l.mu.Unlock()
 	}()
 	if err := l.pipe.Send(ctx, r.append(nil)); err != nil {
+		if errors.Is(err, process.ErrNotSent) {
+			err = unsentError{err}
+		}
 		return nil, err
 	}
 	for {
@@ -228,5 +233,3 @@ func progressToken(params jsontext.Value) int64 {
 	}
 	return n
 }
-
-var errNoProcess = errors.New("the process could not be started")

@@ -18,7 +18,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -118,18 +117,8 @@ func New(name string, c Config, env module.Env) (*Upstream, error) {
 	return u, nil
 }
 
-// inherited are the variables a child has without asking: nothing of the gateway's own secrets.
-var inherited = []string{"PATH", "HOME", "LANG", "TMPDIR", "USER"}
-
 func environment(c *Config) []string {
 	var env []string
-	for _, name := range inherited {
-		if v, ok := os.LookupEnv(name); ok {
-			if _, own := c.Env[name]; !own {
-				env = append(env, name+"="+v)
-			}
-		}
-	}
 	for name, v := range c.Env {
 		env = append(env, name+"="+v.Reveal())
 	}

@@ -1,8 +1,0 @@
-package process
-
-import (
-	"os/signal"
-	"syscall"
-)
-
-func ignoreTerm() { signal.Ignore(syscall.SIGTERM) }
