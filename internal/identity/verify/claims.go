@@ -1,0 +1,174 @@
+package verify
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// claims are what a token says, by RFC 7519 and RFC 9068 and what providers make of them.
+type claims struct {
+	Issuer   string         `json:"iss"`
+	Subject  string         `json:"sub"`
+	Audience list           `json:"aud"`
+	Expires  *float64       `json:"exp"`
+	NotYet   *float64       `json:"nbf"`
+	Issued   *float64       `json:"iat"`
+	ID       string         `json:"jti"`
+	ClientID string         `json:"client_id"`
+	AZP      string         `json:"azp"`   // Keycloak, Entra v2
+	CID      string         `json:"cid"`   // Okta
+	AppID    string         `json:"appid"` // Entra v1
+	Scope    string         `json:"scope"`
+	SCP      list           `json:"scp"` // Entra: text, Okta: list
+	Nonce    string         `json:"nonce"`
+	AtHash   string         `json:"at_hash"`
+	Bound    jsontext.Value `json:"cnf"`
+	Other    jsontext.Value `json:",embed"`
+
+	typ    string // of the header
+	opaque bool   // the issuer was asked: it has judged the form
+}
+
+// list is one text or several.
+type list []string
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (l *list) UnmarshalJSON(raw []byte) error {
+	if jsontext.Value(raw).Kind() == '"' {
+		var s string
+		err := json.Unmarshal(raw, &s)
+		*l = list{s}
+		return err
+	}
+	return json.Unmarshal(raw, (*[]string)(l))
+}
+
+// A profile is how access tokens of a kind of provider look.
+type profile struct {
+	strict bool // RFC 9068, all of it
+	client func(*claims) string
+}
+
+var profiles = map[string]profile{
+	"rfc9068":  {strict: true, client: func(c *claims) string { return c.ClientID }},
+	"entra":    {client: func(c *claims) string { return first(c.AZP, c.AppID) }},
+	"okta":     {client: func(c *claims) string { return first(c.CID, c.ClientID) }},
+	"keycloak": {client: func(c *claims) string { return first(c.AZP, c.ClientID) }},
+	"dex":      {client: func(c *claims) string { return first(c.AZP, slices.Concat(c.Audience, list{""})[0]) }},
+}
+
+func first(all ...string) string {
+	for _, s := range all {
+		if s != "" {
+			return s
+		}
+	}
+	return ""
+}
+
+// judge decides whether a token counts now. It is asked on every call.
+func (is *issuer) judge(c *claims, now time.Time) (*Identity, error) {
+	p := profiles[is.Profile]
+	at := func(seconds *float64) time.Time {
+		if seconds == nil || math.IsNaN(*seconds) || *seconds < 0 || *seconds > 1e11 {
+			return time.Time{}
+		}
+		return time.Unix(0, int64(*seconds*1e9))
+	}
+	expires := at(c.Expires)
+	switch {
+	case c.Issuer != is.URL:
+		return nil, fmt.Errorf("the issuer is %.100q", c.Issuer)
+	case c.Subject == "":
+		return nil, errors.New("it names no subject")
+	case expires.IsZero():
+		return nil, errors.New("it does not say when it expires")
+	case !now.Before(expires.Add(is.Skew)):
+		return nil, fmt.Errorf("it expired at %v", expires.UTC())
+	case c.NotYet != nil && now.Add(is.Skew).Before(at(c.NotYet)):
+		return nil, fmt.Errorf("it is not valid before %v", at(c.NotYet).UTC())
+	case c.Issued != nil && now.Add(is.Skew).Before(at(c.Issued)):
+		return nil, errors.New("it was issued in the future")
+	case !slices.ContainsFunc(is.Audiences, func(a string) bool { return slices.Contains(c.Audience, a) }):
+		return nil, fmt.Errorf("it is for %.200q", c.Audience)
+	case len(c.Bound) > 0 && c.Bound.Kind() != 'n':
+		return nil, errors.New("it is bound to a key, and was presented without a proof (RFC 9449, section 7.2)")
+	}
+	if err := is.form(c, p); err != nil {
+		return nil, err
+	}
+	id := &Identity{Issuer: c.Issuer, Subject: c.Subject, Client: p.client(c), Expires: expires, Scopes: strings.Fields(c.Scope)}
+	for _, s := range c.SCP {
+		id.Scopes = append(id.Scopes, strings.Fields(s)...)
+	}
+	if len(id.Scopes) == 0 && !p.strict {
+		id.Scopes = is.Scopes
+	}
+	var err error
+	if id.Roles, err = texts(c.Other, is.RolesClaim); err != nil {
+		return nil, err
+	}
+	if is.TenantClaim != "" {
+		tenants, err := texts(c.Other, is.TenantClaim)
+		if err != nil || len(tenants) != 1 || tenants[0] == "" {
+			return nil, fmt.Errorf("the claim %q does not name exactly one tenant", is.TenantClaim)
+		}
+		id.Tenant = tenants[0]
+	}
+	return id, nil
+}
+
+// form checks that a token is an access token, and not one made for something else.
+func (is *issuer) form(c *claims, p profile) error {
+	if c.opaque {
+		return nil
+	}
+	typ := strings.TrimPrefix(strings.ToLower(c.typ), "application/")
+	if p.strict {
+		switch {
+		case typ != "at+jwt":
+			return fmt.Errorf("its type is %.40q, not at+jwt (RFC 9068)", c.typ)
+		case c.ClientID == "" || c.Issued == nil || c.ID == "":
+			return errors.New("it lacks client_id, iat or jti (RFC 9068)")
+		}
+		return nil
+	}
+	switch {
+	case typ != "" && typ != "jwt" && typ != "at+jwt":
+		return fmt.Errorf("its type is %.40q", c.typ)
+	case c.Nonce != "" && is.Profile != "entra" || c.AtHash != "":
+		return errors.New("it is an ID token")
+	}
+	return nil
+}
+
+// texts returns a claim that holds one text or several; dots lead into objects.
+func texts(other jsontext.Value, name string) ([]string, error) {
+	v := other
+	for _, part := range strings.Split(name, ".") {
+		var obj map[string]jsontext.Value
+		if v == nil || v.Kind() != '{' || json.Unmarshal(v, &obj) != nil {
+			return nil, nil
+		}
+		if whole, ok := obj[name]; ok { // a claim may have dots in its name
+			v = whole
+			break
+		}
+		v = obj[part]
+	}
+	if v == nil || v.Kind() == 'n' {
+		return nil, nil
+	}
+	var l list
+	if err := json.Unmarshal(v, &l); err != nil {
+		return nil, fmt.Errorf("the claim %q is neither text nor a list of it", name)
+	}
+	return l, nil
+}

@@ -1,0 +1,365 @@
+// Package verify tells who presents an access token: the resource server's half of OAuth 2.1.
+//
+// Start reading at [Verifier.Verify]. keys.go keeps the keys of issuers, claims.go judges what a
+// token says, introspect.go asks about opaque ones.
+//
+// Refuses: tokens that are not signed by a key of a configured issuer with an allowed algorithm,
+// are for somebody else, have expired, are no access tokens, or are bound to a key that was not
+// shown. The caller learns only that the token is not valid; why is the private cause. Needs: the
+// issuers, now and then. When one is down its last keys hold for a day; a token of a key that was
+// never seen then fails with Unavailable. A signature is checked once and remembered for at most a
+// minute, claims are judged on every call.
+package verify
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/secret"
+)
+
+// An Issuer is an authorization server whose tokens are accepted.
+type Issuer struct {
+	URL          string        // exactly as in the iss claim
+	Audiences    []string      // what aud may name; default: the resource
+	Algorithms   []string      // default: RS256, PS256, ES256, ES384, EdDSA, Ed25519
+	Profile      string        // rfc9068 (default, strict), entra, okta, keycloak, dex: how its tokens look
+	JWKS         string        // address of its keys; default: discovered
+	TenantClaim  string        // claim that names the tenant; default: none, all are of one
+	RolesClaim   string        // claim that lists roles; default: roles
+	Scopes       []string      // of tokens that name none (not with rfc9068)
+	Skew         time.Duration // tolerated difference of clocks [30 s], at most two minutes
+	Introspect   string        // RFC 7662 endpoint for opaque tokens, or ""
+	ClientID     string        // for introspection
+	ClientSecret secret.String
+}
+
+// Options configure a Verifier.
+type Options struct {
+	Resource string // canonical address of this server: the audience (RFC 8707)
+	Issuers  []Issuer
+	HTTP     *http.Client     // default: one with time-outs that follows no redirects
+	Now      func() time.Time // default: time.Now
+}
+
+// An Identity is who a token speaks for.
+type Identity struct {
+	Issuer, Subject, Tenant, Client string
+	Scopes, Roles                   []string
+	Expires                         time.Time
+}
+
+// A Verifier checks tokens. It is safe for concurrent use.
+type Verifier struct {
+	issuers map[string]*issuer
+	opaque  []*issuer // those that can be asked about a token
+	now     func() time.Time
+	http    *http.Client
+
+	mu       sync.Mutex // guards what is below
+	verified map[[32]byte]remembered
+}
+
+type issuer struct {
+	Issuer
+	keys *keySet
+}
+
+// remembered is a token whose signature was checked.
+type remembered struct {
+	issuer *issuer
+	claims *claims
+	until  time.Time
+}
+
+// Bounds of what is remembered.
+const (
+	maxToken      = 16 << 10 // bytes
+	maxRemembered = 10_000
+	rememberFor   = time.Minute
+)
+
+var defaultAlgorithms = []string{"RS256", "PS256", "ES256", "ES384", "EdDSA", "Ed25519"}
+
+// New checks the options; nothing is asked for yet.
+func New(o Options) (*Verifier, error) {
+	if o.HTTP == nil {
+		o.HTTP = &http.Client{Timeout: fetchTimeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, verified: map[[32]byte]remembered{}}
+	var problems []error
+	for _, given := range o.Issuers {
+		is := &issuer{Issuer: given}
+		if err := is.check(o.Resource); err != nil {
+			problems = append(problems, fmt.Errorf("issuer %q: %w", given.URL, err))
+			continue
+		}
+		if v.issuers[is.URL] != nil {
+			problems = append(problems, fmt.Errorf("issuer %q is there twice", is.URL))
+		}
+		is.keys = &keySet{issuer: is.URL, uri: is.JWKS, http: o.HTTP, now: o.Now, lost: v.forget}
+		v.issuers[is.URL] = is
+		if is.Introspect != "" {
+			v.opaque = append(v.opaque, is)
+		}
+	}
+	if len(o.Issuers) == 0 {
+		problems = append(problems, errors.New("no issuer is configured"))
+	}
+	return v, errors.Join(problems...)
+}
+
+func (is *issuer) check(resource string) error {
+	if !secure(is.URL) {
+		return errors.New("its address must be https (http only on loopback)")
+	}
+	for _, u := range []string{is.JWKS, is.Introspect} {
+		if u != "" && !secure(u) {
+			return fmt.Errorf("%s must be https (http only on loopback)", u)
+		}
+	}
+	if len(is.Audiences) == 0 {
+		if resource == "" {
+			return errors.New("it needs audiences, because the address of this server is not configured")
+		}
+		is.Audiences = []string{resource}
+	}
+	if len(is.Algorithms) == 0 {
+		is.Algorithms = defaultAlgorithms
+	}
+	for _, a := range is.Algorithms {
+		if !slices.Contains(append([]string{"RS384", "RS512", "PS384", "PS512", "ES512"}, defaultAlgorithms...), a) {
+			return fmt.Errorf("the algorithm %q is not allowed", a)
+		}
+	}
+	if is.Profile == "" {
+		is.Profile = "rfc9068"
+	}
+	if _, known := profiles[is.Profile]; !known {
+		return fmt.Errorf("there is no profile %q", is.Profile)
+	}
+	if is.RolesClaim == "" {
+		is.RolesClaim = "roles"
+	}
+	if is.Skew == 0 {
+		is.Skew = 30 * time.Second
+	}
+	if is.Skew < 0 || is.Skew > 2*time.Minute {
+		return errors.New("skew must be at most two minutes")
+	}
+	return nil
+}
+
+// secure reports whether an address is https, or http on loopback.
+func secure(address string) bool {
+	u, err := url.Parse(address)
+	if err != nil || u.Host == "" || u.User != nil || u.Fragment != "" {
+		return false
+	}
+	if u.Scheme == "https" {
+		return true
+	}
+	ip, err := netip.ParseAddr(u.Hostname())
+	return u.Scheme == "http" && (u.Hostname() == "localhost" || err == nil && ip.IsLoopback())
+}
+
+// Run keeps the keys of all issuers fresh until ctx ends.
+func (v *Verifier) Run(ctx context.Context) error {
+	var all sync.WaitGroup
+	for _, is := range v.issuers {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				t := time.NewTimer(is.keys.refresh(ctx))
+				select {
+				case <-ctx.Done():
+				case <-t.C:
+				}
+				t.Stop()
+			}
+		})
+	}
+	all.Wait()
+	return nil
+}
+
+// forget makes every signature be checked again: a key is no longer its issuer's.
+func (v *Verifier) forget() {
+	v.mu.Lock()
+	clear(v.verified)
+	v.mu.Unlock()
+}
+
+// errInvalid is all that a caller learns.
+func errInvalid(cause error) error {
+	return call.Errorf(call.Unauthenticated, "the access token is not valid").Because(cause)
+}
+
+// Verify returns who a bearer token speaks for. It fails with Unauthenticated, or with Unavailable
+// while an issuer cannot be asked.
+func (v *Verifier) Verify(ctx context.Context, token string) (*Identity, error) {
+	if token == "" || len(token) > maxToken {
+		return nil, errInvalid(errors.New("no token, or one too long"))
+	}
+	id := sha256.Sum256([]byte(token))
+	v.mu.Lock()
+	known, ok := v.verified[id]
+	v.mu.Unlock()
+	now := v.now()
+	if !ok || !now.Before(known.until) {
+		var err error
+		if known, err = v.signed(ctx, token); err != nil {
+			return nil, v.refusal(err)
+		}
+		v.remember(id, known)
+	}
+	identity, err := known.issuer.judge(known.claims, now)
+	if err != nil {
+		return nil, errInvalid(err)
+	}
+	return identity, nil
+}
+
+// refusal tells a bad token from an issuer that cannot be asked.
+func (v *Verifier) refusal(err error) error {
+	var unknown errUnknownKey
+	var status *unavailableError
+	switch {
+	case errors.As(err, &unknown):
+		e := call.Errorf(call.Unavailable, "the access token cannot be checked now; try again in a moment")
+		e.RetryAfter = unknown.after
+		return e.Because(err)
+	case errors.As(err, &status):
+		e := call.Errorf(call.Unavailable, "the access token cannot be checked now; try again in a moment")
+		e.RetryAfter = retryFirst
+		return e.Because(err)
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	return errInvalid(err)
+}
+
+// unavailableError is an issuer that cannot be asked.
+type unavailableError struct{ error }
+
+// Unwrap returns the cause.
+func (e *unavailableError) Unwrap() error { return e.error }
+
+func (v *Verifier) remember(id [32]byte, r remembered) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.verified) >= maxRemembered { // the map hands out any: good enough, and nobody can choose
+		drop := maxRemembered / 10
+		for old := range v.verified {
+			if drop--; drop < 0 {
+				break
+			}
+			delete(v.verified, old)
+		}
+	}
+	v.verified[id] = r
+}
+
+// signed checks the signature of a token and decodes it.
+func (v *Verifier) signed(ctx context.Context, token string) (remembered, error) {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return v.introspect(ctx, token)
+	}
+	var head struct {
+		Algorithm string   `json:"alg"`
+		KeyID     string   `json:"kid"`
+		Type      string   `json:"typ"`
+		Critical  []string `json:"crit"`
+		Encoding  string   `json:"zip"`
+	}
+	var from struct {
+		Issuer string `json:"iss"`
+	}
+	if err := errors.Join(decode(parts[0], &head), decode(parts[1], &from)); err != nil {
+		return remembered{}, err
+	}
+	is := v.issuers[from.Issuer]
+	switch {
+	case is == nil:
+		return remembered{}, fmt.Errorf("the issuer %.100q is not configured", from.Issuer)
+	case !slices.Contains(is.Algorithms, head.Algorithm):
+		return remembered{}, fmt.Errorf("the algorithm %.20q is not allowed", head.Algorithm)
+	case len(head.Critical) > 0 || head.Encoding != "":
+		return remembered{}, errors.New("the token uses extensions")
+	}
+	keys, err := is.keys.find(ctx, head.KeyID)
+	if err != nil {
+		var unknown errUnknownKey
+		if !errors.Is(err, errNoKey) && !errors.As(err, &unknown) && ctx.Err() == nil {
+			err = &unavailableError{err}
+		}
+		return remembered{}, err
+	}
+	payload, err := check(token, parts, head.Algorithm, keys)
+	if err != nil {
+		return remembered{}, err
+	}
+	c := &claims{}
+	if err := json.Unmarshal(payload, c); err != nil {
+		return remembered{}, fmt.Errorf("the claims: %w", err)
+	}
+	c.typ = head.Type
+	return remembered{issuer: is, claims: c, until: v.now().Add(rememberFor)}, nil
+}
+
+// check verifies the signature with any of the keys.
+func check(token string, parts []string, algorithm string, keys []jose.JSONWebKey) ([]byte, error) {
+	for _, k := range keys {
+		if k.Algorithm != "" && k.Algorithm != algorithm && !(isEd(k.Algorithm) && isEd(algorithm)) {
+			continue // a key that says what it is for is for nothing else
+		}
+		if pub, ok := k.Key.(ed25519.PublicKey); ok {
+			// go-jose does not know the name of RFC 9864.
+			sig, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
+			if isEd(algorithm) && err == nil && ed25519.Verify(pub, []byte(parts[0]+"."+parts[1]), sig) {
+				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
+			}
+			continue
+		}
+		if isEd(algorithm) {
+			continue
+		}
+		jws, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
+		if err != nil {
+			return nil, err
+		}
+		if payload, err := jws.Verify(k.Key); err == nil {
+			return payload, nil
+		}
+	}
+	return nil, errors.New("the signature is of none of the issuer's keys")
+}
+
+func isEd(algorithm string) bool { return algorithm == "EdDSA" || algorithm == "Ed25519" }
+
+// decode decodes one part of a token, strictly.
+func decode(part string, into any) error {
+	raw, err := base64.RawURLEncoding.Strict().DecodeString(part)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(raw, into)
+}
