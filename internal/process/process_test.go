@@ -293,8 +293,10 @@ func TestPool(t *testing.T) {
 	if acquire(t, s) != a {
 		t.Error("the free one was not taken")
 	}
-	if p := acquire(t, s); p == b {
-		t.Error("an ended process was given out")
+	a.Release()
+	a.Kill() // by somebody who has it still
+	if p := acquire(t, s); p == a || p == b {
+		t.Error("a process was given out that ends")
 	}
 	if crashes := s.Stats().Crashes; crashes != 0 {
 		t.Errorf("%d crashes, though all was asked for", crashes)
@@ -344,6 +346,19 @@ func TestIdleProcessesEnd(t *testing.T) {
 	}
 	send(t, used, "still there")
 	read(t, used)
+}
+
+// A process that is retired keeps a place until it is gone.
+func TestRetiredProcessesKeepTheirPlace(t *testing.T) {
+	s, _ := run(t, "stubborn", Options{MaxProcesses: 1, IdleTimeout: 20 * time.Millisecond, KillGrace: 50 * time.Millisecond})
+	p := acquire(t, s)
+	read(t, p)
+	p.Release()
+	<-p.ending
+	next := acquire(t, s)
+	if n := s.Stats().Running; next == p || n != 1 {
+		t.Errorf("%d processes for one place", n)
+	}
 }
 
 func TestOldProcessesEndWhenFree(t *testing.T) {
