@@ -80,8 +80,18 @@ type Call struct {
 	// ---- set along the path ----
 
 	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)
+	Visible   *Visible    // authorize: what of a list its caller may see; nil: all
 	Target    *Capability // resolve; nil for lists and subscriptions
 	Event     Event       // any step; written once, by observe
+}
+
+// Visible is the part of a catalog that one caller may use. It does not change.
+type Visible struct {
+	// Key is the same for all callers who see the same, or "" if nobody else may be given what
+	// this caller sees.
+	Key string
+	// Shows reports whether the caller may use c. It is safe for concurrent use.
+	Shows func(c *Capability) bool
 }
 
 // Completion is what a Complete call asks for. Ref kinds are Prompt and Resource (a template).
@@ -117,7 +127,8 @@ type Principal struct {
 	ID     string   // stable subject, unique within Tenant
 	Tenant string   // exactly one
 	Client string   // OAuth client id, or ""
-	Scopes []string // granted scopes
+	Scopes []string // granted scopes; "*" stands for all
+	Roles  []string // as its issuer says
 }
 
 // Trace carries correlation in and out.
@@ -144,6 +155,7 @@ type Client struct {
 type Event struct {
 	Correlation string        // ties records of this call together, here and at backends: the caller's id if it was sane, else ours
 	Step        string        // the step that refused the call, or ""
+	Rule        string        // of the policy, that decided; "" before it was asked
 	Outcome     string        // "ok", "tool_error", "input_required", "refused", "error"
 	Code        Code          // of the error, or OK
 	QueueTime   time.Duration // time spent waiting for admission

@@ -57,6 +57,7 @@ type Error struct {
 	Retryable  bool           // the same call may succeed later
 	RetryAfter time.Duration  // when to try again; 0 means no advice
 	Data       jsontext.Value // further public facts, or nil
+	Scopes     []string       // what the access token would need: the caller may ask for more (step-up)
 	RPC        int            // JSON-RPC code of the server behind, sent on as it is; 0: the code's own
 	cause      error
 }

@@ -28,10 +28,12 @@ import (
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
+	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/policy"
 )
 
 // Options say what the house is made of. The zero value of every field but Backends works.
@@ -46,6 +48,12 @@ type Options struct {
 	Search   string   // tool search on /mcp: auto (from 50 tools on), on or off; default off
 	Limits   Limits
 
+	Identity authenticate.Verifier // who is calling; nil: nobody is known, and only loopback is served
+	Access   *Access               // how callers get a token for this server; nil: not told
+	Policy   *policy.Policy        // nil: what is published needs its scopes and no more
+	Shadow   *policy.Policy        // asked too, for the log alone; nil: none
+	Explicit bool                  // say that something is denied although its caller may not see it
+
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
 	Meter   metric.MeterProvider // nil: no metrics
@@ -55,6 +63,13 @@ type Options struct {
 	AllowedHosts   []string // beside loopback names
 	AllowedOrigins []string // beside the server's own
 	ArtifactDir    string   // where large results are kept; "": in memory
+}
+
+// Access is what a client is told that has no token, or one that does not suffice.
+type Access struct {
+	Resource string   // canonical address of the server, the audience of tokens (RFC 8707)
+	Issuers  []string // authorization servers
+	Scopes   []string // that a client may ask for first
 }
 
 // Limits bound what one server does at once. Zero means the default in brackets.
@@ -126,7 +141,17 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	if err != nil {
 		return nil, err
 	}
-	shared := guard.Set{Observe: observer.Guard, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
+	shared := guard.Set{Observe: observer.Guard, Authenticate: authenticate.Nobody, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
+	if o.Identity != nil {
+		shared.Authenticate = authenticate.New(o.Identity)
+	}
+	if o.Policy == nil {
+		var problems []error
+		if o.Policy, problems = policy.Compile(policy.Set{}); problems != nil {
+			return nil, errors.Join(problems...)
+		}
+		h.opts.Policy = o.Policy
+	}
 	main := Server{Path: "/mcp", Name: o.Name, Title: o.Title, Instructions: o.Instructions, Search: o.Search}
 	for _, s := range append([]Server{main}, o.Servers...) {
 		f, err := h.newFace(s, snapshot, shared, observer)

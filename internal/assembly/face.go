@@ -17,9 +17,11 @@ import (
 	"newel.dev/newel/internal/door/mcphttp"
 	"newel.dev/newel/internal/door/mcpsession"
 	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/authorize"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/strictjson"
 	"newel.dev/newel/internal/toolsearch"
 )
@@ -66,7 +68,16 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 		return nil, err
 	}
 	f.catalog = catalog.New(view)
-	shared.Resolve = resolve.New(f.catalog)
+	rules := authorize.New(authorize.Options{
+		Policy: o.Policy, Catalog: f.catalog, Explicit: o.Explicit, Shadow: o.Shadow,
+		Differs: func(ctx context.Context, c *call.Call, got, would policy.Decision) {
+			o.Logger.LogAttrs(ctx, slog.LevelInfo, "the shadow policy would decide otherwise",
+				slog.String("correlation", c.Event.Correlation), slog.String("name", c.Name),
+				slog.String("verdict", got.Verdict.String()), slog.String("rule", got.Rule),
+				slog.String("shadow_verdict", would.Verdict.String()), slog.String("shadow_rule", would.Rule))
+		},
+	})
+	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
 	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
 	if err != nil {
 		return nil, err
@@ -167,7 +178,7 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Hub: f.hub, Has: f.has(), Readable: f.readable,
 		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
-		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger,
+		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, UserHeader: f.userHeader(o),
 	})
 	if err != nil {
 		return err
@@ -181,6 +192,7 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 		MaxMessageBytes: o.Limits.MessageBytes,
 		AllowedHosts:    o.AllowedHosts, AllowedOrigins: o.AllowedOrigins,
 		Draining: h.drain.begun,
+		Check:    f.check(o), Access: f.access(o),
 	})
 	return err
 }

@@ -43,6 +43,7 @@ func (h *House) Handler() http.Handler {
 	for _, f := range h.faces {
 		mux.Handle(f.server.Path, f.door)
 	}
+	h.serveMetadata(mux)
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		status(w, http.StatusOK, `{"status":"ok"}`)
 	})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -38,6 +39,9 @@ type Snapshot struct {
 	templates []*template // in order of declaration
 	lists     map[call.Kind]*list
 	refused   []error
+
+	mu    sync.Mutex // guards views
+	views map[string]*Snapshot
 }
 
 type entry struct {
@@ -136,6 +140,21 @@ func (s *Snapshot) Tools() []*call.Capability {
 	out := make([]*call.Capability, 0, len(s.tools))
 	for _, name := range s.lists[call.ListTools].keys {
 		out = append(out, s.tools[name].capability)
+	}
+	return out
+}
+
+// All returns all capabilities.
+func (s *Snapshot) All() []*call.Capability {
+	out := s.Tools()
+	for _, e := range s.prompts {
+		out = append(out, e.capability)
+	}
+	for _, e := range s.resources {
+		out = append(out, e.capability)
+	}
+	for _, t := range s.templates {
+		out = append(out, t.capability)
 	}
 	return out
 }
@@ -401,6 +420,42 @@ func (s *Snapshot) Page(kind call.Kind, cursor string) (*call.Result, error) {
 		return r, nil
 	}
 	return l.page(i), nil
+}
+
+// PageFor is Page of what a caller may see; nil: everything.
+func (s *Snapshot) PageFor(kind call.Kind, cursor string, v *call.Visible) (*call.Result, error) {
+	if v == nil {
+		return s.Page(kind, cursor)
+	}
+	return s.seen(v).Page(kind, cursor)
+}
+
+// maxSeen bounds how many views of one snapshot are remembered.
+const maxSeen = 256
+
+// seen returns the part of s that a caller may see. Parts that others see too are made once.
+func (s *Snapshot) seen(v *call.Visible) *Snapshot {
+	if v.Key != "" {
+		s.mu.Lock()
+		known := s.views[v.Key]
+		s.mu.Unlock()
+		if known != nil {
+			return known
+		}
+	}
+	part, err := s.View(func(_ string, c *call.Capability) bool { return v.Shows(c) })
+	if err != nil { // there is nothing in it that could be wrong; if there is, nothing is shown
+		part = &Snapshot{lists: map[call.Kind]*list{}}
+	}
+	if v.Key != "" {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.views == nil || len(s.views) >= maxSeen {
+			s.views = map[string]*Snapshot{}
+		}
+		s.views[v.Key] = part
+	}
+	return part
 }
 
 const cursorPrefix = "after:"

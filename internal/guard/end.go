@@ -42,7 +42,7 @@ func End(cat *catalog.Catalog, hub *catalog.Hub) call.Handler {
 	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
 		switch {
 		case c.Kind.IsList():
-			return cat.Load().Page(c.Kind, c.Cursor)
+			return cat.Load().PageFor(c.Kind, c.Cursor, c.Visible)
 		case c.Kind == call.Discover:
 			return &call.Result{}, nil // the door knows what it speaks
 		case c.Kind == call.Subscribe:

@@ -13,11 +13,13 @@ import (
 
 // A Set holds one guard per step.
 type Set struct {
-	Observe  call.Guard
-	Admit    call.Guard
-	Resolve  call.Guard
-	Validate call.Guard
-	Bound    call.Guard
+	Observe      call.Guard
+	Authenticate call.Guard
+	Admit        call.Guard
+	Resolve      call.Guard
+	Validate     call.Guard
+	Authorize    call.Guard
+	Bound        call.Guard
 }
 
 // A Step is one named step of the path. Its name is the span, the metric label and the entry in
@@ -37,11 +39,13 @@ const required = false
 // result is recorded and sent. Nothing changes a call after the door.
 func Path(g Set) []Step {
 	return []Step{
-		{"observe", g.Observe, required},   // one record, one span; panics become errors
-		{"admit", g.Admit, required},       // concurrency, queue, streams, deadline
-		{"resolve", g.Resolve, required},   // what, as the catalog has it: sets Target
-		{"validate", g.Validate, required}, // arguments against Target's schema; never changes them
-		{"bound", g.Bound, required},       // size and shape of the result
+		{"observe", g.Observe, required},           // one record, one span; panics become errors
+		{"authenticate", g.Authenticate, required}, // who: sets Principal
+		{"admit", g.Admit, required},               // concurrency, queue, streams, deadline
+		{"resolve", g.Resolve, required},           // what, as the catalog has it: sets Target
+		{"validate", g.Validate, required},         // arguments against Target's schema; never changes them
+		{"authorize", g.Authorize, required},       // policy over principal, target and valid arguments
+		{"bound", g.Bound, required},               // size and shape of the result
 	}
 }
 

@@ -38,6 +38,7 @@ type Failure struct {
 	Message string
 	Data    jsontext.Value
 	Cause   call.Code // for the record
+	Scopes  []string  // what the access token would need, with status 403
 }
 
 // Error makes a Failure an error for records.
@@ -113,11 +114,17 @@ func AppendFailure(dst []byte, f *Failure) []byte {
 	return append(dst, "}}"...)
 }
 
+// Fail returns the failure that an error of the path becomes, for doors that answer by themselves.
+func Fail(id jsontext.Value, err error) *Failure { return fail(id, err) }
+
 // fail turns an error out of the path into a Failure. For tools see [ToolError].
 func fail(id jsontext.Value, err error) *Failure {
 	e := call.AsError(err)
 	row := ErrorTable(e.Code)
 	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data}
+	if e.Code == call.Denied && len(e.Scopes) > 0 {
+		f.Status, f.Scopes = 403, e.Scopes // step-up: the one denial that is not HTTP 200
+	}
 	if e.RPC != 0 {
 		f.Code = e.RPC // another server said so: its error goes on as it is
 		return f

@@ -31,6 +31,7 @@ const (
 	maxHits     = 20
 	defaultHits = 5
 	maxQuery    = 500 // bytes
+	maxRanked   = 200 // of which the caller may see the best
 )
 
 // Tools are the two tools over a catalog that changes. Their methods are safe for concurrent use.
@@ -82,12 +83,15 @@ func (t *Tools) search(_ context.Context, c *call.Call) (*call.Result, error) {
 	}
 	b := jsontext.Value(`{"tools":[`)
 	n := 0
-	for _, hit := range t.index.Load().Search(q.Query, q.Limit) {
+	for _, hit := range t.index.Load().Search(q.Query, maxRanked) {
 		def := t.definition(hit.Tool.Name)
-		if def == nil {
-			continue // it went away meanwhile
+		if def == nil || c.Visible != nil && !c.Visible.Shows(hit.Tool) {
+			continue // it went away meanwhile, or is not for this caller
 		}
-		if n++; n > 1 {
+		if n++; n > q.Limit {
+			break
+		}
+		if n > 1 {
 			b = append(b, ',')
 		}
 		b = append(b, def...)

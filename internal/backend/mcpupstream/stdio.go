@@ -181,6 +181,9 @@ func (l *piped) exchange(ctx context.Context, r *request, on func(*message)) (*m
 			}
 			l.mu.Lock()
 			defer l.mu.Unlock()
+			if errors.Is(l.err, process.ErrLineTooLong) {
+				return nil, errTooLarge
+			}
 			return nil, fmt.Errorf("%w: %w", errCut, l.err)
 		case <-ctx.Done():
 			l.cancel(ctx, r.id)

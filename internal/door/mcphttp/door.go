@@ -37,6 +37,10 @@ type Options struct {
 	WriteTimeout    time.Duration // for one event, or a large answer; default 30 s
 	AllowedHosts    []string      // Host names beside loopback ones; "*" allows any
 	AllowedOrigins  []string      // Origins beside the server's own; never "*"
+	// Check says who presents a credential, and refuses what that one lacks a scope for, before a
+	// session sees it; kind is 0 for what is no call. Nil: identities are not configured.
+	Check  func(ctx context.Context, c call.Credential, kind call.Kind, name string) (user string, err error)
+	Access *Access // nil: clients are not told how to get a token
 	// Draining, when closed, ends open subscriptions with a result.
 	Draining <-chan struct{}
 }
@@ -98,7 +102,9 @@ func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			d.methodNotAllowed(w, r, "POST")
 			return
 		}
-		d.opts.Sessions.ServeHTTP(w, r)
+		if d.admitSession(w, r, nil) {
+			d.opts.Sessions.ServeHTTP(w, r)
+		}
 	default:
 		d.methodNotAllowed(w, r, "GET, POST, DELETE, OPTIONS")
 	}
@@ -132,6 +138,9 @@ func (d *Door) post(w http.ResponseWriter, r *http.Request) {
 		d.refuse(w, r, f, buf.Len())
 		return
 	}
+	if !d.admitSession(w, r, buf.Bytes()) {
+		return
+	}
 	r.Body = io.NopCloser(buf)
 	r.ContentLength = int64(buf.Len())
 	d.opts.Sessions.ServeHTTP(w, r)
@@ -152,7 +161,7 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 		d.refuse(w, r, f, len(body))
 		return
 	}
-	out := &reply{w: w, timeout: d.opts.WriteTimeout}
+	out := &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, token: len(r.Header["Authorization"]) > 0}
 	send := out.event
 	if !accepts(r, "text/event-stream") {
 		send = nil
@@ -221,7 +230,7 @@ func (d *Door) follow(ctx context.Context, out *reply) (context.Context, func())
 // refuse answers what did not become a call, with a JSON-RPC body, and has it recorded.
 func (d *Door) refuse(w http.ResponseWriter, r *http.Request, f *mcpwire.Failure, size int) {
 	d.opts.Refused(r.Context(), f.Cause, f.Status, r.RemoteAddr, size, f.Message)
-	(&reply{w: w, timeout: d.opts.WriteTimeout}).failure(f)
+	(&reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, token: len(r.Header["Authorization"]) > 0}).failure(f)
 }
 
 // read reads the body into buf, at most MaxMessageBytes of it.
@@ -296,9 +305,7 @@ func from(r *http.Request) mcpwire.From {
 		Baggage:        header(r, "Baggage"),
 		IdempotencyKey: idempotencyKey(header(r, "Idempotency-Key")),
 	}
-	if scheme, token, ok := strings.Cut(header(r, "Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
-		f.Bearer = strings.TrimSpace(token)
-	}
+	f.Bearer = credential(r).Bearer
 	return f
 }
 

@@ -14,6 +14,8 @@ import (
 type reply struct {
 	w       http.ResponseWriter
 	timeout time.Duration
+	access  *Access    // what a client without a sufficient token is told; nil: nothing
+	token   bool       // a token was presented
 	mu      sync.Mutex // one event at a time
 	stream  bool       // guarded by mu: the event stream has begun
 }
@@ -85,6 +87,9 @@ func (p *reply) failure(f *mcpwire.Failure) {
 	if p.stream {
 		_ = p.send(body)
 		return
+	}
+	if p.access != nil && (f.Status == http.StatusUnauthorized || len(f.Scopes) > 0) {
+		p.w.Header().Set("WWW-Authenticate", p.access.challenge(f, p.token))
 	}
 	p.json(f.Status, len(body), body)
 }

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/modelcontextprotocol/go-sdk/auth"
 	"github.com/modelcontextprotocol/go-sdk/jsonrpc"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
@@ -38,6 +39,10 @@ type Options struct {
 	Hub      *catalog.Hub
 	Has      mcpwire.Has                                 // what is served
 	Readable func(ctx context.Context, uri string) error // whether a resource may be subscribed to; nil: any
+
+	// UserHeader names the header in which the door in front says whose request it is: a session
+	// is its user's alone (2025-11-25, security best practices). "": nobody is known.
+	UserHeader string
 
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
@@ -113,6 +118,16 @@ func New(o Options) (*Door, error) {
 		MaxRequestBodyBytes:        int64(o.MaxMessageBytes),
 		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
 	})
+	if o.UserHeader != "" {
+		// The SDK binds sessions to the user that this tells it of; the token itself was verified before.
+		d.handler = auth.RequireBearerToken(func(_ context.Context, _ string, r *http.Request) (*auth.TokenInfo, error) {
+			user := r.Header.Get(o.UserHeader)
+			if user == "" {
+				return nil, auth.ErrInvalidToken
+			}
+			return &auth.TokenInfo{UserID: user, Expiration: time.Now().Add(time.Hour)}, nil
+		}, nil)(d.handler)
+	}
 	return d, nil
 }
 

@@ -14,8 +14,9 @@ import (
 	"newel.dev/newel/internal/catalog"
 )
 
-// New returns the guard of the resolve step.
-func New(cat *catalog.Catalog) call.Guard {
+// New returns the guard of the resolve step. see, if not nil, is asked before the target is told
+// to the steps behind: its error is the answer. For lists and subscriptions target is nil.
+func New(cat *catalog.Catalog, see func(ctx context.Context, c *call.Call, target *call.Capability) error) call.Guard {
 	return func(next call.Handler) call.Handler {
 		return func(ctx context.Context, c *call.Call) (*call.Result, error) {
 			if c.Target != nil {
@@ -24,6 +25,11 @@ func New(cat *catalog.Catalog) call.Guard {
 			target, err := find(cat.Load(), c)
 			if err != nil {
 				return nil, err
+			}
+			if see != nil {
+				if err := see(ctx, c, target); err != nil {
+					return nil, err
+				}
 			}
 			c.Target = target
 			return next(ctx, c)

@@ -1,0 +1,138 @@
+package assembly
+
+import (
+	"context"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/door/mcphttp"
+	"newel.dev/newel/internal/guard/authenticate"
+	"newel.dev/newel/internal/identity/verify"
+)
+
+// Identities tells who is calling: over HTTP by access token, over stdio by who started the server.
+type Identities struct {
+	Tokens *verify.Verifier // nil: no token is accepted
+	Local  *call.Principal  // of callers over stdio and in memory; nil: none may call
+}
+
+var _ authenticate.Verifier = (*Identities)(nil)
+
+// Verify implements authenticate.Verifier.
+func (i *Identities) Verify(ctx context.Context, c call.Credential) (*call.Principal, error) {
+	if c.Peer == "stdio" || c.Peer == "" { // doors over the network always name a peer
+		if i.Local == nil {
+			return nil, call.Errorf(call.Unauthenticated, "authentication is required")
+		}
+		return i.Local, nil
+	}
+	if c.Bearer == "" || i.Tokens == nil {
+		return nil, call.Errorf(call.Unauthenticated, "authentication is required")
+	}
+	id, err := i.Tokens.Verify(ctx, c.Bearer)
+	if err != nil {
+		return nil, err
+	}
+	// A subject is unique at its issuer only.
+	return &call.Principal{ID: id.Issuer + "#" + id.Subject, Tenant: id.Tenant, Client: id.Client, Scopes: id.Scopes, Roles: id.Roles}, nil
+}
+
+// check is asked before a session sees a request: see mcphttp.Options.
+func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kind, string) (string, error) {
+	if o.Identity == nil {
+		return nil
+	}
+	return func(ctx context.Context, c call.Credential, kind call.Kind, name string) (string, error) {
+		p, err := o.Identity.Verify(ctx, c)
+		if err != nil {
+			return "", err
+		}
+		var target *call.Capability
+		switch s := f.catalog.Load(); kind {
+		case call.Tool:
+			target = s.Tool(name)
+		case call.Prompt:
+			target = s.Prompt(name)
+		case call.Resource:
+			target = s.Resource(name)
+		}
+		if target != nil && !slices.Contains(p.Scopes, "*") {
+			for _, scope := range target.Scopes {
+				if !slices.Contains(p.Scopes, scope) {
+					e := call.Errorf(call.Denied, "the access token lacks the scope %s", scope)
+					e.Scopes = target.Scopes
+					return "", e
+				}
+			}
+		}
+		return p.Tenant + " " + p.ID, nil
+	}
+}
+
+func (f *face) userHeader(o *Options) string {
+	if o.Identity == nil {
+		return ""
+	}
+	return mcphttp.UserHeader
+}
+
+// access is what this server tells clients without a token.
+func (f *face) access(o *Options) *mcphttp.Access {
+	if o.Access == nil {
+		return nil
+	}
+	return &mcphttp.Access{Metadata: origin(o.Access.Resource) + wellKnown + f.server.Path, Scopes: o.Access.Scopes}
+}
+
+// wellKnown is where protected resource metadata stands (RFC 9728, section 3.1).
+const wellKnown = "/.well-known/oauth-protected-resource"
+
+// origin is scheme and host of an address.
+func origin(address string) string {
+	scheme, rest, _ := strings.Cut(address, "://")
+	host, _, _ := strings.Cut(rest, "/")
+	return scheme + "://" + host
+}
+
+// serveMetadata serves the protected resource metadata of every server, and at the root that of
+// the main one.
+func (h *House) serveMetadata(mux *http.ServeMux) {
+	a := h.opts.Access
+	if a == nil {
+		return
+	}
+	for i, f := range h.faces {
+		doc, err := json.Marshal(map[string]any{
+			"resource": origin(a.Resource) + f.server.Path, "resource_name": f.server.Name,
+			"authorization_servers": a.Issuers, "scopes_supported": h.scopes(f), "bearer_methods_supported": []string{"header"},
+		}, json.Deterministic(true))
+		if err != nil {
+			continue // text and lists of it can be encoded
+		}
+		serve := func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set("Cache-Control", "max-age=300")
+			w.Header().Set("Access-Control-Allow-Origin", "*") // public by its nature: browsers' clients read it
+			_, _ = w.Write(doc)                                // the client is gone if this fails
+		}
+		mux.HandleFunc("GET "+wellKnown+f.server.Path, serve)
+		if i == 0 {
+			mux.HandleFunc("GET "+wellKnown, serve)
+		}
+	}
+}
+
+// scopes are all that the capabilities of a server ask for, and those to ask for first.
+func (h *House) scopes(f *face) []string {
+	all := slices.Clone(h.opts.Access.Scopes)
+	s := f.catalog.Load()
+	for _, c := range s.All() {
+		all = append(all, c.Scopes...)
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}

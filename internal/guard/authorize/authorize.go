@@ -1,0 +1,156 @@
+// Package authorize asks the policy whether a call may be made, and what of a list its caller may
+// see.
+//
+// Refuses: what the policy denies. What the caller could not even see looks as if it did not
+// exist, unless the policy is explicit; a missing scope is named, so that the caller can ask for
+// it. Needs: the policy and the catalog, both in memory. Fails closed: a condition that cannot be
+// evaluated denies. Records: the rule that decided. Costs: a microsecond without conditions.
+package authorize
+
+import (
+	"context"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/policy"
+)
+
+// Options configure the step. Policy and Catalog are required.
+type Options struct {
+	Policy   *policy.Policy
+	Catalog  *catalog.Catalog
+	Explicit bool // say that something is denied although its caller may not see it
+	// Shadow is another policy that is asked too and changes nothing; Differs is told where it
+	// would have decided otherwise.
+	Shadow  *policy.Policy
+	Differs func(ctx context.Context, c *call.Call, got, would policy.Decision)
+}
+
+// An Authorizer is the step, and what resolve asks of it.
+type Authorizer struct{ o Options }
+
+// New returns an authorizer.
+func New(o Options) *Authorizer { return &Authorizer{o} }
+
+// Guard is the guard of the step.
+func (g *Authorizer) Guard(next call.Handler) call.Handler {
+	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		if err := g.check(ctx, c); err != nil {
+			return nil, err
+		}
+		return next(ctx, c)
+	}
+}
+
+// See sets what the caller may see, and refuses a target that it may not: with the words for names
+// that are not there, before anything else could tell the difference. A target that only lacks
+// scopes is let through: the step names them.
+func (g *Authorizer) See(ctx context.Context, c *call.Call, target *call.Capability) error {
+	now := time.Now()
+	c.Visible = g.visible(ctx, c.Principal, now)
+	if target == nil || g.o.Explicit {
+		return nil
+	}
+	d := g.o.Policy.Decide(ctx, &policy.Input{Principal: c.Principal, Capability: target, Listing: true, Now: now})
+	if d.Verdict != policy.Deny || len(d.Missing) > 0 {
+		return nil
+	}
+	c.Event.Rule = d.Rule
+	return hidden(c)
+}
+
+func (g *Authorizer) check(ctx context.Context, c *call.Call) error {
+	now := time.Now()
+	if c.Kind == call.Subscribe {
+		for _, uri := range c.Filter.URIs {
+			target := g.o.Catalog.Load().Resource(uri)
+			if target == nil {
+				return call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", uri)
+			}
+			if err := g.decide(ctx, c, target, nil, now); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if c.Target == nil {
+		return nil // lists show what is visible; discover tells nothing of anybody
+	}
+	return g.decide(ctx, c, c.Target, c.Args, now)
+}
+
+// visible is what the caller may see: the same for all of one tenant with the same scopes and
+// roles, if nothing else is asked for.
+func (g *Authorizer) visible(ctx context.Context, p *call.Principal, now time.Time) *call.Visible {
+	v := &call.Visible{Shows: func(t *call.Capability) bool { return g.o.Policy.Visible(context.WithoutCancel(ctx), p, t, now) }}
+	if g.o.Policy.ReadsOnlyIdentity() {
+		v.Key = "-"
+		if p != nil {
+			v.Key = strings.Join([]string{p.Tenant, strings.Join(p.Scopes, " "), strings.Join(p.Roles, "\x00")}, "\x01")
+		}
+	}
+	return v
+}
+
+// decide asks the policy about one capability.
+func (g *Authorizer) decide(ctx context.Context, c *call.Call, target *call.Capability, args jsontext.Value, now time.Time) error {
+	in := &policy.Input{Principal: c.Principal, Capability: target, Args: args, Now: now}
+	d := g.o.Policy.Decide(ctx, in)
+	c.Event.Rule = d.Rule
+	if g.o.Shadow != nil {
+		if would := g.o.Shadow.Decide(ctx, in); would.Verdict != d.Verdict {
+			g.o.Differs(ctx, c, d, would)
+		}
+	}
+	switch d.Verdict {
+	case policy.Allow:
+		return nil
+	case policy.Approve:
+		return denial(c, call.Errorf(call.Denied, "a person has to approve this call, and this server cannot ask one yet"), &d)
+	}
+	if len(d.Missing) > 0 {
+		e := call.Errorf(call.Denied, "the access token lacks the scope %s", strings.Join(d.Missing, ", "))
+		e.Scopes = target.Scopes // all that the call needs at once: what is granted already may be left out of the next token
+		return denial(c, e, &d)
+	}
+	if c.Kind == call.Subscribe && !g.o.Explicit && !c.Visible.Shows(target) {
+		return call.Errorf(call.NotFound, "resource not found: %q; it cannot be subscribed to", target.URI)
+	}
+	e := call.Errorf(call.Denied, "not allowed: %s", d.Reason)
+	if cause := d.Cause(); cause != nil {
+		return denial(c, e.Because(cause), &d)
+	}
+	return denial(c, e, &d)
+}
+
+// hidden is what resolve says of names that are not there.
+func hidden(c *call.Call) error {
+	switch c.Kind {
+	case call.Tool:
+		return call.Errorf(call.NotFound, "unknown tool %q; tools/list names the tools", c.Name)
+	case call.Prompt:
+		return call.Errorf(call.NotFound, "unknown prompt %q; prompts/list names the prompts", c.Name)
+	}
+	return call.Errorf(call.NotFound, "resource not found: %q; resources/list and resources/templates/list name what there is", c.Name)
+}
+
+// denial adds what programs act on: which decision it was, and what would help.
+func denial(c *call.Call, e *call.Error, d *policy.Decision) error {
+	data := struct {
+		Code     string   `json:"code"`
+		Decision string   `json:"decision"` // the correlation id: an operator finds the rule by it
+		Verdict  string   `json:"verdict"`
+		Scopes   []string `json:"requiredScopes,omitempty"`
+	}{e.Code.String(), c.Event.Correlation, d.Verdict.String(), e.Scopes}
+	raw, err := json.Marshal(data)
+	if err != nil {
+		return e // without facts; text and strings can be encoded
+	}
+	e.Data = raw
+	return e
+}

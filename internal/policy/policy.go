@@ -1,0 +1,202 @@
+// Package policy decides who may call what: one decision function for calls of every kind, for
+// lists and for search, from every door.
+//
+// Start reading at [Policy.Decide]. Rules are compiled once, see rule.go; their conditions are CEL.
+// Deny overrides, then approval, then allow; what no rule allows is denied. A condition that fails,
+// costs too much or takes too long denies. When arguments are not known yet, as in lists, a
+// condition on them is neither true nor false and the answer says whether a call may be allowed.
+//
+// It refuses nothing itself, needs nothing but memory and is safe for concurrent use.
+package policy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
+)
+
+// A Verdict is the outcome of a decision. The zero Verdict is Deny.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Deny    Verdict = iota
+	Approve         // a person has to say yes first
+	Allow
+)
+
+var verdictNames = [...]string{"deny", "require_approval", "allow"}
+
+// String returns the name used in configurations and records.
+func (v Verdict) String() string { return verdictNames[min(int(v), len(verdictNames)-1)] }
+
+// Input is what a decision is about.
+type Input struct {
+	Principal  *call.Principal // nil: identities are not configured
+	Capability *call.Capability
+	Args       jsontext.Value // of a call; nil is {}
+	Listing    bool           // arguments are not known yet
+	Now        time.Time
+}
+
+// A Decision is what the policy says, and why.
+type Decision struct {
+	Verdict Verdict
+	Rule    string   // that decided; one of the names below, or that of a rule
+	Reason  string   // for the caller, or ""
+	Missing []string // scopes that would help
+	cause   error    // for the operator
+}
+
+// Cause returns why a condition could not be evaluated, or nil.
+func (d *Decision) Cause() error { return d.cause }
+
+// Names of what decides beside the rules.
+const (
+	ByScopes   = "required scopes"
+	ByReadOnly = "read-only mode"
+	ByDefault  = "default"
+)
+
+// AllScopes is the scope that stands for all.
+const AllScopes = "*"
+
+// A Policy is a compiled set of rules. It is immutable.
+type Policy struct {
+	environment string
+	readOnly    bool
+	rules       []*rule
+}
+
+// Decide returns what the policy says.
+func (p *Policy) Decide(ctx context.Context, in *Input) Decision {
+	return p.decide(ctx, in, nil)
+}
+
+// decide calls looked, if it is not nil, for each rule with how it matched.
+func (p *Policy) decide(ctx context.Context, in *Input, looked func(r *rule, m match, why string)) Decision {
+	c := in.Capability
+	if missing := missingScopes(in.Principal, c.Scopes); len(missing) > 0 {
+		return Decision{Rule: ByScopes, Missing: missing, Reason: "the access token lacks a scope that this needs"}
+	}
+	if p.readOnly && c.Kind == call.Tool && c.Effect != call.Read {
+		return Decision{Rule: ByReadOnly, Reason: "the server is in read-only mode"}
+	}
+	if len(p.rules) == 0 {
+		return Decision{Verdict: Allow, Rule: ByDefault}
+	}
+	v := view{policy: p, in: in}
+	for _, r := range p.rules { // deny first, then approval, then allow: the first that fits decides
+		m, why, err := v.match(ctx, r)
+		if looked != nil {
+			looked(r, m, why)
+		}
+		if err != nil {
+			return Decision{Rule: r.name, Reason: "a condition of the policy could not be evaluated", cause: fmt.Errorf("rule %q: %w", r.name, err)}
+		}
+		// What may be denied may also be allowed: the call itself will tell.
+		if m == yes || m == maybe && r.verdict != Deny {
+			d := Decision{Verdict: r.verdict, Rule: r.name}
+			if r.verdict == Deny {
+				d.Reason = r.reason
+			}
+			return d
+		}
+	}
+	return Decision{Rule: ByDefault, Reason: "no rule allows this"}
+}
+
+// missingScopes returns what a caller lacks. Without any identity (p is nil: authenticate lets that
+// pass only where none is configured, on loopback) there are no scopes to have.
+func missingScopes(p *call.Principal, needed []string) []string {
+	if p == nil || len(needed) == 0 || slices.Contains(p.Scopes, AllScopes) {
+		return nil
+	}
+	var missing []string
+	for _, s := range needed {
+		if !slices.Contains(p.Scopes, s) {
+			missing = append(missing, s)
+		}
+	}
+	return missing
+}
+
+// Visible reports whether a caller may be allowed to use a capability: what lists show.
+func (p *Policy) Visible(ctx context.Context, principal *call.Principal, c *call.Capability, now time.Time) bool {
+	d := p.Decide(ctx, &Input{Principal: principal, Capability: c, Listing: true, Now: now})
+	return d.Verdict != Deny
+}
+
+// ReadsOnlyIdentity reports whether what a caller sees depends on who it is alone: then it can be
+// remembered for all with the same tenant, scopes and roles.
+func (p *Policy) ReadsOnlyIdentity() bool {
+	return !slices.ContainsFunc(p.rules, func(r *rule) bool { return r.condition != nil })
+}
+
+// A Look is how one rule met an input.
+type Look struct {
+	Rule    string `json:"rule"`
+	Verdict string `json:"verdict"`
+	Matched string `json:"matched"` // yes, no or maybe
+	Why     string `json:"why,omitzero"`
+}
+
+// Explain decides and says how each rule that was asked met the input.
+func (p *Policy) Explain(ctx context.Context, in *Input) (Decision, []Look) {
+	var looks []Look
+	d := p.decide(ctx, in, func(r *rule, m match, why string) {
+		looks = append(looks, Look{Rule: r.name, Verdict: r.verdict.String(), Matched: m.String(), Why: why})
+	})
+	return d, looks
+}
+
+// A Test is a case that a policy must decide as it says.
+type Test struct {
+	Name    string   `yaml:"name" required:"true" doc:"What is tested."`
+	Tenant  string   `yaml:"tenant" doc:"Tenant of the caller."`
+	Subject string   `yaml:"subject" default:"somebody" doc:"The caller."`
+	Roles   []string `yaml:"roles" doc:"Roles of the caller."`
+	Scopes  []string `yaml:"scopes" doc:"Scopes of the caller; default: all."`
+	Tool    string   `yaml:"tool" required:"true" doc:"Name of the tool (or prompt, or URI)."`
+	Kind    string   `yaml:"kind" enum:"tool,resource,prompt" default:"tool" doc:"What it is."`
+	Effect  string   `yaml:"effect" enum:"read,write,destructive" default:"read" doc:"What it does to the world."`
+	Args    string   `yaml:"args" default:"{}" doc:"Arguments, as JSON."`
+	Want    string   `yaml:"want" enum:"allow,deny,require_approval" required:"true" doc:"The verdict."`
+	Rule    string   `yaml:"rule" doc:"The rule that decides, if that is tested."`
+}
+
+// Run runs one case. The error says what is different.
+func (p *Policy) Run(ctx context.Context, t *Test, now time.Time) error {
+	args := jsontext.Value(t.Args)
+	if !args.IsValid() || args.Kind() != '{' {
+		return errors.New("args are not a JSON object")
+	}
+	scopes := t.Scopes
+	if scopes == nil {
+		scopes = []string{AllScopes}
+	}
+	c := &call.Capability{Kind: kinds[t.Kind], Name: t.Tool, Effect: effects[t.Effect]}
+	if c.Kind == call.Resource {
+		c.URI = t.Tool
+	}
+	d := p.Decide(ctx, &Input{Principal: &call.Principal{ID: t.Subject, Tenant: t.Tenant, Roles: t.Roles, Scopes: scopes}, Capability: c, Args: args, Now: now})
+	switch {
+	case d.Verdict.String() != t.Want && d.cause != nil:
+		return fmt.Errorf("want %s, got %s: %w", t.Want, d.Verdict, d.cause)
+	case d.Verdict.String() != t.Want:
+		return fmt.Errorf("want %s, got %s by %q", t.Want, d.Verdict, d.Rule)
+	case t.Rule != "" && t.Rule != d.Rule:
+		return fmt.Errorf("want the rule %q to decide, got %q", t.Rule, d.Rule)
+	}
+	return nil
+}
+
+var kinds = map[string]call.Kind{"tool": call.Tool, "resource": call.Resource, "prompt": call.Prompt}
+
+var effects = map[string]call.Effect{"read": call.Read, "write": call.Write, "destructive": call.Destructive}
