@@ -97,7 +97,7 @@ func (s *Server) Serve(ctx context.Context, addr string) error {
 	if err != nil {
 		return err
 	}
-	l, err := assembly.Listen(ctx, addr)
+	l, err := assembly.Listen(ctx, addr, false)
 	if err != nil {
 		return err
 	}

@@ -7,12 +7,14 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"slices"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/module"
 )
 
@@ -49,8 +51,17 @@ func (o *opened) close(ctx context.Context) error {
 }
 
 // open opens everything a configuration names.
-func (e *environment) open(ctx context.Context, f *config.File) (_ *opened, err error) {
+func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr) (_ *opened, err error) {
 	c := &f.Config
+	base := publicURL(c, listen)
+	who, access, err := identities(f, base)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	rules, shadow, err := policies(ctx, f)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	t, err := startTelemetry(ctx, c, e.err)
 	if err != nil {
 		return nil, exit(exitFailed, err)
@@ -96,6 +107,10 @@ func (e *environment) open(ctx context.Context, f *config.File) (_ *opened, err 
 		})
 	}
 	l := &c.Limits
+	var identity authenticate.Verifier
+	if who != nil {
+		identity = who
+	}
 	o.House, err = assembly.Build(ctx, &assembly.Options{
 		Name: c.Server.Name, Title: c.Server.Title, Version: c.Server.Version, Instructions: c.Server.Instructions,
 		Backends: backends, Servers: servers, Search: c.ToolSearch,
@@ -105,6 +120,7 @@ func (e *environment) open(ctx context.Context, f *config.File) (_ *opened, err 
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
+		Identity: identity, Access: access, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})

@@ -58,7 +58,7 @@ func stdioCommand(env *environment) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			house, err := env.open(ctx, f)
+			house, err := env.open(ctx, f, nil)
 			if err != nil {
 				return err
 			}
@@ -82,11 +82,14 @@ func (e *environment) serve(ctx context.Context, f *config.File, path, listen st
 		listen = f.Config.Listen
 	}
 	// The port first: it tells soonest that something is wrong, and what connects waits.
-	l, err := assembly.Listen(ctx, listen)
+	if err := production(f); err != nil {
+		return exit(exitFailed, err)
+	}
+	l, err := assembly.Listen(ctx, listen, f.Config.Auth.Mode == "tokens")
 	if err != nil {
 		return exit(exitFailed, err)
 	}
-	house, err := e.open(ctx, f)
+	house, err := e.open(ctx, f, l.Addr())
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}

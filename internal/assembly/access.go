@@ -41,6 +41,14 @@ func (i *Identities) Verify(ctx context.Context, c call.Credential) (*call.Princ
 	return &call.Principal{ID: id.Issuer + "#" + id.Subject, Tenant: id.Tenant, Client: id.Client, Scopes: id.Scopes, Roles: id.Roles}, nil
 }
 
+// Run keeps the keys of issuers fresh until ctx ends.
+func (i *Identities) Run(ctx context.Context) error {
+	if i.Tokens == nil {
+		return nil
+	}
+	return i.Tokens.Run(ctx)
+}
+
 // check is asked before a session sees a request: see mcphttp.Options.
 func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kind, string) (string, error) {
 	if o.Identity == nil {

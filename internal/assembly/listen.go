@@ -10,16 +10,16 @@ import (
 	"syscall"
 )
 
-// Listen listens on addr (host:port). It refuses addresses that others can reach, because
-// nothing here asks who is calling: every tool would be open to the network.
-func Listen(ctx context.Context, addr string) (net.Listener, error) {
+// Listen listens on addr (host:port). Without identities it refuses addresses that others can
+// reach: nothing would ask who is calling, and every tool would be open to the network.
+func Listen(ctx context.Context, addr string, identities bool) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, fmt.Errorf("%q is not an address to listen on; write host:port, for example 127.0.0.1:8080", addr)
 	}
 	ip, err := netip.ParseAddr(host)
-	if !strings.EqualFold(host, "localhost") && (err != nil || !ip.IsLoopback()) {
-		return nil, fmt.Errorf("refusing to listen on %s: without authentication everybody who can reach it could call every tool; listen on a loopback address such as 127.0.0.1, and put an authenticating proxy in front", addr)
+	if !identities && !strings.EqualFold(host, "localhost") && (err != nil || !ip.IsLoopback()) {
+		return nil, fmt.Errorf("refusing to listen on %s: without authentication everybody who can reach it could call every tool; listen on a loopback address such as 127.0.0.1, or configure auth", addr)
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 	if errors.Is(err, syscall.EADDRINUSE) {

@@ -127,6 +127,13 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 			all.Go(func() { h.watch(background, w) })
 		}
 	}
+	if r, ok := h.opts.Identity.(interface{ Run(context.Context) error }); ok {
+		all.Go(func() {
+			if err := r.Run(background); err != nil {
+				h.opts.Logger.LogAttrs(background, slog.LevelError, "the keys of issuers are not kept fresh any more", slog.String("error", err.Error()))
+			}
+		})
+	}
 	for _, f := range h.faces {
 		all.Go(func() {
 			if err := f.sessions.Run(background); err != nil {

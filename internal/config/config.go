@@ -22,6 +22,8 @@ import (
 	"github.com/goccy/go-yaml/parser"
 
 	"newel.dev/newel/internal/module"
+	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/secret"
 )
 
 // MaxBytes bounds a configuration file.
@@ -33,6 +35,8 @@ type Config struct {
 	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
 	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
 	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	Auth           Auth      `yaml:"auth" doc:"Who may call."`
+	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
@@ -47,6 +51,58 @@ type Server struct {
 	Title        string `yaml:"title" doc:"Name for people."`
 	Version      string `yaml:"version" default:"0.0.0" doc:"Version of what is served."`
 	Instructions string `yaml:"instructions" doc:"How to use the server: models read this."`
+}
+
+// Auth is who may call.
+type Auth struct {
+	Mode      string      `yaml:"mode" enum:"none,tokens,dev" default:"none" doc:"none: everybody who can reach the server, which is why it listens on loopback only. tokens: access tokens of the issuers. dev: those of the built-in authorization server for development, on loopback only."`
+	PublicURL string      `yaml:"public_url" doc:"Address of the server as clients write it, such as https://mcp.example.com; default: http and the address it listens on. With /mcp behind it, it is the audience of tokens."`
+	Scopes    []string    `yaml:"scopes" doc:"Scopes that clients are told to ask for first."`
+	Issuers   []Issuer    `yaml:"issuers" doc:"Authorization servers whose tokens are accepted."`
+	Stdio     LocalCaller `yaml:"stdio" doc:"Who calls over stdio: whoever started the program."`
+	Users     []User      `yaml:"users" doc:"People who can log in to the authorization server for development; default: alice, who may everything, and bob, who may read."`
+}
+
+// Issuer is an authorization server.
+type Issuer struct {
+	URL          string        `yaml:"url" required:"true" doc:"Exactly as in the iss claim of its tokens."`
+	Audiences    []string      `yaml:"audiences" doc:"What the aud claim may name; default: the addresses of this server."`
+	Profile      string        `yaml:"profile" enum:"rfc9068,entra,okta,keycloak,dex" default:"rfc9068" doc:"How its access tokens look."`
+	Algorithms   []string      `yaml:"algorithms" doc:"Signature algorithms; default: RS256, PS256, ES256, ES384, EdDSA, Ed25519."`
+	JWKS         string        `yaml:"jwks" doc:"Address of its keys; default: found in its metadata."`
+	TenantClaim  string        `yaml:"tenant_claim" doc:"Claim that names the tenant; dots lead into objects."`
+	RolesClaim   string        `yaml:"roles_claim" default:"roles" doc:"Claim that lists roles; dots lead into objects."`
+	Scopes       []string      `yaml:"scopes" doc:"Scopes of tokens that name none; not with the profile rfc9068."`
+	Skew         time.Duration `yaml:"skew" default:"30s" doc:"Tolerated difference of clocks, at most 2m."`
+	Introspect   string        `yaml:"introspection" doc:"Address to ask about opaque tokens (RFC 7662)."`
+	ClientID     string        `yaml:"client_id" doc:"Name of this server there."`
+	ClientSecret secret.String `yaml:"client_secret" doc:"Its secret there."`
+}
+
+// LocalCaller is who calls over stdio.
+type LocalCaller struct {
+	Subject string   `yaml:"subject" doc:"Name; default: the user of the operating system."`
+	Tenant  string   `yaml:"tenant" doc:"Tenant."`
+	Scopes  []string `yaml:"scopes" doc:"Scopes; default: all."`
+	Roles   []string `yaml:"roles" doc:"Roles."`
+}
+
+// User is a person who can log in for development.
+type User struct {
+	Name   string   `yaml:"name" required:"true" doc:"Name to log in with."`
+	Tenant string   `yaml:"tenant" doc:"Tenant."`
+	Scopes []string `yaml:"scopes" doc:"Scopes that may be granted to clients of this user; * stands for all."`
+	Roles  []string `yaml:"roles" doc:"Roles."`
+}
+
+// Policy is who may call what.
+type Policy struct {
+	Environment string        `yaml:"environment" default:"development" doc:"Where this runs. In production, destructive tools are denied unless a rule names them."`
+	ReadOnly    bool          `yaml:"read_only" doc:"Whether only tools that read may be called."`
+	Explicit    bool          `yaml:"explicit" doc:"Whether callers are told that something is denied although they may not see it; otherwise it looks as if it did not exist."`
+	Rules       []policy.Rule `yaml:"rules" doc:"Rules. Without any, what is published needs its scopes and no more; with some, what none allows is denied."`
+	Shadow      []policy.Rule `yaml:"shadow" doc:"Rules that are tried beside the others: the log says where they would decide otherwise."`
+	Tests       []policy.Test `yaml:"tests" doc:"Cases that the rules must decide as they say: checked before anything is served."`
 }
 
 // Virtual is a virtual server.

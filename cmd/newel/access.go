@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os/user"
+	"slices"
+	"strings"
+	"time"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/identity/verify"
+	"newel.dev/newel/internal/policy"
+)
+
+// publicURL is the address of the server as clients write it, without path.
+func publicURL(c *config.Config, listen net.Addr) string {
+	switch {
+	case c.Auth.PublicURL != "":
+		return strings.TrimSuffix(c.Auth.PublicURL, "/")
+	case listen != nil:
+		return "http://" + listen.String()
+	}
+	return "http://" + c.Listen
+}
+
+// identities makes what tells who is calling; nil means that nobody is asked. Positions of what is
+// wrong come from f.
+func identities(f *config.File, base string) (*assembly.Identities, *assembly.Access, error) {
+	c := &f.Config
+	a := &c.Auth
+	if a.Mode == "none" {
+		if len(a.Issuers) > 0 {
+			return nil, nil, fmt.Errorf("%s: issuers are configured, and mode none asks nobody; write mode: tokens", f.Position("auth.issuers"))
+		}
+		return nil, nil, nil
+	}
+	local, err := localCaller(&a.Stdio)
+	if err != nil {
+		return nil, nil, err
+	}
+	resources := []string{base + "/mcp"}
+	for _, s := range c.Servers {
+		resources = append(resources, base+s.Path)
+	}
+	var issuers []verify.Issuer
+	var urls []string
+	for _, is := range a.Issuers {
+		one := verify.Issuer{
+			URL: is.URL, Audiences: is.Audiences, Algorithms: is.Algorithms, Profile: is.Profile, JWKS: is.JWKS, TenantClaim: is.TenantClaim,
+			RolesClaim: is.RolesClaim, Scopes: is.Scopes, Skew: is.Skew, Introspect: is.Introspect, ClientID: is.ClientID, ClientSecret: is.ClientSecret,
+		}
+		if len(one.Audiences) == 0 {
+			one.Audiences = resources
+		}
+		issuers, urls = append(issuers, one), append(urls, is.URL)
+	}
+	if a.Mode == "dev" {
+		if len(a.Issuers) > 0 {
+			return nil, nil, fmt.Errorf("%s: mode dev has an issuer of its own; write mode: tokens for others", f.Position("auth.issuers"))
+		}
+		issuers = []verify.Issuer{{URL: base, Audiences: resources, JWKS: base + "/oauth/jwks", TenantClaim: "tenant"}}
+		urls = []string{base}
+	}
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers})
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
+	}
+	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes}, nil
+}
+
+// localCaller is who started the program.
+func localCaller(l *config.LocalCaller) (*call.Principal, error) {
+	p := &call.Principal{ID: l.Subject, Tenant: l.Tenant, Scopes: l.Scopes, Roles: l.Roles}
+	if p.ID == "" {
+		u, err := user.Current()
+		if err != nil {
+			return nil, fmt.Errorf("the user of the operating system is not known (%w); write auth.stdio.subject", err)
+		}
+		p.ID = "os:" + u.Username
+	}
+	if p.Scopes == nil {
+		p.Scopes = []string{policy.AllScopes}
+	}
+	return p, nil
+}
+
+// policies compiles the rules and runs their tests.
+func policies(ctx context.Context, f *config.File) (rules, shadow *policy.Policy, err error) {
+	c := &f.Config.Policy
+	compile := func(list []policy.Rule, at string) *policy.Policy {
+		p, problems := policy.Compile(policy.Set{Environment: c.Environment, ReadOnly: c.ReadOnly, Rules: list})
+		for _, problem := range problems {
+			var one *policy.Problem
+			if errors.As(problem, &one) {
+				problem = fmt.Errorf("%s: %w", f.Position(fmt.Sprintf("policy.%s[%d]", at, one.Index)), problem)
+			}
+			err = errors.Join(err, problem)
+		}
+		return p
+	}
+	rules = compile(c.Rules, "rules")
+	if len(c.Shadow) > 0 {
+		shadow = compile(c.Shadow, "shadow")
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range c.Tests {
+		if failure := rules.Run(ctx, &c.Tests[i], time.Now()); failure != nil {
+			err = errors.Join(err, fmt.Errorf("%s: the test %q of the policy: %w", f.Position(fmt.Sprintf("policy.tests[%d]", i)), c.Tests[i].Name, failure))
+		}
+	}
+	return rules, shadow, err
+}
+
+// production refuses what has no place there.
+func production(f *config.File) error {
+	if f.Config.Policy.Environment == policy.Production && slices.Contains([]string{"dev", "none"}, f.Config.Auth.Mode) {
+		return fmt.Errorf("%s: in production everybody has to say who they are: write mode: tokens", f.Position("auth.mode"))
+	}
+	return nil
+}
