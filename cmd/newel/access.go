@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os/user"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
 )
@@ -43,10 +45,7 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 	if err != nil {
 		return nil, nil, err
 	}
-	resources := []string{base + "/mcp"}
-	for _, s := range c.Servers {
-		resources = append(resources, base+s.Path)
-	}
+	resources := resourcesOf(c, base)
 	var issuers []verify.Issuer
 	var urls []string
 	for _, is := range a.Issuers {
@@ -71,6 +70,40 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}
 	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes}, nil
+}
+
+// developers are who can log in when nobody else is configured.
+var developers = []devserver.User{
+	{Name: "alice", Scopes: []string{policy.AllScopes}, Roles: []string{"admin"}},
+	{Name: "bob", Scopes: []string{"orders:read", "kb:read"}, Roles: []string{"reader"}},
+}
+
+// login makes the authorization server for development, or nil. scopes are those that exist.
+func login(c *config.Config, base string, scopes []string) (http.Handler, error) {
+	if c.Auth.Mode != "dev" {
+		return nil, nil
+	}
+	users := developers
+	if len(c.Auth.Users) > 0 {
+		users = nil
+		for _, u := range c.Auth.Users {
+			users = append(users, devserver.User{Name: u.Name, Tenant: u.Tenant, Scopes: u.Scopes, Roles: u.Roles})
+		}
+	}
+	s, err := devserver.New(devserver.Options{Issuer: base, Resources: resourcesOf(c, base), Scopes: scopes, Users: users})
+	if err != nil {
+		return nil, err
+	}
+	return s.Handler(), nil
+}
+
+// resourcesOf are the addresses of all servers, which tokens are for.
+func resourcesOf(c *config.Config, base string) []string {
+	out := []string{base + "/mcp"}
+	for _, s := range c.Servers {
+		out = append(out, base+s.Path)
+	}
+	return out
 }
 
 // localCaller is who started the program.
@@ -124,4 +157,23 @@ func production(f *config.File) error {
 		return fmt.Errorf("%s: in production everybody has to say who they are: write mode: tokens", f.Position("auth.mode"))
 	}
 	return nil
+}
+
+// scopesOf are all scopes that something published asks for, and those that clients are told of.
+func scopesOf(ctx context.Context, c *config.Config, backends []call.Backend) ([]string, error) {
+	all := slices.Clone(c.Auth.Scopes)
+	if c.Auth.Mode != "dev" {
+		return all, nil
+	}
+	for _, b := range backends {
+		caps, err := b.Capabilities(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("backend %q: %w", b.Name(), err)
+		}
+		for _, one := range caps {
+			all = append(all, one.Scopes...)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all), nil
 }

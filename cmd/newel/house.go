@@ -111,6 +111,14 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	if who != nil {
 		identity = who
 	}
+	scopes, err := scopesOf(ctx, c, backends)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	loginServer, err := login(c, base, scopes)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	o.House, err = assembly.Build(ctx, &assembly.Options{
 		Name: c.Server.Name, Title: c.Server.Title, Version: c.Server.Version, Instructions: c.Server.Instructions,
 		Backends: backends, Servers: servers, Search: c.ToolSearch,
@@ -120,7 +128,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Identity: identity, Access: access, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
+		Identity: identity, Access: access, Login: loginServer, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})

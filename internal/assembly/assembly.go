@@ -50,6 +50,7 @@ type Options struct {
 
 	Identity authenticate.Verifier // who is calling; nil: nobody is known, and only loopback is served
 	Access   *Access               // how callers get a token for this server; nil: not told
+	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
 	Policy   *policy.Policy        // nil: what is published needs its scopes and no more
 	Shadow   *policy.Policy        // asked too, for the log alone; nil: none
 	Explicit bool                  // say that something is denied although its caller may not see it

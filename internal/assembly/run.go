@@ -44,6 +44,11 @@ func (h *House) Handler() http.Handler {
 		mux.Handle(f.server.Path, f.door)
 	}
 	h.serveMetadata(mux)
+	if h.opts.Login != nil {
+		mux.Handle("/oauth/", h.opts.Login)
+		mux.Handle("/.well-known/oauth-authorization-server", h.opts.Login)
+		mux.Handle("/.well-known/openid-configuration", h.opts.Login)
+	}
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		status(w, http.StatusOK, `{"status":"ok"}`)
 	})
