@@ -78,8 +78,8 @@ var developers = []devserver.User{
 	{Name: "bob", Scopes: []string{"orders:read", "kb:read"}, Roles: []string{"reader"}},
 }
 
-// login makes the authorization server for development, or nil. scopes are those that exist.
-func login(c *config.Config, base string, scopes []string) (http.Handler, error) {
+// loginServer makes the authorization server for development, or nil. scopes are those that exist.
+func loginServer(c *config.Config, base string, scopes []string) (http.Handler, error) {
 	if c.Auth.Mode != "dev" {
 		return nil, nil
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"slices"
@@ -54,7 +55,14 @@ func (t *target) with(ctx context.Context, env *environment, f func(context.Cont
 			progress.draw(r.Params.Message, r.Params.Progress, r.Params.Total)
 		},
 	})
-	session, err := client.Connect(ctx, t.transport(), nil)
+	transport, err := t.transport(ctx, env)
+	if err != nil {
+		return exit(exitFailed, err)
+	}
+	session, err := client.Connect(ctx, transport, nil)
+	if err != nil && strings.Contains(err.Error(), "Unauthorized") {
+		return exit(exitFailed, fmt.Errorf("%s asks who is calling; newel login --server %s logs in", t.name(), t.url))
+	}
 	if err != nil {
 		return exit(exitConnection, fmt.Errorf("%s cannot be reached: %w; newel serve starts a server here, --server names another", t.name(), err))
 	}
@@ -73,13 +81,22 @@ func (t *target) name() string {
 	return t.url
 }
 
-func (t *target) transport() mcp.Transport {
+// transport reaches the server, with the token of a login to it if there is one.
+func (t *target) transport(ctx context.Context, env *environment) (mcp.Transport, error) {
 	if words := strings.Fields(t.command); len(words) > 0 {
 		cmd := exec.Command(words[0], words[1:]...) //nolint:gosec // what to start is what the person typed
 		cmd.Stderr = os.Stderr
-		return &mcp.CommandTransport{Command: cmd}
+		return &mcp.CommandTransport{Command: cmd}, nil
 	}
-	return &mcp.StreamableClientTransport{Endpoint: t.url}
+	out := &mcp.StreamableClientTransport{Endpoint: t.url}
+	token, err := env.token(ctx, t.url)
+	if err != nil {
+		return nil, err
+	}
+	if token != nil {
+		out.HTTPClient = &http.Client{Transport: bearer{token.Access, &http.Transport{Proxy: http.ProxyFromEnvironment}}}
+	}
+	return out, nil
 }
 
 // answer puts a server's question to the person at the terminal; elsewhere it declines.

@@ -115,7 +115,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	loginServer, err := login(c, base, scopes)
+	authorization, err := loginServer(c, base, scopes)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
@@ -128,7 +128,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Identity: identity, Access: access, Login: loginServer, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
+		Identity: identity, Access: access, Login: authorization, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})

@@ -87,7 +87,7 @@ func command(env *environment) *cobra.Command {
 	root.AddGroup(&cobra.Group{ID: "serve", Title: "Serving:"}, &cobra.Group{ID: "client", Title: "Talking to a server:"}, &cobra.Group{ID: "config", Title: "Configuration:"})
 	for group, verbs := range map[string][]*cobra.Command{
 		"serve":  {serveCommand(env), stdioCommand(env)},
-		"client": {toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
+		"client": {loginCommand(env), tokenCommand(env), toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
 		"config": {configCommand(env), importCommand(env), initCommand(env)},
 	} {
 		for _, v := range verbs {
