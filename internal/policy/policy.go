@@ -173,19 +173,11 @@ type Test struct {
 
 // Run runs one case. The error says what is different.
 func (p *Policy) Run(ctx context.Context, t *Test, now time.Time) error {
-	args := jsontext.Value(t.Args)
-	if !args.IsValid() || args.Kind() != '{' {
-		return errors.New("args are not a JSON object")
+	in, err := t.Input(now)
+	if err != nil {
+		return err
 	}
-	scopes := t.Scopes
-	if scopes == nil {
-		scopes = []string{AllScopes}
-	}
-	c := &call.Capability{Kind: kinds[t.Kind], Name: t.Tool, Effect: effects[t.Effect]}
-	if c.Kind == call.Resource {
-		c.URI = t.Tool
-	}
-	d := p.Decide(ctx, &Input{Principal: &call.Principal{ID: t.Subject, Tenant: t.Tenant, Roles: t.Roles, Scopes: scopes}, Capability: c, Args: args, Now: now})
+	d := p.Decide(ctx, in)
 	switch {
 	case d.Verdict.String() != t.Want && d.cause != nil:
 		return fmt.Errorf("want %s, got %s: %w", t.Want, d.Verdict, d.cause)
@@ -195,6 +187,31 @@ func (p *Policy) Run(ctx context.Context, t *Test, now time.Time) error {
 		return fmt.Errorf("want the rule %q to decide, got %q", t.Rule, d.Rule)
 	}
 	return nil
+}
+
+// Input is what a case asks the policy.
+func (t *Test) Input(now time.Time) (*Input, error) {
+	args := jsontext.Value(t.Args)
+	if !args.IsValid() || args.Kind() != '{' {
+		return nil, errors.New("args are not a JSON object")
+	}
+	kind, known := kinds[t.Kind]
+	if !known {
+		return nil, fmt.Errorf("kinds are tool, resource and prompt, not %q", t.Kind)
+	}
+	effect, known := effects[t.Effect]
+	if !known {
+		return nil, fmt.Errorf("effects are read, write and destructive, not %q", t.Effect)
+	}
+	scopes := t.Scopes
+	if scopes == nil {
+		scopes = []string{AllScopes}
+	}
+	c := &call.Capability{Kind: kind, Name: t.Tool, Effect: effect}
+	if kind == call.Resource {
+		c.URI = t.Tool
+	}
+	return &Input{Principal: &call.Principal{ID: t.Subject, Tenant: t.Tenant, Roles: t.Roles, Scopes: scopes}, Capability: c, Args: args, Now: now}, nil
 }
 
 var kinds = map[string]call.Kind{"tool": call.Tool, "resource": call.Resource, "prompt": call.Prompt}
