@@ -249,7 +249,9 @@ func TestStepUp(t *testing.T) {
 func TestListsShowWhatMayBeUsed(t *testing.T) {
 	w := start(t)
 	for user, want := range map[string]string{"alice": "admin open read", "bob": "open read"} {
-		var list struct{ Result struct{ Tools []struct{ Name string } } }
+		var list struct {
+			Result struct{ Tools []struct{ Name string } }
+		}
 		r := w.stateless(w.token(user, "a:read", "a:admin"), "tools/list", "", "")
 		if err := json.Unmarshal([]byte(r.body), &list); err != nil {
 			t.Fatal(err)

@@ -342,7 +342,7 @@ func check(token string, parts []string, algorithm string, keys []jose.JSONWebKe
 		if isEd(algorithm) {
 			continue
 		}
-		jws, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
+		jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
 		if err != nil {
 			return nil, err
 		}
