@@ -41,6 +41,9 @@ conformance: ## the official suite, both revisions on one URL (needs npm)
 conformance-gateway: ## the same suite through the gateway, in front of six servers (needs npm)
 	@go run ./test/conformance -gateway
 
+conformance-auth: ## the suite's scenarios for authorization servers, against the one for development (needs npm)
+	@go run ./test/conformance -auth
+
 bench: ## what a call costs, against the floor and other libraries (three minutes, Linux, two CPUs)
 	@cd test/bench && go run . $(BENCHFLAGS)
 
@@ -63,4 +66,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway supervisor-soak bench fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak bench fuzz sbom ci

@@ -4,6 +4,7 @@
 //	go run ./test/conformance           # or: make conformance
 //	go run ./test/conformance -update   # after a new suite: rewrite scenarios.txt, review the diff
 //	go run ./test/conformance -gateway  # or: make conformance-gateway: the same through the gateway
+//	go run ./test/conformance -auth     # or: make conformance-auth: the authorization server for development
 //
 // Start reading at [run]. Which scenarios must run, and with how many checks, is written in
 // scenarios.txt: a scenario that silently stops checking fails like one that checks and fails.
@@ -33,10 +34,11 @@ var revisions = []string{"2025-11-25", "2026-07-28"}
 func main() {
 	update := flag.Bool("update", false, "write scenarios.txt from this run instead of comparing with it")
 	gateway := flag.Bool("gateway", false, "run the suite through the gateway, in front of servers of every era and transport")
+	auth := flag.Bool("auth", false, "run the scenarios of authorization servers")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Stdout, *update, *gateway); err != nil {
+	if err := run(ctx, os.Stdout, *update, *gateway, *auth); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
 		stop()
 		os.Exit(1)
@@ -44,7 +46,7 @@ func main() {
 }
 
 // run is the whole way: install, build, start, ask, judge.
-func run(ctx context.Context, out io.Writer, update, gateway bool) error {
+func run(ctx context.Context, out io.Writer, update, gateway, auth bool) error {
 	root, err := moduleRoot(ctx)
 	if err != nil {
 		return err
@@ -59,11 +61,16 @@ func run(ctx context.Context, out io.Writer, update, gateway bool) error {
 	if err := install(ctx, here); err != nil {
 		return err
 	}
-	subjects, err := subjectsOf(ctx, root, temp, gateway)
+	got := Report{}
+	var subjects []subject
+	if auth {
+		err = authorization(ctx, here, root, temp, got)
+	} else {
+		subjects, err = subjectsOf(ctx, root, temp, gateway)
+	}
 	if err != nil {
 		return err
 	}
-	got := Report{}
 	for _, subject := range subjects {
 		if err := ask(ctx, here, temp, subject, got); err != nil {
 			return fmt.Errorf("%s: %w", subject.name, err)
@@ -71,7 +78,10 @@ func run(ctx context.Context, out io.Writer, update, gateway bool) error {
 	}
 
 	list := filepath.Join(here, "scenarios.txt")
-	if gateway {
+	switch {
+	case auth:
+		list = filepath.Join(here, "auth-scenarios.txt")
+	case gateway:
 		list = filepath.Join(here, "gateway-scenarios.txt")
 	}
 	want := got.Expectation()

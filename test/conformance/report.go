@@ -32,7 +32,7 @@ type check struct {
 }
 
 // resultDir matches the folder of one scenario's results: server-NAME-TIME.
-var resultDir = regexp.MustCompile(`^server-(.+)-\d{4}-\d{2}-\d{2}T[\d-]+Z$`)
+var resultDir = regexp.MustCompile(`^(?:authorization-)?server-(.+)-\d{4}-\d{2}-\d{2}T[\d-]+Z$`)
 
 // extension reports whether a scenario is of a protocol extension that is not served yet.
 func extension(scenario string) bool {
