@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os/user"
 	"slices"
 	"strings"
@@ -65,7 +66,15 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 		issuers = []verify.Issuer{{URL: base, Audiences: resources, JWKS: base + "/oauth/jwks", TenantClaim: "tenant"}}
 		urls = []string{base}
 	}
-	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers})
+	var private []netip.Prefix
+	for i, p := range a.Private {
+		prefix, err := netip.ParsePrefix(p)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %q is not a range of addresses, such as 10.0.0.0/8", f.Position(fmt.Sprintf("auth.private_ranges[%d]", i)), p)
+		}
+		private = append(private, prefix)
+	}
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers, Private: private})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}

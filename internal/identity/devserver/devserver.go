@@ -3,7 +3,7 @@
 //
 // Start reading at [Server.Handler], which names every endpoint. It does authorization code with
 // PKCE (S256 only), resource indicators (RFC 8707), dynamic client registration (RFC 7591),
-// metadata (RFC 8414), the iss parameter (RFC 9207), short-lived access tokens (RFC 9068) and
+// client id metadata documents, metadata (RFC 8414), the iss parameter (RFC 9207), short-lived access tokens (RFC 9068) and
 // rotating refresh tokens whose reuse ends the whole family. Anybody who can reach it can log in as
 // anybody: it must only be served on loopback, and never in production.
 //
@@ -12,6 +12,7 @@
 package devserver
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -21,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"html/template"
+	"io"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -31,6 +33,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/internal/egress"
 )
 
 // A User is somebody who can log in.
@@ -47,6 +51,7 @@ type Options struct {
 	Resources []string // that tokens may be for
 	Scopes    []string // that exist
 	Users     []User
+	Fetch     *http.Client     // for client id metadata documents; default: public addresses only
 	Now       func() time.Time // default: time.Now
 }
 
@@ -68,6 +73,7 @@ type Server struct {
 
 	mu      sync.Mutex // guards what is below
 	clients map[string]*client
+	cards   map[string]card // client id metadata documents, by address
 	codes   map[string]*grant
 	refresh map[string]*grant
 }
@@ -75,6 +81,12 @@ type Server struct {
 type client struct {
 	name      string
 	redirects []string
+}
+
+// card is a client that is described by the document at its id.
+type card struct {
+	client  *client
+	expires time.Time
 }
 
 // grant is what a user allowed a client.
@@ -98,6 +110,9 @@ func New(o Options) (*Server, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.Fetch == nil {
+		o.Fetch = egress.Client(egress.Options{Timeout: 5 * time.Second})
+	}
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -107,7 +122,7 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{o: o, key: key, signer: signer, clients: map[string]*client{}, codes: map[string]*grant{}, refresh: map[string]*grant{}}, nil
+	return &Server{o: o, key: key, signer: signer, clients: map[string]*client{}, cards: map[string]card{}, codes: map[string]*grant{}, refresh: map[string]*grant{}}, nil
 }
 
 // Handler serves everything below the issuer.
@@ -152,7 +167,8 @@ func (s *Server) metadata(w http.ResponseWriter, _ *http.Request) {
 		"registration_endpoint": s.o.Issuer + "/oauth/register", "jwks_uri": s.o.Issuer + "/oauth/jwks",
 		"response_types_supported": []string{"code"}, "grant_types_supported": []string{"authorization_code", "refresh_token"},
 		"code_challenge_methods_supported": []string{"S256"}, "token_endpoint_auth_methods_supported": []string{"none"},
-		"scopes_supported": s.o.Scopes, "authorization_response_iss_parameter_supported": true,
+		"client_id_metadata_document_supported": true,
+		"scopes_supported":                      s.o.Scopes, "authorization_response_iss_parameter_supported": true,
 		"subject_types_supported": []string{"public"}, "id_token_signing_alg_values_supported": []string{"ES256"},
 	})
 }
@@ -230,6 +246,74 @@ func sameRedirect(registered, given string) bool {
 		a.Path == b.Path && a.RawQuery == b.RawQuery && b.Fragment == "" && b.User == nil
 }
 
+// cardLife is how long a client id metadata document holds.
+const cardLife = 5 * time.Minute
+
+// clientOf returns a client that registered, or the one that the document at its id describes
+// (client id metadata documents: the id is an https address with a path).
+func (s *Server) clientOf(ctx context.Context, id string) (*client, error) {
+	s.mu.Lock()
+	c, known := s.clients[id], s.cards[id]
+	s.mu.Unlock()
+	switch {
+	case c != nil:
+		return c, nil
+	case known.client != nil && s.o.Now().Before(known.expires):
+		return known.client, nil
+	case !strings.HasPrefix(id, "https://"):
+		return nil, errors.New("the client is not known; it has to register again, for this server forgets when it ends")
+	}
+	u, err := url.Parse(id)
+	if err != nil || u.User != nil || u.Fragment != "" || u.Path == "" || u.Path == "/" || strings.Contains(u.Path, "/.") {
+		return nil, errors.New("the client id is an address, but none of a client id metadata document")
+	}
+	if c, err = s.fetch(ctx, id); err != nil {
+		return nil, fmt.Errorf("the client is described at its id, and that could not be read: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.cards) >= maxClients {
+		clear(s.cards)
+	}
+	s.cards[id] = card{c, s.o.Now().Add(cardLife)}
+	return c, nil
+}
+
+// fetch reads a client id metadata document.
+func (s *Server) fetch(ctx context.Context, id string) (*client, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, id, nil)
+	if err != nil {
+		return nil, err
+	}
+	r.Header.Set("Accept", "application/json")
+	resp, err := s.o.Fetch.Do(r)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("status %d", resp.StatusCode)
+	}
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
+	if err != nil || len(raw) > maxBody {
+		return nil, errors.Join(errors.New("the document is too long"), err)
+	}
+	var doc struct {
+		ID        string   `json:"client_id"`
+		Name      string   `json:"client_name"`
+		Redirects []string `json:"redirect_uris"`
+	}
+	switch err := json.Unmarshal(raw, &doc); {
+	case err != nil:
+		return nil, err
+	case doc.ID != id:
+		return nil, fmt.Errorf("the document is of the client %q", doc.ID)
+	case doc.Name == "" || len(doc.Redirects) == 0 || len(doc.Redirects) > 10 || slices.ContainsFunc(doc.Redirects, func(u string) bool { return !validRedirect(u) }):
+		return nil, errors.New("the document lacks a name or valid redirect_uris")
+	}
+	return &client{name: doc.Name + " (" + hostOf(id) + ")", redirects: doc.Redirects}, nil
+}
+
 // ask is an authorization request that fits together.
 type ask struct {
 	ClientID, ClientName, Redirect, State, Challenge, Resource string
@@ -238,12 +322,10 @@ type ask struct {
 
 // read checks an authorization request. Before the redirect is known to be the client's, errors
 // stay here: err. After that they go there: refusal.
-func (s *Server) read(q url.Values) (a *ask, refusal string, err error) {
-	s.mu.Lock()
-	c := s.clients[q.Get("client_id")]
-	s.mu.Unlock()
-	if c == nil {
-		return nil, "", errors.New("the client is not known; it has to register again, for this server forgets when it ends")
+func (s *Server) read(ctx context.Context, q url.Values) (a *ask, refusal string, err error) {
+	c, err := s.clientOf(ctx, q.Get("client_id"))
+	if err != nil {
+		return nil, "", err
 	}
 	redirect := q.Get("redirect_uri")
 	if redirect == "" && len(c.redirects) == 1 {
@@ -295,7 +377,7 @@ func (s *Server) back(w http.ResponseWriter, r *http.Request, a *ask, params url
 }
 
 func (s *Server) authorize(w http.ResponseWriter, r *http.Request) {
-	a, refusal, err := s.read(r.URL.Query())
+	a, refusal, err := s.read(r.Context(), r.URL.Query())
 	switch {
 	case err != nil:
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -348,7 +430,7 @@ func (s *Server) login(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "this form was not sent from its own page", http.StatusForbidden)
 		return
 	}
-	a, refusal, err := s.read(r.URL.Query())
+	a, refusal, err := s.read(r.Context(), r.URL.Query())
 	switch {
 	case err != nil:
 		http.Error(w, err.Error(), http.StatusBadRequest)

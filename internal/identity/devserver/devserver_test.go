@@ -251,3 +251,37 @@ func TestBadRequests(t *testing.T) {
 		t.Errorf("another host: %d", resp.StatusCode)
 	}
 }
+
+// A client that is described at its id needs no registration; addresses that only we can reach are
+// not asked.
+func TestClientMetadataDocuments(t *testing.T) {
+	var id string
+	document := ""
+	web := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, document) }))
+	t.Cleanup(web.Close)
+	id = web.URL + "/client.json"
+	open := func(fetch *http.Client) int {
+		s, err := New(Options{Issuer: "http://127.0.0.1:7", Users: []User{{Name: "alice", Scopes: []string{"*"}}}, Resources: []string{"http://127.0.0.1:7/mcp"}, Fetch: fetch})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := &flow{t: t, issuer: "http://127.0.0.1:7", client: id}
+		rec := httptest.NewRecorder()
+		s.Handler().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, f.query(nil), nil))
+		return rec.Code
+	}
+	good := `{"client_id":"` + id + `","client_name":"App","redirect_uris":["` + redirect + `"]}`
+	document = good
+	if code := open(web.Client()); code != http.StatusOK {
+		t.Errorf("a good document: %d", code)
+	}
+	if code := open(nil); code != http.StatusBadRequest {
+		t.Errorf("a loopback address was asked: %d", code)
+	}
+	for _, bad := range []string{"", "{", strings.Replace(good, "/client.json", "/other.json", 1), strings.Replace(good, "App", "", 1), strings.Replace(good, redirect, "javascript:x", 1), good + strings.Repeat(" ", maxBody)} {
+		document = bad
+		if code := open(web.Client()); code != http.StatusBadRequest {
+			t.Errorf("%.80q: %d", bad, code)
+		}
+	}
+}

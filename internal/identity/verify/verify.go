@@ -30,6 +30,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -53,7 +54,8 @@ type Issuer struct {
 type Options struct {
 	Resource string // canonical address of this server: the audience (RFC 8707)
 	Issuers  []Issuer
-	HTTP     *http.Client     // default: one with time-outs that follows no redirects
+	Private  []netip.Prefix   // private ranges in which issuers may be
+	HTTP     *http.Client     // default: one that reaches public addresses, those ranges, and loopback if an issuer is there
 	Now      func() time.Time // default: time.Now
 }
 
@@ -99,7 +101,7 @@ var defaultAlgorithms = []string{"RS256", "PS256", "ES256", "ES384", "EdDSA", "E
 // New checks the options; nothing is asked for yet.
 func New(o Options) (*Verifier, error) {
 	if o.HTTP == nil {
-		o.HTTP = &http.Client{Timeout: fetchTimeout, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+		o.HTTP = egress.Client(egress.Options{Timeout: fetchTimeout, Allow: o.Private, Loopback: slices.ContainsFunc(o.Issuers, onLoopback)})
 	}
 	if o.Now == nil {
 		o.Now = time.Now
@@ -179,6 +181,15 @@ func secure(address string) bool {
 	}
 	ip, err := netip.ParseAddr(u.Hostname())
 	return u.Scheme == "http" && (u.Hostname() == "localhost" || err == nil && ip.IsLoopback())
+}
+
+func onLoopback(is Issuer) bool {
+	u, err := url.Parse(is.URL)
+	if err != nil {
+		return false
+	}
+	ip, err := netip.ParseAddr(u.Hostname())
+	return u.Hostname() == "localhost" || err == nil && ip.IsLoopback()
 }
 
 // Run keeps the keys of all issuers fresh until ctx ends.
