@@ -60,8 +60,25 @@ func progressToken(p mcp.Params) any {
 	return nil
 }
 
+// onStream is the context under which the SDK finds the stream of a request: by a value in the
+// request's own context. What works for a call may use another one (a gateway's call outlives its
+// caller); its messages still belong on the caller's stream.
+type onStream struct {
+	context.Context
+	request context.Context
+}
+
+// Value implements context.Context.
+func (c onStream) Value(key any) any {
+	if v := c.request.Value(key); v != nil {
+		return v
+	}
+	return c.Context.Value(key)
+}
+
 // sink sends notifications on the stream of the request they belong to.
 type sink struct {
+	request context.Context
 	session *mcp.ServerSession
 	token   any
 	extra   *mcp.RequestExtra
@@ -82,7 +99,7 @@ func (s *sink) Progress(ctx context.Context, p call.Progress) error {
 		return nil // it must increase
 	}
 	s.started, s.last = true, p.Done
-	return s.session.NotifyProgress(ctx, &mcp.ProgressNotificationParams{ProgressToken: s.token, Progress: p.Done, Total: p.Total, Message: p.Message})
+	return s.session.NotifyProgress(onStream{ctx, s.request}, &mcp.ProgressNotificationParams{ProgressToken: s.token, Progress: p.Done, Total: p.Total, Message: p.Message})
 }
 
 // Log implements call.Sink; the SDK holds the level that the session asked for.
@@ -91,7 +108,7 @@ func (s *sink) Log(ctx context.Context, m call.LogMessage) error {
 	if data == nil {
 		data = jsontext.Value("null")
 	}
-	return s.session.Log(ctx, &mcp.LoggingMessageParams{Level: mcp.LoggingLevel(m.Level), Logger: m.Logger, Data: json.RawMessage(data)})
+	return s.session.Log(onStream{ctx, s.request}, &mcp.LoggingMessageParams{Level: mcp.LoggingLevel(m.Level), Logger: m.Logger, Data: json.RawMessage(data)})
 }
 
 // Notify implements call.Sink: sessions hear of changes on their own stream.
@@ -108,6 +125,7 @@ func (s *sink) CloseStream(retry time.Duration) {
 
 // asker sends questions to the client as requests of its session and waits for the answers.
 type asker struct {
+	request context.Context
 	session *mcp.ServerSession
 	client  *call.Client
 }
@@ -121,7 +139,7 @@ func (a *asker) Ask(ctx context.Context, questions ...call.Question) (map[string
 	}
 	answers := make(map[string]jsontext.Value, len(questions))
 	for _, q := range questions {
-		answer, err := a.one(ctx, q)
+		answer, err := a.one(onStream{ctx, a.request}, q)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()

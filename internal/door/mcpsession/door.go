@@ -171,7 +171,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 				err = wireError(mcpwire.SessionError(0, call.Errorf(call.Internal, "internal error")))
 			}
 		}()
-		c := d.decode(req)
+		c := d.decode(ctx, req)
 		if c == nil {
 			return next(ctx, method, req)
 		}
@@ -193,7 +193,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 }
 
 // decode turns a request of the SDK into a call, or returns nil for what is not ours.
-func (d *Door) decode(req mcp.Request) *call.Call {
+func (d *Door) decode(ctx context.Context, req mcp.Request) *call.Call {
 	c := &call.Call{Door: "http", LogLevel: "debug"} // the SDK knows the session's level, and keeps to it
 	var params mcp.Params
 	var session *mcp.ServerSession
@@ -259,14 +259,14 @@ func (d *Door) decode(req mcp.Request) *call.Call {
 	} else {
 		c.Door, c.Credential.Peer = "stdio", "stdio"
 	}
-	out := &sink{session: session, extra: extra}
+	out := &sink{request: ctx, session: session, extra: extra}
 	if params != nil {
 		c.Key, _ = params.GetMeta()["dev.newel/idempotencyKey"].(string)
 		out.token = progressToken(params)
 		c.Progress = out.token != nil
 	}
 	c.Sink = out
-	c.Asker = &asker{session: session, client: &c.Client}
+	c.Asker = &asker{request: ctx, session: session, client: &c.Client}
 	return c
 }
 

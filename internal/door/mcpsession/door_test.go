@@ -178,12 +178,13 @@ func TestQuestions(t *testing.T) {
 
 func TestProgressAndLog(t *testing.T) {
 	w := newWorld(t, func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		own := context.Background() // as in work that outlives its caller: still the caller's stream
 		return call.Text("done"), errors.Join(
-			c.Sink.Progress(ctx, call.Progress{Done: 1, Total: 4, Message: "a"}),
+			c.Sink.Progress(own, call.Progress{Done: 1, Total: 4, Message: "a"}),
 			c.Sink.Progress(ctx, call.Progress{Done: 1}),
 			c.Sink.Progress(ctx, call.Progress{Done: 2, Total: 4}),
 			c.Sink.Log(ctx, call.LogMessage{Level: "debug", Data: jsontext.Value(`"quiet"`)}),
-			c.Sink.Log(ctx, call.LogMessage{Level: "error", Logger: "l", Data: jsontext.Value(`{"n":1}`)}))
+			c.Sink.Log(own, call.LogMessage{Level: "error", Logger: "l", Data: jsontext.Value(`{"n":1}`)}))
 	})
 	s := w.raw(t, "2025-11-25", `{}`)
 	s.post(t, `{"jsonrpc":"2.0","id":1,"method":"logging/setLevel","params":{"level":"warning"}}`)
