@@ -99,9 +99,6 @@ func (im *Imported) server(name string, s *clientServer) yaml.MapSlice {
 	case s.Disabled:
 		note("left out: it is disabled")
 		return nil
-	case s.Type == "sse":
-		note("left out: the transport HTTP+SSE of revision 2024-11-05 is not served; many such servers also speak Streamable HTTP, often at /mcp")
-		return nil
 	case (s.Command == "") == (s.URL == ""):
 		note("left out: it needs either a command or a url")
 		return nil
@@ -127,6 +124,9 @@ func (im *Imported) server(name string, s *clientServer) yaml.MapSlice {
 			add("cwd", im.local(s.Cwd))
 		}
 	} else {
+		if s.Type == "sse" {
+			add(transportAlias, s.Type)
+		}
 		add("url", im.local(s.URL))
 		if len(s.Headers) > 0 {
 			add("headers", im.table(s.Headers, func(key string) string { return variable(name + "_" + key) }))

@@ -12,7 +12,7 @@ func TestImport(t *testing.T) {
 		"VS Code": {"{\n// servers of this workspace\n\"servers\": {\"gh\": {\"type\": \"http\", \"url\": \"https://x.example/mcp\", \"headers\": {\"Authorization\": \"Bearer ${input:github-token}\"},},},\n\"inputs\": [{\"id\": \"github-token\"}] /* asked */}",
 			"mcpServers:\n  gh:\n    url: https://x.example/mcp\n    headers:\n      Authorization: Bearer ${env:GITHUB_TOKEN}\n", ""},
 		"Cursor": {`{"mcpServers": {"a": {"url": "http://127.0.0.1:1/mcp", "headers": {"Authorization": "Bearer abc"}, "autoApprove": ["x"]}, "b": {"command": "x", "disabled": true}, "c": {"type": "sse", "url": "http://x/sse"}}}`,
-			"mcpServers:\n  a:\n    url: http://127.0.0.1:1/mcp\n    headers:\n      Authorization: Bearer ${env:A_AUTHORIZATION}\n", "autoApprove|disabled|HTTP+SSE"},
+			"mcpServers:\n  a:\n    url: http://127.0.0.1:1/mcp\n    headers:\n      Authorization: Bearer ${env:A_AUTHORIZATION}\n  c:\n    type: sse\n    url: http://x/sse\n", "autoApprove|disabled"},
 	} {
 		im, err := Import([]byte(tt.src))
 		if err != nil {

@@ -272,7 +272,7 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	if root == nil {
 		return nil, d.problems
 	}
-	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) (reflect.Value, bool) { return reflect.Value{}, key == serversKey })
+	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) bool { return key == serversKey })
 	d.backends(root, modules)
 	d.servers(root, modules)
 	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
@@ -334,7 +334,7 @@ func (d *decoder) backends(root ast.Node, modules []module.Module) {
 		}
 		b.Module = &modules[at]
 		v := reflect.New(b.Module.Config).Elem()
-		d.mapping(node, v, b.path, func(key string) (reflect.Value, bool) { return reflect.Value{}, key == "type" || key == "name" })
+		d.mapping(node, v, b.path, func(key string) bool { return key == "type" || key == "name" })
 		b.Settings = v.Interface()
 	}
 }
@@ -368,25 +368,27 @@ func (d *decoder) servers(root ast.Node, modules []module.Module) {
 		if slices.ContainsFunc(d.file.Config.Backends, func(other Backend) bool { return other.Name == b.Name }) {
 			d.problem(where(m.Key), b.path, fmt.Sprintf("two backends are named %q", b.Name), "")
 		}
-		d.transport(child(m.Value, "type"), b.path+".type")
 		v := reflect.New(b.Module.Config).Elem()
-		d.mapping(m.Value, v, b.path, func(key string) (reflect.Value, bool) { return reflect.Value{}, key == "type" })
+		d.mapping(m.Value, v, b.path, func(key string) bool { return key == transportAlias })
+		d.transport(m.Value, v, b.path)
 		b.Settings = v.Interface()
 		d.file.Config.Backends = append(d.file.Config.Backends, b)
 	}
 }
 
-// transport checks the type that some clients write. It says nothing that command or url does not.
-func (d *decoder) transport(n ast.Node, path string) {
-	if n == nil {
+// transportAlias is what clients call the transport of a server.
+const transportAlias = "type"
+
+func (d *decoder) transport(n ast.Node, settings reflect.Value, path string) {
+	said := child(n, transportAlias)
+	at := slices.IndexFunc(fieldsOf(settings.Type()), func(f field) bool { return f.key == "transport" })
+	if said == nil || at < 0 {
 		return
 	}
-	text, _, _ := scalarOf(n)
-	switch text {
-	case "stdio", "http", "streamable-http", "streamableHttp":
-	case "sse":
-		d.problem(where(n), path, "the transport HTTP+SSE of revision 2024-11-05 is not served", "most such servers also speak Streamable HTTP, often at /mcp")
-	default:
-		d.problem(where(n), path, fmt.Sprintf("must be one of stdio, http, streamable-http, not %q", text), "")
+	if child(n, "transport") != nil {
+		d.problem(where(said), join(path, transportAlias), "type and transport are the same setting", "leave one out")
+		return
 	}
+	f := fieldsOf(settings.Type())[at]
+	d.value(said, settings.Field(f.index), join(path, transportAlias), f)
 }

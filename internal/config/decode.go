@@ -126,7 +126,7 @@ func fieldsOf(t reflect.Type) []field {
 }
 
 // mapping decodes a mapping into a struct. elsewhere tells which further keys another type takes.
-func (d *decoder) mapping(n ast.Node, into reflect.Value, path string, elsewhere func(key string) (reflect.Value, bool)) {
+func (d *decoder) mapping(n ast.Node, into reflect.Value, path string, elsewhere func(key string) bool) {
 	d.file.positions[path] = where(n)
 	ms, ok := members(n)
 	if !ok {
@@ -145,7 +145,7 @@ func (d *decoder) mapping(n ast.Node, into reflect.Value, path string, elsewhere
 		given[key] = true
 		i := slices.IndexFunc(fields, func(f field) bool { return f.key == key })
 		if i < 0 {
-			if _, ok := elsewhere(key); ok {
+			if elsewhere(key) {
 				continue
 			}
 			if into.Type() == reflect.TypeFor[Backend]() {
@@ -226,7 +226,7 @@ func (d *decoder) value(n ast.Node, into reflect.Value, path string, f field) {
 	}
 	switch t.Kind() {
 	case reflect.Struct:
-		d.mapping(n, into, path, func(string) (reflect.Value, bool) { return reflect.Value{}, false })
+		d.mapping(n, into, path, func(string) bool { return false })
 		return
 	case reflect.Slice:
 		seq, ok := n.(*ast.SequenceNode)

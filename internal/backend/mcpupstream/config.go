@@ -20,12 +20,13 @@ import (
 // Config is one MCP server behind the gateway: a command or a URL, in the form that clients use
 // (mcpServers), and what is ours.
 type Config struct {
-	Command string                   `yaml:"command" doc:"Program of a server that speaks over stdio; started without a shell, on demand."`
-	Args    []string                 `yaml:"args" doc:"Its arguments."`
-	Env     map[string]secret.String `yaml:"env" doc:"Its environment, beside PATH, HOME, LANG, TMPDIR and USER. Plain text, or a reference such as ${env:NAME}."`
-	Cwd     string                   `yaml:"cwd" doc:"Its folder; default: that of the configuration."`
-	URL     string                   `yaml:"url" doc:"Address of a server that speaks Streamable HTTP. Redirects are not followed."`
-	Headers map[string]secret.String `yaml:"headers" doc:"Headers sent with every request. Plain text, or a reference such as ${env:NAME}."`
+	Command   string                   `yaml:"command" doc:"Program of a server that speaks over stdio; started without a shell, on demand."`
+	Args      []string                 `yaml:"args" doc:"Its arguments."`
+	Env       map[string]secret.String `yaml:"env" doc:"Its environment, beside PATH, HOME, LANG, TMPDIR and USER. Plain text, or a reference such as ${env:NAME}."`
+	Cwd       string                   `yaml:"cwd" doc:"Its folder; default: that of the configuration."`
+	URL       string                   `yaml:"url" doc:"Address of a server that speaks Streamable HTTP. Redirects are not followed."`
+	Transport string                   `yaml:"transport" enum:"stdio,http,streamable-http,streamableHttp,sse" doc:"How it is spoken to, as some clients write it. Only sse needs to be said: the HTTP+SSE of revision 2024-11-05."`
+	Headers   map[string]secret.String `yaml:"headers" doc:"Headers sent with every request. Plain text, or a reference such as ${env:NAME}."`
 
 	Revision string   `yaml:"revision" enum:"auto,2026-07-28,2025-11-25" default:"auto" doc:"Protocol revision to speak: the stateless one, one with sessions, or whatever the server speaks."`
 	Prefix   string   `yaml:"prefix" doc:"Put before the names of its tools and prompts, such as files_."`
@@ -40,7 +41,12 @@ type Config struct {
 	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for when it does not tell of changes."`
 	MaxMessageBytes    int           `yaml:"max_message_bytes" default:"16777216" doc:"Largest message it may send, in bytes."`
 	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" default:"64" doc:"Most calls it gets at once."`
-	MaxProcesses       int           `yaml:"max_processes" default:"8" doc:"Most processes of a command."`
+	MaxProcesses       int           `yaml:"max_processes" default:"8" doc:"Most processes of a command, or streams of a server that speaks HTTP+SSE."`
+	MaxProcessMemory   int64         `yaml:"max_process_memory" doc:"Most private memory of each process of a command, in bytes; default: no cap. Programs that reserve much and use little, such as Node.js, need room."`
+	MaxProcessCPU      time.Duration `yaml:"max_process_cpu" doc:"Most processor time of each process over its life, at least 1s; default: no cap."`
+	MaxProcessLifetime time.Duration `yaml:"max_process_lifetime" doc:"A process older than this ends when nobody uses it; default: none does for its age."`
+	StopTimeout        time.Duration `yaml:"stop_timeout" default:"2s" doc:"How long a process may take to end after its input ends, and again after SIGTERM."`
+	MaxStderrRate      int           `yaml:"max_stderr_rate" default:"16384" doc:"Most bytes a second of a process's standard error that reach the log."`
 	IdleTimeout        time.Duration `yaml:"idle_timeout" default:"5m" doc:"A session or process that nobody uses ends after this long."`
 	MaxParked          int           `yaml:"max_parked" default:"100" doc:"Most calls that wait for input of a caller who has to come back with it."`
 	ParkTimeout        time.Duration `yaml:"park_timeout" default:"5m" doc:"How long such a call waits."`
@@ -76,6 +82,8 @@ func (c *Config) setDefaults() {
 	c.MaxConcurrentCalls = cmp.Or(c.MaxConcurrentCalls, 64)
 	c.MaxProcesses = cmp.Or(c.MaxProcesses, 8)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 5*time.Minute)
+	c.StopTimeout = cmp.Or(c.StopTimeout, 2*time.Second)
+	c.MaxStderrRate = cmp.Or(c.MaxStderrRate, 16<<10)
 	c.MaxParked = cmp.Or(c.MaxParked, 100)
 	c.ParkTimeout = cmp.Or(c.ParkTimeout, 5*time.Minute)
 }
@@ -89,6 +97,12 @@ func (c *Config) check(at func(setting string) string) error {
 	switch {
 	case (c.Command == "") == (c.URL == ""):
 		bad("", "a server needs either a command or a url")
+	case c.Transport == "stdio" && c.Command == "", c.Transport != "" && c.Transport != "stdio" && c.URL == "":
+		bad("transport", "%s needs a %s", c.Transport, map[bool]string{true: "command", false: "url"}[c.Transport == "stdio"])
+	case c.Transport == "sse" && c.Revision == "2026-07-28":
+		bad("revision", "HTTP+SSE is older than 2026-07-28; leave one of transport and revision out")
+	case c.MaxProcessCPU != 0 && c.MaxProcessCPU < time.Second:
+		bad("max_process_cpu", "must be at least 1s")
 	}
 	if c.URL != "" {
 		u, err := url.Parse(c.URL)

@@ -69,6 +69,15 @@ type unsentError struct{ error }
 // Unwrap returns the cause.
 func (e unsentError) Unwrap() error { return e.error }
 
+// dialError marks an error before there was a connection.
+func dialError(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "dial" {
+		return unsentError{err}
+	}
+	return err
+}
+
 // errCut is a stream that ended before the answer. What the upstream did is not known.
 var errCut = errors.New("the connection ended before the answer came")
 
@@ -91,11 +100,7 @@ func (e *endpoint) post(ctx context.Context, header http.Header, body []byte, id
 	header["Accept"] = acceptBoth
 	resp, err := e.do(ctx, http.MethodPost, header, body)
 	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			return nil, nil, nil, unsentError{err}
-		}
-		return nil, nil, nil, err
+		return nil, nil, nil, dialError(err)
 	}
 	defer resp.Body.Close()
 	m, s, err := e.read(resp, id, on)
@@ -200,52 +205,27 @@ func (m *message) answers(id int64) bool {
 // errTooLarge is a message over the bound.
 var errTooLarge = errors.New("the message is larger than max_message_bytes")
 
-// events reads an event stream (HTML standard, server-sent events) until the answer to id.
+// events reads an event stream until the answer to id.
 func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message, *stream, error) {
-	r := bufio.NewReaderSize(body, 8<<10)
-	s := &stream{}
-	var data []byte
+	v := &events{e: e, r: bufio.NewReaderSize(body, 8<<10)}
 	for {
-		line, err := e.line(r, len(data))
+		_, data, err := v.next()
 		if err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				err = errCut
-			}
-			return nil, s, err
+			return nil, &v.from, err
 		}
-		if len(line) > 0 {
-			field, value, _ := bytes.Cut(line, []byte{':'})
-			value = bytes.TrimPrefix(value, []byte{' '})
-			switch string(field) {
-			case "data":
-				if data != nil {
-					data = append(data, '\n')
-				}
-				data = append(data, value...)
-			case "id":
-				if bytes.IndexByte(value, 0) < 0 && len(value) <= 1024 {
-					s.lastID, s.some = string(value), true
-				}
-			case "retry":
-				if ms, err := strconv.Atoi(string(value)); err == nil && ms >= 0 {
-					s.retry = min(time.Duration(ms)*time.Millisecond, time.Minute)
-				}
-			}
+		if len(bytes.TrimSpace(data)) == 0 {
 			continue
 		}
-		if len(bytes.TrimSpace(data)) > 0 {
-			m, err := parse(data, e.maxSize)
-			if err != nil {
-				return nil, s, err
-			}
-			switch {
-			case id != 0 && m.answers(id):
-				return m, s, nil
-			case m.Method != "":
-				on(m)
-			}
+		m, err := parse(data, e.maxSize)
+		if err != nil {
+			return nil, &v.from, err
 		}
-		data = data[:0:0]
+		switch {
+		case id != 0 && m.answers(id):
+			return m, &v.from, nil
+		case m.Method != "":
+			on(m)
+		}
 	}
 }
 

@@ -272,10 +272,14 @@ func (u *Upstream) open(ctx context.Context, caps jsontext.Value) (*session, err
 	ctx, stop := context.WithTimeout(ctx, u.config.StartTimeout)
 	defer stop()
 	era := u.era.Load()
+	if era == nil && u.config.Transport == "sse" {
+		session := sessionRevision
+		era = &session // the stateless revision has no HTTP+SSE
+	}
 	if era == nil && u.config.Revision != "auto" {
 		era = &u.config.Revision
 	}
-	if u.endpoint != nil {
+	if !u.single() {
 		if era == nil || *era == statelessRevision {
 			s, known, err := u.discover(ctx, statelessHTTP{u.endpoint})
 			if err == nil || known || era != nil {
@@ -355,7 +359,7 @@ func (u *Upstream) lease(ctx context.Context, c *call.Call) (*session, func(), e
 	if c != nil && c.Principal != nil && u.config.PerUser {
 		key = c.Principal.Tenant + "\x00" + c.Principal.ID + "\x00" + key
 	}
-	if u.endpoint == nil && string(caps) != string(noCapabilities) {
+	if u.single() && string(caps) != string(noCapabilities) {
 		return u.exclusive(ctx, key, caps)
 	}
 	s, err := u.sharedSession(ctx, key, caps)
@@ -424,8 +428,13 @@ func (u *Upstream) exclusive(ctx context.Context, key string, caps jsontext.Valu
 		}
 	}
 	p.mu.Unlock()
-	if u.processes.Stats().Running >= u.config.MaxProcesses && u.parked.evict() {
-		return u.exclusive(ctx, key, caps) // the session that was freed may be of this very key
+	if u.full() {
+		if u.parked.evict() {
+			return u.exclusive(ctx, key, caps) // the session that was freed may be of this very key
+		}
+		if u.processes == nil { // a supervisor waits for a free place
+			return nil, nil, call.Errorf(call.Exhausted, "the server %q behind this has as many streams as it may have; try again in a moment", u.name)
+		}
 	}
 	s, err := u.open(ctx, caps)
 	if err != nil {

@@ -108,7 +108,9 @@ func New(name string, c Config, env module.Env) (*Upstream, error) {
 	var err error
 	u.processes, err = process.New(process.Options{
 		Name: name, Command: c.Command, Args: c.Args, Env: environment(&c), Dir: folder(env.Dir, c.Cwd),
-		MaxLine: c.MaxMessageBytes, MaxProcesses: c.MaxProcesses, StartTimeout: c.StartTimeout, Logger: u.log,
+		MaxLine: c.MaxMessageBytes, MaxProcesses: c.MaxProcesses, StartTimeout: c.StartTimeout, IdleTimeout: c.IdleTimeout,
+		MaxLifetime: c.MaxProcessLifetime, KillGrace: c.StopTimeout, MaxStderr: c.MaxStderrRate,
+		MemoryBytes: c.MaxProcessMemory, CPUSeconds: int64(c.MaxProcessCPU / time.Second), Logger: u.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", at("command"), err)
@@ -136,8 +138,25 @@ func folder(base, cwd string) string {
 	return filepath.Join(base, cwd)
 }
 
-// start starts a process and takes its lines apart.
+// single reports whether the server is spoken to over pipes: nothing on one says which call a
+// question is for.
+func (u *Upstream) single() bool { return u.endpoint == nil || u.config.Transport == "sse" }
+
+// full reports whether no further pipe may be opened.
+func (u *Upstream) full() bool {
+	if u.processes != nil {
+		return u.processes.Stats().Running >= u.config.MaxProcesses
+	}
+	u.pool.mu.Lock()
+	defer u.pool.mu.Unlock()
+	return len(u.pool.all) >= u.config.MaxProcesses
+}
+
+// start opens a pipe: it starts a process and takes its lines apart, or connects.
 func (u *Upstream) start(ctx context.Context) (link, error) {
+	if u.endpoint != nil {
+		return u.openSSE(ctx)
+	}
 	p, err := u.processes.Acquire(ctx)
 	if err != nil {
 		return nil, unsentError{err}

@@ -1,0 +1,167 @@
+package mcpupstream
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+)
+
+// events takes an event stream apart (HTML standard, server-sent events). Lines and events are
+// bounded by max_message_bytes.
+type events struct {
+	e    *endpoint
+	r    *bufio.Reader
+	from stream
+}
+
+// next returns the next event that has data. It fails with errCut when the stream ends.
+func (v *events) next() (name string, data []byte, err error) {
+	for {
+		line, err := v.e.line(v.r, len(data))
+		if err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				err = errCut
+			}
+			return "", nil, err
+		}
+		if len(line) == 0 {
+			if len(data) > 0 {
+				return name, data, nil
+			}
+			name, data = "", nil
+			continue
+		}
+		v.field(line, &name, &data)
+	}
+}
+
+// field takes one line of an event.
+func (v *events) field(line []byte, name *string, data *[]byte) {
+	field, value, _ := bytes.Cut(line, []byte{':'})
+	value = bytes.TrimPrefix(value, []byte{' '})
+	switch string(field) {
+	case "event":
+		*name = string(value)
+	case "data":
+		if *data != nil {
+			*data = append(*data, '\n')
+		}
+		*data = append(*data, value...)
+	case "id":
+		if bytes.IndexByte(value, 0) < 0 && len(value) <= 1024 {
+			v.from.lastID, v.from.some = string(value), true
+		}
+	case "retry":
+		if ms, err := strconv.Atoi(string(value)); err == nil && ms >= 0 {
+			v.from.retry = min(time.Duration(ms)*time.Millisecond, time.Minute)
+		}
+	}
+}
+
+// sseStream is one connection to a server of revision 2024-11-05 (HTTP+SSE): an event stream says
+// where messages are posted, and carries what comes back. It is used like a process.
+type sseStream struct {
+	endpoint *endpoint
+	post     *url.URL
+	body     io.ReadCloser
+	events   *events
+	end      context.CancelFunc
+}
+
+// openSSE connects and waits for the address to post to, at most until ctx ends.
+func (u *Upstream) openSSE(ctx context.Context) (link, error) {
+	life, end := context.WithCancel(u.life)
+	stop := context.AfterFunc(ctx, end) // until it is open, the caller's patience counts
+	s, err := dialSSE(life, end, u.endpoint)
+	if !stop() && err == nil {
+		s.Kill()
+		err = ctx.Err()
+	}
+	if err != nil {
+		end()
+		return nil, unsentError{err}
+	}
+	return newPiped(s, u.config.MaxMessageBytes, u.heard), nil
+}
+
+func dialSSE(ctx context.Context, end context.CancelFunc, e *endpoint) (*sseStream, error) {
+	h := e.headers()
+	h["Accept"] = []string{"text/event-stream"}
+	resp, err := e.do(ctx, http.MethodGet, h, nil)
+	if err != nil {
+		return nil, err
+	}
+	s := &sseStream{endpoint: e, body: resp.Body, events: &events{e: e, r: bufio.NewReaderSize(resp.Body, 8<<10)}, end: end}
+	if err := s.begin(resp); err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// begin reads the first event. Where it leads must be the server's own origin: what is posted there
+// carries the configured headers.
+func (s *sseStream) begin(resp *http.Response) error {
+	if resp.StatusCode != http.StatusOK {
+		return &statusError{resp.StatusCode, retryAfter(resp.Header), "no event stream"}
+	}
+	name, data, err := s.events.next()
+	if err != nil {
+		return err
+	}
+	to, err := s.endpoint.url.Parse(string(data))
+	if name != "endpoint" || err != nil {
+		return fmt.Errorf("%w: the first event is %.40q, not endpoint", errGarbage, name)
+	}
+	if to.Scheme != s.endpoint.url.Scheme || to.Host != s.endpoint.url.Host {
+		return fmt.Errorf("%w: messages are to be posted to another server, %.100q", errGarbage, to.Redacted())
+	}
+	s.post = to
+	return nil
+}
+
+// Send implements pipe.
+func (s *sseStream) Send(ctx context.Context, body []byte) error {
+	ctx, stop := context.WithTimeout(ctx, sseSendTimeout)
+	defer stop()
+	h := s.endpoint.headers()
+	h["Content-Type"] = jsonType
+	to := *s.endpoint
+	to.url = s.post
+	resp, err := to.do(ctx, http.MethodPost, h, body)
+	if err != nil {
+		return dialError(err)
+	}
+	defer resp.Body.Close()
+	_, _ = io.CopyN(io.Discard, resp.Body, 4<<10) // so that the connection can be used again; no matter if not
+	if resp.StatusCode/100 != 2 {
+		return &statusError{resp.StatusCode, retryAfter(resp.Header), http.StatusText(resp.StatusCode)}
+	}
+	return nil
+}
+
+// sseSendTimeout bounds how long a server may take to accept a message; its answer comes on the stream.
+const sseSendTimeout = 30 * time.Second
+
+// Read implements pipe.
+func (s *sseStream) Read() ([]byte, error) {
+	for {
+		name, data, err := s.events.next()
+		if err != nil || name == "" || name == "message" {
+			return data, err
+		}
+	}
+}
+
+// Kill implements pipe.
+func (s *sseStream) Kill() {
+	s.end()
+	s.body.Close()
+}
