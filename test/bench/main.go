@@ -105,8 +105,8 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	b := &bench{temp: temp, plan: p, bar: bar}
 	defer b.stopAll()
 
-	cases := []func(context.Context) (*table, error){b.echo, b.list, b.large, b.hop, b.manyLists}
-	b.bar.total = p.rounds*(4+2+2+3+1) + 4*p.starts
+	cases := []func(context.Context) (*table, error){b.echo, b.list, b.large, b.hop, b.manyLists, b.access}
+	b.bar.total = p.rounds*(4+2+2+3+1+2) + 4*p.starts + 2
 	var tables []*table
 	for _, c := range cases {
 		t, err := c(ctx)
@@ -119,8 +119,16 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	if err != nil {
 		return err
 	}
+	sessions, err := b.idleSessions(ctx)
+	if err != nil {
+		return err
+	}
+	costs, err := b.guardCosts(ctx)
+	if err != nil {
+		return err
+	}
 	bar.clear()
-	return report(out, p, tables, starts)
+	return report(out, p, &figures{tables, starts, sessions, costs})
 }
 
 func build(ctx context.Context, dir string) error {

@@ -65,8 +65,17 @@ func spread(all []float64) (median, low, high float64) {
 	return median, s[0], s[len(s)-1]
 }
 
+// figures is all that was measured.
+type figures struct {
+	tables   []*table // in the order of the cases
+	starts   []start
+	sessions *idle
+	costs    string // of each guard, as a table
+}
+
 // report prints a table for every case, and last a line of JSON for programs.
-func report(out io.Writer, p plan, tables []*table, starts []start) error {
+func report(out io.Writer, p plan, f *figures) error {
+	tables, starts := f.tables, f.starts
 	fmt.Fprintf(out, "server on CPU %d, load on CPU %d; %d rounds of %v after %v of warm-up; medians (min to max)\n",
 		serverCPU, loadCPU, p.rounds, p.window, p.warmup)
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -98,6 +107,13 @@ func report(out io.Writer, p plan, tables []*table, starts []start) error {
 			first, idle = m, rss
 		}
 	}
+	fmt.Fprintf(w, "\n%d idle sessions of revision 2025-11-25, KiB each\n", idleSessionCount)
+	fmt.Fprintf(w, "gosdk\t%.1f\ngateway, beyond the SDK's\t%.1f\n", f.sessions.sdk, f.sessions.own)
+	fmt.Fprintf(w, "\nwhat each guard costs, with an access token and 50 rules\n")
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprint(out, f.costs)
 	echo, list, large := tables[0], tables[1], tables[2]
 	path, _, _ := echo.ratio("newel", "floor")
 	sdk, _, _ := echo.ratio("gosdk", "newel")
@@ -108,6 +124,7 @@ func report(out io.Writer, p plan, tables []*table, starts []start) error {
 	hopRatio, _, _ := hop.ratio("gateway", "reverseproxy")
 	sdkHop, _, _ := hop.ratio("sdkproxy", "gateway")
 	slowest, _, _ := lists.row("gateway").spread(func(m measurement) float64 { return float64(m.p99) / float64(time.Millisecond) })
+	access, _, _ := tables[5].ratio("secured", "floor")
 	last, err := json.Marshal(struct {
 		Path   float64 `json:"path_cpu_over_floor"`
 		SDK    float64 `json:"sdk_cpu_over_path"`
@@ -119,8 +136,10 @@ func report(out io.Writer, p plan, tables []*table, starts []start) error {
 		Hop    float64 `json:"hop_cpu_over_reverseproxy"`
 		SDKHop float64 `json:"sdkproxy_cpu_over_hop"`
 		Lists  float64 `json:"warm_list_20_upstreams_p99_ms"`
+		Access float64 `json:"auth_policy_cpu_over_floor"`
+		Idles  float64 `json:"idle_session_own_kib"`
 	}{round(path), round(sdk), round(mcpgo), round(listRatio), round(largeRatio), round(idle), round(first),
-		round(hopRatio), round(sdkHop), round(slowest)})
+		round(hopRatio), round(sdkHop), round(slowest), round(access), round(f.sessions.own)})
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ const (
 type request struct {
 	method, key string // key is the tool's name or the cursor
 	params      string // without _meta
+	bearer      string // access token, or ""
 	check       func(result json.RawMessage) error
 
 	before, after []byte // the right answer around its id; set once one was checked
@@ -125,6 +126,9 @@ func (r *request) message(host string) (raw []byte, id int) {
 		"Accept: application/json, text/event-stream\r\nMCP-Protocol-Version: 2026-07-28\r\nMcp-Method: %s\r\n", host, r.method)
 	if r.method == "tools/call" {
 		fmt.Fprintf(&h, "Mcp-Name: %s\r\n", r.key)
+	}
+	if r.bearer != "" {
+		fmt.Fprintf(&h, "Authorization: Bearer %s\r\n", r.bearer)
 	}
 	fmt.Fprintf(&h, "Content-Length: %d\r\n\r\n%s", body.Len(), body.String())
 	return h.Bytes(), bytes.Index(h.Bytes(), []byte(strconv.Itoa(firstID)))

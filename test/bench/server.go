@@ -32,7 +32,7 @@ func startServer(ctx context.Context, cpu int, binary string, args ...string) (*
 	}
 	s := &server{name: filepath.Base(binary), addr: addr, gone: make(chan struct{})}
 	s.cmd = exec.CommandContext(ctx, binary, append([]string{"-addr=" + addr}, args...)...)
-	s.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	s.cmd.Env = append(os.Environ(), "GOMAXPROCS=1") // what is in the environment counts: see idleSessions
 	s.cmd.Stderr = os.Stderr
 	if err := startOn(cpu, s.cmd); err != nil {
 		return nil, err

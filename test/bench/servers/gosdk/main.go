@@ -18,6 +18,7 @@ type input struct {
 
 func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "address to serve on")
+	sessions := flag.Bool("sessions", false, "keep sessions, as the older revisions do")
 	flag.Parse()
 	s := mcp.NewServer(&mcp.Implementation{Name: "bench", Version: "1.0.0"}, nil)
 	mcp.AddTool(s, &mcp.Tool{Name: "echo", Description: "Says what it was told."},
@@ -26,7 +27,7 @@ func main() {
 		})
 	mux := http.NewServeMux()
 	mux.Handle("/mcp", mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return s },
-		&mcp.StreamableHTTPOptions{Stateless: true, JSONResponse: true}))
+		&mcp.StreamableHTTPOptions{Stateless: !*sessions, JSONResponse: true}))
 	if err := http.ListenAndServe(*addr, mux); err != nil {
 		fmt.Fprintln(os.Stderr, "gosdk:", err)
 		os.Exit(1)
