@@ -1,0 +1,149 @@
+// Package audit is the record of what was done, in a form that shows whether it was changed: a
+// Merkle tree (RFC 6962) whose head is signed.
+//
+// Start reading at [Record], which is one line of the log, and [Edge], which appends to the tree.
+// checkpoint.go signs heads, verify.go proves and checks without the server, export.go writes
+// records for other systems.
+//
+// It promises: a record's bytes are canonical, so that its leaf can be computed again anywhere;
+// values (arguments, answers) are no part of the tree, only their salted digests are, so that a
+// value can be erased and the tree stays provable. Everything here is a pure function; an engine
+// appends in its own transaction.
+package audit
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"golang.org/x/mod/sumdb/tlog"
+)
+
+// Version is that of the form of records.
+const Version = 1
+
+// MaxRecord bounds the bytes of one encoded record.
+const MaxRecord = 16 << 10
+
+// Acts of a record.
+const (
+	Intent  = "intent"  // a call with an effect is about to go out
+	Outcome = "outcome" // how it ended, or that this is not known
+	Reads   = "reads"   // calls without an effect, counted together
+	Started = "started" // a server began to write here
+)
+
+// A Record says what was done, by whom, when and why it was allowed. Fields stand in the order of
+// their names, which is that of the canonical form (RFC 8785): so encoding is one pass.
+type Record struct {
+	Act         string   `json:"act"`
+	Capability  string   `json:"capability,omitzero"` // name of a tool or prompt, URI of a resource
+	Client      string   `json:"client,omitzero"`     // OAuth client
+	Code        string   `json:"code,omitzero"`       // why it failed
+	Correlation string   `json:"correlation,omitzero"`
+	Count       int64    `json:"count,omitzero"` // of calls that a Reads record stands for
+	Digests     []Digest `json:"digests,omitempty"`
+	Door        string   `json:"door,omitzero"`
+	Effect      string   `json:"effect,omitzero"`
+	Fence       int64    `json:"fence,omitzero"` // which attempt of the operation
+	From        string   `json:"from,omitzero"`  // Reads: time of the first call
+	Kind        string   `json:"kind,omitzero"`
+	Operation   string   `json:"operation,omitzero"` // ties outcome to intent
+	Outcome     string   `json:"outcome,omitzero"`   // state the operation ended in
+	Pin         string   `json:"pin,omitzero"`       // SHA-256 of the definition that was called
+	Principal   string   `json:"principal,omitzero"`
+	Rule        string   `json:"rule,omitzero"` // of the policy, that allowed it
+	Server      string   `json:"server,omitzero"`
+	Tenant      string   `json:"tenant,omitzero"`
+	Time        string   `json:"time"` // UTC, RFC 3339 with microseconds, by the clock of the server
+	Version     int      `json:"v"`
+}
+
+// A Digest stands for a value: SHA-256 over a random salt and the value, in hexadecimal. Without
+// the salt nobody can try values against it.
+type Digest struct {
+	Name   string `json:"name"`
+	SHA256 string `json:"sha256"`
+}
+
+// A Value is what a digest stands for. It is kept apart from the record, encrypted, and may be
+// erased.
+type Value struct {
+	Name string `json:"name"`
+	Salt []byte `json:"salt"`           // 16 bytes
+	Data []byte `json:"data,omitempty"` // nil: only the salt is kept
+}
+
+// An Entry is one record as an engine appends it.
+type Entry struct {
+	Record  []byte // canonical
+	Private []byte // sealed values, or nil; no part of the tree
+}
+
+// Time is how records write a time.
+func Time(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000000Z") }
+
+// NewValue returns a value with a fresh salt.
+func NewValue(name string, data []byte) Value {
+	salt := make([]byte, 16)
+	_, _ = rand.Read(salt) // never fails
+	return Value{Name: name, Salt: salt, Data: data}
+}
+
+// Digest returns the digest of the value.
+func (v *Value) Digest() Digest { return Digest{v.Name, digest(v.Salt, v.Data)} }
+
+// Matches reports whether d stands for the value.
+func (v *Value) Matches(d Digest) bool { return v.Name == d.Name && digest(v.Salt, v.Data) == d.SHA256 }
+
+func digest(salt, data []byte) string {
+	h := sha256.New()
+	h.Write(salt) // fixed length: no other split gives the same bytes
+	h.Write(data)
+	return fmt.Sprintf("%x", h.Sum(nil))
+}
+
+// Encode returns the canonical form (RFC 8785). Text that is not UTF-8 is refused, and so is a
+// record that is too long.
+func (r *Record) Encode() ([]byte, error) {
+	if r.Version == 0 {
+		r.Version = Version
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return nil, fmt.Errorf("audit: a record cannot be encoded: %w", err)
+	}
+	if len(b) > MaxRecord {
+		return nil, fmt.Errorf("audit: a record of %d bytes is longer than %d", len(b), MaxRecord)
+	}
+	return b, nil
+}
+
+// Decode reads a record and refuses what is not in canonical form or from the future.
+func Decode(b []byte) (*Record, error) {
+	if len(b) > MaxRecord {
+		return nil, errors.New("audit: the record is too long")
+	}
+	canonical := jsontext.Value(b).Clone()
+	if err := canonical.Canonicalize(); err != nil {
+		return nil, fmt.Errorf("audit: the record is not JSON: %w", err)
+	}
+	if string(canonical) != string(b) {
+		return nil, errors.New("audit: the record is not in canonical form")
+	}
+	var r Record
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, fmt.Errorf("audit: the record is not of the right form: %w", err)
+	}
+	if r.Version != Version {
+		return nil, fmt.Errorf("audit: the record has form %d, this program knows %d", r.Version, Version)
+	}
+	return &r, nil
+}
+
+// Leaf is the hash of a record in the tree.
+func Leaf(record []byte) tlog.Hash { return tlog.RecordHash(record) }
