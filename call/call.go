@@ -82,7 +82,11 @@ type Call struct {
 	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)
 	Visible   *Visible    // authorize: what of a list its caller may see; nil: all
 	Target    *Capability // resolve; nil for lists and subscriptions
-	Event     Event       // any step; written once, by observe
+	// Once names this operation to what runs it (effect): the same for every attempt of it,
+	// different for every other, of whatever caller. Servers that de-duplicate take it as their
+	// key. "" for what has no effect.
+	Once  string
+	Event Event // any step; written once, by observe
 }
 
 // Visible is the part of a catalog that one caller may use. It does not change.
@@ -162,6 +166,8 @@ type Event struct {
 	ResultBytes int           // bytes of the result as sent
 	Tokens      int           // estimated tokens of the result
 	Paged       bool          // bound cut the result into pages or an artifact
+	Operation   string        // id of the durable operation, or ""
+	Replayed    bool          // the answer is that of an earlier call with the same key
 }
 
 // A Sink takes what a handler tells the caller while it works. Implementations are safe for

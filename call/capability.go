@@ -30,6 +30,31 @@ func (e Effect) String() string {
 	return "unknown"
 }
 
+// Recovery is what may be done, without asking a person, when a call was sent and its answer is
+// lost. The zero Recovery is none: the outcome stays unknown, and the call is never run again.
+type Recovery uint8
+
+// The ways to recover.
+const (
+	RecoverNone   Recovery = iota
+	RecoverSafe            // running it again does no harm
+	RecoverResend          // what runs it de-duplicates by Call.Once
+	RecoverLookup          // a tool that reads tells whether it ran
+)
+
+// String returns the name used in configuration and records.
+func (r Recovery) String() string {
+	switch r {
+	case RecoverSafe:
+		return "safe"
+	case RecoverResend:
+		return "resend_same_key"
+	case RecoverLookup:
+		return "lookup"
+	}
+	return "none"
+}
+
 // A Capability is one thing a server publishes: a tool, a resource, a resource template or a
 // prompt. It is immutable once registered.
 type Capability struct {
@@ -58,7 +83,12 @@ type Capability struct {
 	// Its name (or URI, or template) must be that of the fields.
 	Definition jsontext.Value
 
-	Effect  Effect
+	Effect Effect
+	// Recovery says what may be done when it is not known whether a call of the tool ran. Lookup
+	// names the tool that finds out, for RecoverLookup.
+	Recovery Recovery
+	Lookup   string
+
 	Scopes  []string // scopes a caller needs
 	Owner   string
 	Version string

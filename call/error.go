@@ -29,9 +29,10 @@ const (
 	Unavailable          // a dependency is away; nothing was done
 	Failed               // the tool could not do it; the message says why
 	Internal             // our fault; the cause stays inside
+	OutcomeUnknown       // it may or may not have been done, and nobody can tell: look before calling again
 )
 
-var codeNames = [...]string{"ok", "malformed", "invalid_arguments", "not_found", "unauthenticated", "denied", "unsupported", "conflict", "exhausted", "too_large", "timeout", "canceled", "unavailable", "failed", "internal"}
+var codeNames = [...]string{"ok", "malformed", "invalid_arguments", "not_found", "unauthenticated", "denied", "unsupported", "conflict", "exhausted", "too_large", "timeout", "canceled", "unavailable", "failed", "internal", "outcome_unknown"}
 
 // String returns the name used in results, records and metric labels.
 func (c Code) String() string {
@@ -44,7 +45,7 @@ func (c Code) String() string {
 // Codes lists all codes but OK, for tests that print the whole table.
 func Codes() []Code {
 	out := make([]Code, 0, len(codeNames)-1)
-	for c := Malformed; c <= Internal; c++ {
+	for c := Malformed; c <= OutcomeUnknown; c++ {
 		out = append(out, c)
 	}
 	return out

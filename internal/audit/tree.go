@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -77,6 +78,70 @@ func ParseEdge(size int64, hashes []byte) (Edge, error) {
 		copy(e.Hashes[i][:], hashes[i*tlog.HashSize:])
 	}
 	return e, nil
+}
+
+// A Source is a log that is kept somewhere. Its methods are safe for concurrent use.
+type Source interface {
+	// Head returns the right edge of the tree.
+	Head(ctx context.Context) (Edge, error)
+	// Read returns at most limit records from index from on, in order.
+	Read(ctx context.Context, from int64, limit int) ([]Row, error)
+}
+
+// Check computes the whole tree of a log anew and compares everything that is stored with it. It
+// returns the tree, or an error that wraps [ErrTampered] and names the first place that differs.
+func Check(ctx context.Context, s Source) (tlog.Tree, error) {
+	head, err := s.Head(ctx)
+	if err != nil {
+		return tlog.Tree{}, err
+	}
+	var edge Edge
+	for edge.Size < head.Size {
+		rows, err := s.Read(ctx, edge.Size, int(min(head.Size-edge.Size, checkAtOnce)))
+		if err != nil {
+			return tlog.Tree{}, err
+		}
+		if len(rows) == 0 {
+			return tlog.Tree{}, fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
+		}
+		for _, r := range rows {
+			if r.Index != edge.Size {
+				return tlog.Tree{}, fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
+			}
+			if _, err := Decode(r.Record); err != nil {
+				return tlog.Tree{}, fmt.Errorf("%w: record %d: %w", ErrTampered, r.Index, err)
+			}
+			if want := edge.Append(r.Entry); string(want.Hashes) != string(r.Hashes) {
+				return tlog.Tree{}, fmt.Errorf("%w: record %d is not the one that was written", ErrTampered, r.Index)
+			}
+		}
+	}
+	if edge.Root() != head.Root() {
+		return tlog.Tree{}, fmt.Errorf("%w: the head is not that of the records", ErrTampered)
+	}
+	if more, err := s.Read(ctx, head.Size, 1); err != nil || len(more) > 0 {
+		return tlog.Tree{}, errors.Join(fmt.Errorf("%w: there are records after the head", ErrTampered), err)
+	}
+	return edge.Tree(), nil
+}
+
+const checkAtOnce = 512
+
+// RowsOf returns the hashes of a source, for proofs.
+func RowsOf(ctx context.Context, s Source) Rows {
+	return func(indexes []int64) (map[int64][]byte, error) {
+		out := make(map[int64][]byte, len(indexes))
+		for _, i := range indexes { // some fifty in a log of a million million
+			rows, err := s.Read(ctx, i, 1)
+			if err != nil {
+				return nil, err
+			}
+			if len(rows) == 1 && rows[0].Index == i {
+				out[i] = rows[0].Hashes
+			}
+		}
+		return out, nil
+	}
 }
 
 // Rows reads the hashes of stored rows; an engine implements it with one query.

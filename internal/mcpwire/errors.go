@@ -28,6 +28,7 @@ const (
 	codeCanceled           = -31499
 	codeUnavailable        = -31503
 	codeTimeout            = -31504
+	codeOutcomeUnknown     = -31520
 )
 
 // A Failure is an error on its way out: what the sender sees.
@@ -82,6 +83,8 @@ func ErrorTable(c call.Code) Row {
 		return Row{true, codeCanceled, 200}
 	case call.Unavailable:
 		return Row{true, codeUnavailable, 200}
+	case call.OutcomeUnknown:
+		return Row{true, codeOutcomeUnknown, 200}
 	}
 	return Row{true, codeInternal, 200}
 }

@@ -76,6 +76,10 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 	if c.Event.QueueTime > 0 {
 		a = append(a, slog.Int64("queued_us", c.Event.QueueTime.Microseconds()))
 	}
+	a = optional(a, "operation", c.Event.Operation)
+	if c.Event.Replayed {
+		a = append(a, slog.Bool("replayed", true))
+	}
 	if c.Event.Paged {
 		a = append(a, slog.Bool("paged", true))
 	}
@@ -93,7 +97,7 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 // soon (warn), the operator now (error).
 func levelOf(c *call.Call) slog.Level {
 	switch c.Event.Code {
-	case call.Internal:
+	case call.Internal, call.OutcomeUnknown:
 		return slog.LevelError
 	case call.Unauthenticated, call.Denied, call.Exhausted, call.TooLarge, call.Timeout, call.Unavailable:
 		return slog.LevelWarn

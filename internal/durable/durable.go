@@ -1,0 +1,432 @@
+// Package durable is what all engines have in common: many callers' work in one transaction.
+//
+// Start reading at [Writer], which collects work and has an engine commit it; [Batch] is what the
+// work does to the rows that the engine loaded, as a pure computation, so that states and tree are
+// the same everywhere.
+//
+// It promises: work is acknowledged after its commit, and no two commits of one Writer run at once.
+// It starts no goroutine: one of the waiting callers commits for all.
+package durable
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/guard/effect"
+)
+
+// Work is one unit of work; exactly one of the first six is set. The rest is how it went.
+type Work struct {
+	Reserve  *effect.Reservation
+	Dispatch *effect.Intent
+	Complete *effect.Outcome
+	Append   []audit.Entry
+	Prune    []string                  // ids of operations past their retention
+	Peek     func() []effect.Operation // looks at what only the writer may look at
+
+	Seen  []effect.Operation // by Peek
+	Op    effect.Operation
+	Held  bool
+	Index int64 // of the first record appended
+	Err   error // of this unit; the others are committed all the same
+
+	done  chan struct{}
+	lead  chan struct{} // with room for one
+	tried bool
+}
+
+// Scope is the scope to load, or nil.
+func (w *Work) Scope() []byte {
+	if r := w.reservation(); r != nil {
+		return r.Scope
+	}
+	return nil
+}
+
+// ID is the operation to load if there is no scope, or "".
+func (w *Work) ID() string {
+	switch {
+	case w.Complete != nil:
+		return w.Complete.ID
+	case w.reservation() != nil && w.Scope() == nil:
+		return w.reservation().ID
+	}
+	return ""
+}
+
+func (w *Work) reservation() *effect.Reservation {
+	if w.Dispatch != nil {
+		return &w.Dispatch.Reservation
+	}
+	return w.Reserve
+}
+
+// A Commit does all the work in one transaction, or nothing of it. It fills the results of each
+// unit through a [Batch]. Work that was committed although an earlier call said otherwise must be
+// recognised: Batch does.
+type Commit func(ctx context.Context, work []*Work) error
+
+// ErrFatal marks errors after which nothing may be written any more: the process has to end, and
+// what is on disk is read anew.
+var ErrFatal = errors.New("the store can no longer be trusted")
+
+// A Writer implements the writing half of effect.Store on a Commit. It is safe for concurrent use.
+type Writer struct {
+	commit  Commit
+	most    int
+	mu      sync.Mutex
+	pending []*Work
+	leading bool
+	fatal   error
+	failed  chan struct{} // closed when fatal is set
+}
+
+// maxBatch bounds the work of one transaction, so that nobody waits for too many others.
+const maxBatch = 256
+
+// NewWriter returns a writer over commit.
+func NewWriter(commit Commit) *Writer {
+	return &Writer{commit: commit, most: maxBatch, failed: make(chan struct{})}
+}
+
+// Failed is closed when the store can no longer be trusted; Fatal then says why.
+func (w *Writer) Failed() <-chan struct{} { return w.failed }
+
+// Fatal returns why the store can no longer be trusted, or nil.
+func (w *Writer) Fatal() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.fatal
+}
+
+// Do has one unit of work committed, together with others. When ctx ends while the work waits, it
+// is taken back; while it is being committed, the result is waited for.
+func (w *Writer) Do(ctx context.Context, u *Work) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	u.done, u.lead = make(chan struct{}), make(chan struct{}, 1)
+	w.mu.Lock()
+	if w.fatal != nil {
+		defer w.mu.Unlock()
+		return w.fatal
+	}
+	w.pending = append(w.pending, u)
+	lead := !w.leading
+	w.leading = true
+	w.mu.Unlock()
+	if lead {
+		w.lead(u)
+		return u.Err
+	}
+	select {
+	case <-u.done:
+	case <-u.lead:
+		w.lead(u)
+	case <-ctx.Done():
+		if w.takeBack(u) {
+			return ctx.Err()
+		}
+		<-u.done
+	}
+	return u.Err
+}
+
+// takeBack removes work that nobody has begun.
+func (w *Writer) takeBack(u *Work) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	i := slices.Index(w.pending, u)
+	if i < 0 {
+		return false
+	}
+	w.pending = slices.Delete(w.pending, i, i+1)
+	select {
+	case <-u.lead:
+		w.handOver()
+	default:
+	}
+	return true
+}
+
+// handOver makes somebody who waits lead, or nobody. The lock is held.
+func (w *Writer) handOver() {
+	if len(w.pending) == 0 {
+		w.leading = false
+		return
+	}
+	w.pending[0].lead <- struct{}{} // it has room: there is one leader at a time
+}
+
+// lead commits what waits until its own work is done. Then somebody who came meanwhile leads, so
+// that no caller works for the others without end.
+func (w *Writer) lead(own *Work) {
+	for {
+		w.run(w.take())
+		select {
+		case <-own.done:
+			w.mu.Lock()
+			w.handOver()
+			w.mu.Unlock()
+			return
+		default:
+		}
+	}
+}
+
+// take returns the next batch. Callers that are about to come get the processor first: a commit
+// takes longer than that.
+func (w *Writer) take() []*Work {
+	for last := -1; ; {
+		w.mu.Lock()
+		n := len(w.pending)
+		if n == last || n >= w.most {
+			break
+		}
+		last = n
+		w.mu.Unlock()
+		runtime.Gosched()
+	}
+	defer w.mu.Unlock()
+	n := min(len(w.pending), w.most)
+	batch := w.pending[:n:n]
+	w.pending = append([]*Work(nil), w.pending[n:]...)
+	return batch
+}
+
+// run commits a batch. If it fails as a whole, each unit is tried alone: one that cannot be written
+// does not take the others with it.
+func (w *Writer) run(batch []*Work) {
+	err := w.try(batch)
+	if err != nil && len(batch) > 1 && !hopeless(err) {
+		err = w.oneByOne(batch)
+	}
+	for _, u := range batch {
+		if err != nil && !u.tried {
+			u.Err = err
+		}
+		close(u.done)
+	}
+}
+
+// hopeless reports whether every other unit would fail in the same way.
+func hopeless(err error) bool { return errors.Is(err, ErrFatal) || errors.Is(err, effect.ErrAway) }
+
+// oneByOne returns the error of the units that it did not come to.
+func (w *Writer) oneByOne(batch []*Work) error {
+	for i, u := range batch {
+		err := w.try(batch[i : i+1])
+		if err == nil {
+			u.tried = true
+			continue
+		}
+		if hopeless(err) {
+			return err
+		}
+		u.Err, u.tried = err, true
+	}
+	return nil
+}
+
+func (w *Writer) try(batch []*Work) error {
+	for _, u := range batch {
+		u.Op, u.Held, u.Index, u.Err = effect.Operation{}, false, 0, nil
+	}
+	if err := w.Fatal(); err != nil {
+		return err
+	}
+	// Callers may go; what is being written is written.
+	err := w.commit(context.Background(), batch)
+	if errors.Is(err, ErrFatal) {
+		w.mu.Lock()
+		if w.fatal == nil {
+			w.fatal = err
+			close(w.failed)
+		}
+		w.mu.Unlock()
+	}
+	return err
+}
+
+// Reserve implements effect.Store.
+func (w *Writer) Reserve(ctx context.Context, r *effect.Reservation) (effect.Operation, bool, error) {
+	u := &Work{Reserve: r}
+	err := w.Do(ctx, u)
+	return u.Op, u.Held, err
+}
+
+// Dispatch implements effect.Store.
+func (w *Writer) Dispatch(ctx context.Context, i *effect.Intent) (effect.Operation, bool, error) {
+	u := &Work{Dispatch: i}
+	err := w.Do(ctx, u)
+	return u.Op, u.Held, err
+}
+
+// Complete implements effect.Store.
+func (w *Writer) Complete(ctx context.Context, o *effect.Outcome) (effect.Operation, error) {
+	u := &Work{Complete: o}
+	err := w.Do(ctx, u)
+	return u.Op, err
+}
+
+// Append implements effect.Store.
+func (w *Writer) Append(ctx context.Context, entries []audit.Entry) (int64, error) {
+	if len(entries) == 0 {
+		return 0, nil
+	}
+	u := &Work{Append: entries}
+	err := w.Do(ctx, u)
+	return u.Index, err
+}
+
+// A Batch computes what a transaction writes. The engine loads the operations that the work names
+// and the edge of the tree, applies every unit, and writes what changed.
+type Batch struct {
+	Now  int64 // of the engine's clock, in microseconds
+	Edge audit.Edge
+
+	byID    map[string]*effect.Operation
+	byScope map[string]*effect.Operation
+
+	Rows    []audit.Row // to be added
+	changed []*effect.Operation
+	isDirty map[string]bool
+	isNew   map[string]bool
+	Removed []string // ids to be deleted first
+	Pruned  []string // ids to be deleted last, if they are still past their retention
+}
+
+// NewBatch begins a batch on what the engine loaded.
+func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation) *Batch {
+	b := &Batch{Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, isDirty: map[string]bool{}, isNew: map[string]bool{}}
+	for i := range loaded {
+		b.know(&loaded[i])
+	}
+	return b
+}
+
+func (b *Batch) know(op *effect.Operation) {
+	b.byID[op.ID] = op
+	if op.Scope != nil {
+		b.byScope[string(op.Scope)] = op
+	}
+}
+
+// Changed returns the operations to be inserted or updated.
+func (b *Batch) Changed() []*effect.Operation {
+	out := b.changed[:0:0]
+	for _, op := range b.changed {
+		if b.byID[op.ID] == op { // not removed again
+			out = append(out, op)
+		}
+	}
+	return out
+}
+
+// IsNew reports whether a changed operation is to be inserted.
+func (b *Batch) IsNew(op *effect.Operation) bool { return b.isNew[op.ID] }
+
+// Apply does one unit of work.
+func (b *Batch) Apply(u *Work) {
+	switch {
+	case u.Complete != nil:
+		b.complete(u)
+	case u.Append != nil:
+		u.Index = b.Edge.Size
+		for _, e := range u.Append {
+			b.Rows = append(b.Rows, b.Edge.Append(e))
+		}
+	case u.reservation() != nil:
+		b.claim(u)
+	case u.Prune != nil:
+		b.Pruned = append(b.Pruned, u.Prune...)
+	case u.Peek != nil:
+		u.Seen = u.Peek()
+	default:
+		u.Err = errors.New("durable: empty work")
+	}
+}
+
+func (b *Batch) claim(u *Work) {
+	r := u.reservation()
+	op := b.byID[r.ID]
+	if r.Scope != nil {
+		op = b.byScope[string(r.Scope)]
+	}
+	next, held, replace := r.Claim(b.Now, op)
+	if !held {
+		u.Op = next.At(b.Now)
+		return
+	}
+	dispatched := next.State == effect.Dispatched // before, by ourselves
+	if u.Dispatch != nil && !dispatched {
+		next.State = effect.Dispatched
+		next.Index = b.append(u.Dispatch.Entry)
+	}
+	if replace {
+		b.remove(op)
+		op = nil
+	}
+	b.put(op, next)
+	u.Op, u.Held, u.Index = next.At(b.Now), true, next.Index
+}
+
+func (b *Batch) complete(u *Work) {
+	op := b.byID[u.Complete.ID]
+	next, again, err := u.Complete.Apply(b.Now, op)
+	if err != nil {
+		u.Err = err
+		return
+	}
+	if !again {
+		next.Index = b.append(u.Complete.Entry)
+		b.put(op, next)
+	}
+	u.Op, u.Index = next.At(b.Now), next.Index
+}
+
+func (b *Batch) append(e audit.Entry) int64 {
+	row := b.Edge.Append(e)
+	b.Rows = append(b.Rows, row)
+	return row.Index
+}
+
+// put takes over a new form of an operation.
+func (b *Batch) put(op *effect.Operation, next effect.Operation) {
+	if op == nil {
+		op = &effect.Operation{}
+		b.isNew[next.ID] = true
+	}
+	*op = next
+	b.know(op)
+	if !b.isDirty[op.ID] {
+		b.isDirty[op.ID] = true
+		b.changed = append(b.changed, op)
+	}
+}
+
+func (b *Batch) remove(op *effect.Operation) {
+	delete(b.byID, op.ID)
+	delete(b.byScope, string(op.Scope))
+	b.Removed = append(b.Removed, op.ID)
+}
+
+// Schema versions of engines. An engine opens what is one version older, and migrates it; it opens
+// what is one version newer, because each version only adds to what the one before reads.
+const (
+	Schema   = 1
+	Readable = Schema + 1
+)
+
+// CheckSchema says whether an engine may open what it found.
+func CheckSchema(found int) error {
+	if found > Readable {
+		return fmt.Errorf("the state was written by a newer program (schema %d, this one reads up to %d); update this program", found, Readable)
+	}
+	return nil
+}

@@ -1,0 +1,318 @@
+// Package effect is the durable line of the path: what was asked for is written down before it is
+// done, how it ended before it is answered, and a call that comes again with its key is answered
+// from what is written.
+//
+// Start reading at [Effects.Guard]; store.go is what an engine promises and the states of an
+// operation, keyed.go the calls with a key, reads.go those without an effect.
+//
+// Refuses: a key that is used for something else (as 422 of the IETF draft), one whose call runs
+// (409, retryable), one that is missing where it is required or not well-formed (400); every call
+// with an effect whose intent cannot be written. Needs: a Store. Fails: closed; a store that does
+// not answer means no. Reads are refused only when their records could not be written for long.
+// Records: intent and outcome of every call with an effect, reads in groups, in the audit log.
+// Costs: two grouped commits for a call with an effect; a map lookup for one that reads.
+package effect
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/secret"
+)
+
+// Options configure the step. Zero means the default in brackets; below zero is refused.
+type Options struct {
+	Store Store         // required
+	Key   secret.Key    // seals what is stored
+	Retry time.Duration // longest wait of a call for another one with its key [5 s]
+	// Retention is how long an answer is kept after the call ended [24 h].
+	Retention time.Duration
+	// Deadline bounds what is still waited for when a caller with a key goes away, if the call has
+	// no deadline of its own [60 s].
+	Deadline time.Duration
+	// MaxAnswer bounds a stored answer, in bytes; of longer ones only the digest is kept [1 MiB].
+	MaxAnswer int
+	Rules     []Rule // what the operator says of tools; the first that fits counts
+	Logger    *slog.Logger
+}
+
+// A Rule is what an operator says of tools.
+type Rule struct {
+	Tool     string        // name; * stands for any text but /
+	Recovery call.Recovery // RecoverNone: what the tool itself says
+	Lookup   string        // tool for RecoverLookup
+	Required bool          // calls without a key are refused
+	// Once makes a key of who calls what with which arguments, for calls that bring none: the same
+	// call within this time is answered from the first. 0: they are two calls.
+	Once time.Duration
+}
+
+// Effects is the step's state. It is safe for concurrent use.
+type Effects struct {
+	o      Options
+	store  Store
+	box    *secret.Box
+	secret string // derives Once
+	reads  *reads
+	log    *slog.Logger
+}
+
+// New returns the step, or an error that names the option that makes no sense.
+func New(o Options) (*Effects, error) {
+	if o.Store == nil {
+		return nil, errors.New("effect: there is no store")
+	}
+	if o.Retry < 0 || o.Retention < 0 || o.Deadline < 0 || o.MaxAnswer < 0 {
+		return nil, errors.New("effect: Retry, Retention, Deadline and MaxAnswer must not be below zero")
+	}
+	for _, r := range o.Rules {
+		if _, err := path.Match(r.Tool, ""); err != nil {
+			return nil, fmt.Errorf("effect: %q is not a pattern: %w", r.Tool, err)
+		}
+		if r.Once < 0 {
+			return nil, fmt.Errorf("effect: the time for which calls of %q count once is below zero", r.Tool)
+		}
+		if (r.Recovery == call.RecoverLookup) != (r.Lookup != "") {
+			return nil, fmt.Errorf("effect: the recovery of %q by lookup and the tool to look with go together", r.Tool)
+		}
+	}
+	o.Retry = or(o.Retry, 5*time.Second)
+	o.Retention = or(o.Retention, 24*time.Hour)
+	o.Deadline = or(o.Deadline, time.Minute)
+	o.MaxAnswer = or(o.MaxAnswer, 1<<20)
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	box, err := o.Key.Box("newel stored values")
+	if err != nil {
+		return nil, err
+	}
+	once, err := o.Key.Derive("newel operation names")
+	if err != nil {
+		return nil, err
+	}
+	return &Effects{o: o, store: o.Store, box: box, secret: string(once), reads: newReads(o.Store, o.Logger), log: o.Logger}, nil
+}
+
+func or[T ~int | ~int64](v, otherwise T) T {
+	if v == 0 {
+		return otherwise
+	}
+	return v
+}
+
+// rule returns what counts for a tool.
+func (e *Effects) rule(t *call.Capability) Rule {
+	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup}
+	for _, r := range e.o.Rules {
+		if ok, _ := path.Match(r.Tool, t.Name); ok { // checked by New
+			if r.Recovery == call.RecoverNone {
+				r.Recovery, r.Lookup = own.Recovery, own.Lookup
+			}
+			return r
+		}
+	}
+	return own
+}
+
+// hasEffect reports whether a call goes through the store: tools of any class but read. A class
+// that nobody stated counts as the worst.
+func hasEffect(c *call.Call) bool {
+	return c.Kind == call.Tool && c.Target != nil && c.Target.Effect != call.Read
+}
+
+// Guard returns the guard for one server. find returns a tool of that server by name, or nil.
+func (e *Effects) Guard(server string, find func(name string) *call.Capability) call.Guard {
+	return func(next call.Handler) call.Handler {
+		return func(ctx context.Context, c *call.Call) (*call.Result, error) {
+			if !hasEffect(c) {
+				return e.read(ctx, server, c, next)
+			}
+			o, err := e.begin(server, c)
+			if err != nil {
+				return nil, err
+			}
+			o.find, o.next = find, next
+			if o.res.Scope == nil {
+				return o.once(ctx)
+			}
+			return o.keyed(ctx)
+		}
+	}
+}
+
+// operation is one call on its way through the step.
+type operation struct {
+	*Effects
+	c      *call.Call
+	server string
+	rule   Rule
+	pin    []byte
+	res    Reservation
+	find   func(name string) *call.Capability
+	next   call.Handler
+}
+
+// begin checks the key and says what is to be claimed.
+func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
+	o := &operation{Effects: e, c: c, server: server, rule: e.rule(c.Target), pin: pinOf(c.Target)}
+	if err := checkKey(c.Key); err != nil {
+		return nil, err
+	}
+	fingerprint, err := fingerprintOf(c, o.pin)
+	if err != nil {
+		return nil, err
+	}
+	tenant, principal := whoIs(c)
+	o.res = Reservation{
+		ID: newID(), Holder: rand.Text(), Fingerprint: fingerprint, Retain: e.o.Retention,
+		Tenant: tenant, Principal: principal, Server: server, Tool: c.Target.Name,
+	}
+	switch {
+	case c.Key != "":
+		o.res.Scope = scopeOf(c, server, "sent "+c.Key)
+	case o.rule.Once > 0:
+		o.res.Scope = scopeOf(c, server, "made "+hexOf(fingerprint))
+		o.res.Retain, o.res.Forget = o.rule.Once, true
+	case o.rule.Required:
+		return nil, call.Errorf(call.Malformed, "this tool is only called with an idempotency key: _meta[\"dev.newel/idempotencyKey\"] or the Idempotency-Key header; use the same one when you try again")
+	}
+	if o.res.Scope == nil {
+		o.res.Retain = 0 // nobody can ask for it again; the audit log has it
+	}
+	if c.Resume != "" {
+		o.res.Resume = roundOf(c.Resume)
+	}
+	return o, nil
+}
+
+// newID returns an unguessable name that begins with the time, so that what is stored under it is
+// stored side by side.
+func newID() string { return fmt.Sprintf("%012x", time.Now().UnixMilli()) + rand.Text() }
+
+// once runs a call without a key: written down before and after, and never recognised again.
+func (o *operation) once(ctx context.Context) (*call.Result, error) {
+	o.res.Resume = nil
+	op, held, err := o.dispatch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !held {
+		return nil, call.Errorf(call.Internal, "internal error").Because(errors.New("an operation with a random name was there before"))
+	}
+	return o.run(ctx, ctx, op)
+}
+
+// leeway is how long a lease outlives the deadline of its call: for storing the outcome.
+const leeway = 10 * time.Second
+
+// limit is when a call has to end.
+func (o *operation) limit(ctx context.Context) time.Duration {
+	if deadline, ok := ctx.Deadline(); ok {
+		return time.Until(deadline)
+	}
+	return o.o.Deadline
+}
+
+// dispatch commits the intent. A crash before: nothing was sent. A crash after: it may have been.
+func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err error) {
+	if ctx.Err() != nil {
+		return op, false, call.AsError(ctx.Err()) // nothing was sent: it is simply cancelled
+	}
+	o.res.Lease = o.limit(ctx) + leeway
+	args := audit.NewValue("arguments", o.c.Args)
+	rec := o.record(audit.Intent, &Operation{ID: o.res.ID, Fence: o.res.Expect + 1})
+	entry, err := o.entry(&rec, args)
+	if err != nil {
+		return op, false, err
+	}
+	op, held, err = o.store.Dispatch(ctx, &Intent{Reservation: o.res, Entry: entry})
+	if err != nil {
+		return op, false, away(ctx, err)
+	}
+	return op, held, nil
+}
+
+// away says that the store does not answer. Nothing was sent.
+func away(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return call.AsError(ctx.Err()).Because(err)
+	}
+	e := call.Errorf(call.Unavailable, "what is done cannot be written down right now, so nothing was done for this request; try again in a moment, with the same key").Because(err)
+	e.RetryAfter = time.Second
+	return e
+}
+
+// record is what intent and outcome have in common.
+func (o *operation) record(act string, op *Operation) audit.Record {
+	c := o.c
+	r := audit.Record{
+		Act: act, Capability: c.Target.Name, Correlation: c.Event.Correlation, Door: c.Door, Effect: c.Target.Effect.String(), Fence: op.Fence,
+		Kind: c.Kind.String(), Operation: op.ID, Pin: hexOf(o.pin), Principal: o.res.Principal, Rule: c.Event.Rule, Server: o.server, Tenant: o.res.Tenant, Time: audit.Time(time.Now()),
+	}
+	if c.Principal != nil {
+		r.Client = c.Principal.Client
+	}
+	return r
+}
+
+// entry encodes a record. Values go in sealed, beside their digests; of one without a name for it
+// only the salt is kept.
+func (o *operation) entry(r *audit.Record, values ...audit.Value) (audit.Entry, error) {
+	for i := range values {
+		r.Digests = append(r.Digests, values[i].Digest())
+		if values[i].Name == answerValue {
+			values[i].Data = nil // it is stored once, with the operation, and only as long as that
+		}
+	}
+	b, err := r.Encode()
+	if err != nil {
+		return audit.Entry{}, call.Errorf(call.Internal, "internal error").Because(err)
+	}
+	if len(values) == 0 {
+		return audit.Entry{Record: b}, nil
+	}
+	private, err := SealValues(o.box, r.Operation, values)
+	if err != nil {
+		return audit.Entry{}, call.Errorf(call.Internal, "internal error").Because(err)
+	}
+	return audit.Entry{Record: b, Private: private}, nil
+}
+
+const answerValue = "answer"
+
+// SealValues encrypts the values of a record of an operation.
+func SealValues(box *secret.Box, operation string, values []audit.Value) ([]byte, error) {
+	b, err := json.Marshal(values)
+	if err != nil {
+		return nil, err
+	}
+	return box.Seal(b, "values of "+operation), nil
+}
+
+// OpenValues is the way back.
+func OpenValues(key secret.Key, operation string, sealed []byte) ([]audit.Value, error) {
+	if sealed == nil {
+		return nil, nil
+	}
+	box, err := key.Box("newel stored values")
+	if err != nil {
+		return nil, err
+	}
+	b, err := box.Open(sealed, "values of "+operation)
+	if err != nil {
+		return nil, err
+	}
+	var values []audit.Value
+	err = json.Unmarshal(b, &values)
+	return values, err
+}

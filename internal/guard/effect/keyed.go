@@ -1,0 +1,385 @@
+package effect
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
+)
+
+// keyed runs a call with a key: once, however often it comes.
+func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
+	patience := time.Now().Add(o.o.Retry)
+	pause := firstPause
+	for {
+		// The first attempt claims a new operation. The others claim the one that stands, by the
+		// number that was seen: whoever comes between wins.
+		op, held, err := o.dispatch(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if held {
+			return o.runToEnd(ctx, op)
+		}
+		if op.ID == "" { // gone since we saw it
+			o.fresh()
+			continue
+		}
+		r, err, decided := o.standing(ctx, &op)
+		if decided {
+			return r, err
+		}
+		if time.Now().After(patience) {
+			return nil, busy()
+		}
+		if o.res.Expect != 0 {
+			continue // it may be claimed: at once
+		}
+		if err := sleep(ctx, pause); err != nil {
+			return nil, call.AsError(err)
+		}
+		pause = min(2*pause, longestPause)
+		if err := o.await(ctx, patience, &pause); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// Pauses between two looks at an operation that somebody else holds.
+const (
+	firstPause   = 5 * time.Millisecond
+	longestPause = 250 * time.Millisecond
+)
+
+// await looks until the operation is not held any more, or patience ends. Looking is a read.
+func (o *operation) await(ctx context.Context, patience time.Time, pause *time.Duration) error {
+	for time.Now().Before(patience) {
+		op, err := o.store.Find(ctx, o.res.Scope)
+		if err != nil {
+			return away(ctx, err)
+		}
+		if op.ID == "" || op.Lease == 0 || op.State == Waiting {
+			return nil
+		}
+		if err := sleep(ctx, *pause); err != nil {
+			return call.AsError(err)
+		}
+		*pause = min(2**pause, longestPause)
+	}
+	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+func (o *operation) fresh() { o.res.Expect, o.res.Recover = 0, false }
+
+// standing decides about an operation that is not ours. If it decides nothing, it has either made
+// the reservation one that may claim it, or somebody else holds it.
+func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result, _ error, decided bool) {
+	o.fresh()
+	if !bytes.Equal(op.Fingerprint, o.res.Fingerprint) {
+		e := call.Errorf(call.Failed, "this idempotency key was used for a call with other arguments, or of another version of the tool; use a new key for a new call")
+		e.Data = jsontext.Value(`{"code":"failed","retryable":false,"idempotency":{"reason":"key_reused"}}`)
+		return nil, e, true
+	}
+	o.c.Event.Operation = op.ID
+	claim := func(takeOver bool) (*call.Result, error, bool) {
+		o.res.ID, o.res.Expect, o.res.Recover = op.ID, op.Fence, takeOver
+		return nil, nil, false
+	}
+	switch op.State {
+	case Completed:
+		r, err := o.replay(op)
+		return r, err, true
+	case NotExecuted:
+		return claim(false)
+	case Waiting:
+		if bytes.Equal(o.res.Resume, op.Round) {
+			return claim(false)
+		}
+		e := call.Errorf(call.Conflict, "the call with this idempotency key waits for answers to what it asked; send them, with the requestState that came with the questions")
+		return nil, e, true
+	case Unknown:
+		return o.recover(ctx, op, claim)
+	}
+	if op.Lease > 0 {
+		return nil, nil, false
+	}
+	if op.State == Reserved {
+		return claim(false)
+	}
+	return o.recover(ctx, op, claim)
+}
+
+// busy is what a second caller gets while the first one runs.
+func busy() error {
+	e := call.Errorf(call.Conflict, "a call with this idempotency key is running; try again in a moment, with the same key")
+	e.Retryable, e.RetryAfter = true, time.Second
+	return e
+}
+
+// recover deals with an operation of which nobody knows whether it ran.
+func (o *operation) recover(ctx context.Context, op *Operation, claim func(bool) (*call.Result, error, bool)) (*call.Result, error, bool) {
+	switch o.rule.Recovery {
+	case call.RecoverSafe, call.RecoverResend:
+		return claim(true) // with the same Once: what runs it knows it again, or does not mind
+	case call.RecoverLookup:
+		r, err := o.lookup(ctx, op)
+		return r, err, true
+	}
+	if op.State == Dispatched {
+		if err := o.abandon(ctx, op); err != nil && !errors.Is(err, ErrFenced) {
+			return nil, away(ctx, err), true
+		}
+	}
+	return nil, unknown(nil), true
+}
+
+// unknown is what a caller gets whose call may or may not have run.
+func unknown(cause error) error {
+	e := call.Errorf(call.OutcomeUnknown, "it is not known whether this call was done, and it is not done again; look at what it should have changed before you call again, with a new key")
+	if cause != nil {
+		e = e.Because(errors.New(cause.Error())) // not the error itself: a deadline behind it would look like a plain time-out
+	}
+	return e
+}
+
+// abandon writes down that nobody knows how the operation ended.
+func (o *operation) abandon(ctx context.Context, op *Operation) error {
+	rec := o.record(audit.Outcome, op)
+	rec.Outcome, rec.Code = Unknown.String(), call.OutcomeUnknown.String()
+	entry, err := o.entry(&rec)
+	if err != nil {
+		return err
+	}
+	_, err = o.store.Complete(ctx, &Outcome{ID: op.ID, Fence: op.Fence, State: Unknown, Abandoned: true, Entry: entry})
+	return err
+}
+
+// replay answers from what is stored.
+func (o *operation) replay(op *Operation) (*call.Result, error) {
+	raw, err := o.box.Open(op.Answer, "answer of "+op.ID)
+	if err != nil {
+		return nil, call.Errorf(call.Internal, "internal error").Because(err)
+	}
+	a, err := decodeAnswer(raw)
+	if err != nil {
+		return nil, call.Errorf(call.Internal, "internal error").Because(err)
+	}
+	o.c.Event.Replayed = true
+	return a.replay(op.Index)
+}
+
+// runToEnd runs a dispatched call with a key. It does not stop when its caller goes away: what is
+// done is stored, and told when the caller comes back.
+func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, error) {
+	run, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.limit(ctx))
+	defer cancel()
+	return o.run(ctx, run, op)
+}
+
+// run does what was dispatched, under the context run, and stores how it ended. The steps:
+//
+//  1. the handler runs. A crash, or a panic: it may or may not have had its effect.
+//  2. the outcome is committed. A crash before: as above. After: the answer is the stored one.
+func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, error) {
+	o.c.Event.Operation = op.ID
+	o.c.Once = o.name(&op)
+	returned := false
+	defer func() {
+		if !returned { // it panics: observe makes an error of that
+			if _, err := o.end(ctx, &op, Unknown, nil, nil, "panic"); err != nil {
+				o.log.LogAttrs(ctx, slog.LevelError, "an outcome could not be stored", slog.String("operation", op.ID), slog.String("error", err.Error()))
+			}
+		}
+	}()
+	r, err := o.next(run, o.c)
+	returned = true
+	return o.conclude(ctx, &op, r, err)
+}
+
+// conclude stores how a call ended, and returns what its caller is told: nothing else than what is
+// stored.
+func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result, err error) (*call.Result, error) {
+	var ask *call.InputRequired
+	if errors.As(err, &ask) {
+		state, round := NotExecuted, []byte(nil) // a handler asks before its first effect, and starts over
+		if ask.State != "" {
+			state, round = Waiting, roundOf(ask.State)
+		}
+		if _, failed := o.end(ctx, op, state, nil, round, "input_required"); failed != nil {
+			return nil, o.unstored(ctx, op, failed)
+		}
+		return nil, ask
+	}
+	a := &answer{result: r}
+	state, code := Completed, ""
+	if err != nil {
+		a = &answer{err: call.AsError(err)}
+		state, code = stateOf(a.err.Code), a.err.Code.String()
+	}
+	if state != Completed {
+		a = nil
+	}
+	if _, failed := o.end(ctx, op, state, a, nil, code); failed != nil {
+		return nil, o.unstored(ctx, op, failed)
+	}
+	if state == Unknown {
+		return nil, unknown(err)
+	}
+	return r, err
+}
+
+// stateOf says what an error of a handler means. What another server or a tool says is an answer
+// like any other.
+func stateOf(c call.Code) State {
+	switch c {
+	case call.Unavailable, call.Exhausted, call.Unauthenticated, call.Unsupported:
+		return NotExecuted // by their definitions nothing was done
+	case call.Timeout, call.Canceled, call.OutcomeUnknown:
+		return Unknown
+	}
+	return Completed
+}
+
+// storing bounds how long the outcome of a call is tried to be stored.
+const storing = leeway / 2
+
+// end commits the outcome. It is not the caller's to cancel.
+func (o *operation) end(ctx context.Context, op *Operation, state State, a *answer, round []byte, code string) (Operation, error) {
+	rec := o.record(audit.Outcome, op)
+	rec.Outcome, rec.Code = state.String(), code
+	out := &Outcome{ID: op.ID, Fence: op.Fence, State: state, Round: round, Lease: waiting}
+	var values []audit.Value
+	if a != nil {
+		raw := a.encode()
+		values = append(values, audit.NewValue(answerValue, raw))
+		if len(raw) > o.o.MaxAnswer {
+			raw = (&answer{lost: true}).encode()
+		}
+		out.Answer = o.box.Seal(raw, "answer of "+op.ID)
+	}
+	entry, err := o.entry(&rec, values...)
+	if err != nil {
+		return Operation{}, err
+	}
+	out.Entry = entry
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storing)
+	defer cancel()
+	return o.store.Complete(ctx, out)
+}
+
+// waiting is how long an operation waits for the answers of its caller: as long as sealed states live.
+const waiting = 10 * time.Minute
+
+// unstored says that the call ran and nobody will know how: telling the answer now and something
+// else later would be worse.
+func (o *operation) unstored(ctx context.Context, op *Operation, cause error) error {
+	o.log.LogAttrs(ctx, slog.LevelError, "an outcome could not be stored", slog.String("operation", op.ID), slog.String("error", cause.Error()))
+	return unknown(cause)
+}
+
+// name is what the operation is called behind this server. It says nothing of caller or key.
+func (o *operation) name(op *Operation) string {
+	h := sha256.New()
+	put(h, "newel once 1", o.secret, string(op.Scope), op.ID)
+	return hexOf(h.Sum(nil)[:16])
+}
+
+func roundOf(state string) []byte {
+	h := sha256.Sum256([]byte(state))
+	return h[:]
+}
+
+// A Finding is what a lookup tool returns as structuredContent.
+type Finding struct {
+	Found *bool `json:"found"`
+	// Result is the answer of the call that was found: content and structuredContent as MCP has
+	// them. Without it the content of the lookup itself is the answer.
+	Result *struct {
+		Content    jsontext.Value `json:"content"`
+		Structured jsontext.Value `json:"structuredContent"`
+		IsError    bool           `json:"isError"`
+	} `json:"result"`
+}
+
+// lookup asks a tool that reads whether the operation took place. The tool gets the name of the
+// operation and the arguments of the call. It holds the operation meanwhile.
+func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, error) {
+	tool := o.find(o.rule.Lookup)
+	if tool == nil || tool.Kind != call.Tool || tool.Effect != call.Read {
+		return nil, unknown(errors.New("the lookup tool " + o.rule.Lookup + " is not there, or does not only read"))
+	}
+	o.res.ID, o.res.Expect, o.res.Recover, o.res.Lease = op.ID, op.Fence, true, o.limit(ctx)+leeway
+	mine, held, err := o.store.Reserve(ctx, &o.res)
+	if err != nil {
+		return nil, away(ctx, err)
+	}
+	if !held {
+		return nil, busy()
+	}
+	found, answer, err := o.look(ctx, tool, &mine)
+	if err != nil {
+		if _, failed := o.end(ctx, &mine, Unknown, nil, nil, call.OutcomeUnknown.String()); failed != nil {
+			return nil, o.unstored(ctx, op, failed)
+		}
+		return nil, unknown(err)
+	}
+	if found {
+		return o.conclude(ctx, &mine, answer, nil)
+	}
+	o.res.Expect = mine.Fence - 1 // the record names the attempt that holds it: this one
+	mine, held, err = o.dispatch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !held {
+		return nil, busy()
+	}
+	return o.runToEnd(ctx, mine)
+}
+
+// look runs the lookup tool.
+func (o *operation) look(ctx context.Context, tool *call.Capability, op *Operation) (found bool, _ *call.Result, _ error) {
+	args := o.c.Args
+	if args == nil {
+		args = jsontext.Value("{}")
+	}
+	in := withMember(jsontext.Value(`{"operation":"`+o.name(op)+`"}`), "arguments", args)
+	if tool.Check != nil {
+		if err := tool.Check(in); err != nil {
+			return false, nil, errors.New("the lookup tool does not take {operation, arguments}: " + err.Error())
+		}
+	}
+	ask := *o.c
+	ask.Name, ask.Target, ask.Args, ask.Key, ask.Once, ask.Resume, ask.Sink, ask.Asker = tool.Name, tool, in, "", "", "", call.Discard, call.NoAsker
+	r, err := tool.Run(ctx, &ask)
+	if err != nil {
+		return false, nil, err
+	}
+	var f Finding
+	if r == nil || r.IsError || r.Structured == nil || json.Unmarshal(r.Structured, &f) != nil || f.Found == nil {
+		return false, nil, errors.New("the lookup tool did not return {found: true or false}")
+	}
+	if !*f.Found || f.Result == nil {
+		return *f.Found, &call.Result{Content: r.Content}, nil
+	}
+	return true, &call.Result{Content: f.Result.Content, Structured: f.Result.Structured, IsError: f.Result.IsError}, nil
+}

@@ -1,0 +1,180 @@
+// Package inmem keeps operations and the audit log in memory: the engine of a library that was
+// given no other. Start reading at [New].
+//
+// It promises what the other engines do, but for one thing: nothing outlives the process. So a
+// call is not run twice while the process runs; after that nobody knows of it. It keeps the newest
+// MaxRecords audit records. Operations are kept for their retention; new ones are refused while
+// there are MaxOperations.
+package inmem
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/effect"
+)
+
+// Bounds of what is kept.
+const (
+	MaxRecords    = 65_536
+	MaxOperations = 65_536
+)
+
+// A DB is a store in memory. It is safe for concurrent use.
+type DB struct {
+	*durable.Writer
+	start time.Time // its monotonic part counts
+
+	mu        sync.Mutex
+	edge      audit.Edge
+	rows      []audit.Row // the newest, in order
+	byID      map[string]*effect.Operation
+	byScope   map[string]*effect.Operation
+	ended     []string // ids
+	nextPrune int64
+}
+
+var _ effect.Store = (*DB)(nil)
+
+// New returns an empty store.
+func New() *DB {
+	db := &DB{start: time.Now(), byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}}
+	db.Writer = durable.NewWriter(db.commit)
+	return db
+}
+
+func (db *DB) now() int64 { return time.Since(db.start).Microseconds() }
+
+// commit implements durable.Commit.
+func (db *DB) commit(_ context.Context, work []*durable.Work) error {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	now := db.now()
+	db.prune(now)
+	var loaded []effect.Operation
+	seen := map[string]bool{}
+	for _, u := range work {
+		op := db.byID[u.ID()]
+		if s := u.Scope(); s != nil {
+			op = db.byScope[string(s)]
+		}
+		if op != nil && !seen[op.ID] {
+			seen[op.ID] = true
+			loaded = append(loaded, *op)
+		}
+	}
+	b := durable.NewBatch(now, db.edge.Clone(), loaded)
+	for i, u := range work {
+		if u.Complete == nil && u.Append == nil && len(db.byID)+i >= MaxOperations {
+			u.Err = fmt.Errorf("%w: it holds %d operations in memory", effect.ErrAway, MaxOperations)
+			continue
+		}
+		b.Apply(u)
+	}
+	for _, id := range b.Removed {
+		db.remove(id)
+	}
+	for _, op := range b.Changed() {
+		kept := *op
+		db.byID[op.ID] = &kept
+		if op.Scope != nil {
+			db.byScope[string(op.Scope)] = &kept
+		}
+		if op.State.Ended() {
+			db.ended = append(db.ended, op.ID)
+		}
+	}
+	db.edge = b.Edge
+	db.rows = append(db.rows, b.Rows...)
+	if over := len(db.rows) - MaxRecords; over > 0 {
+		db.rows = slices.Clone(db.rows[over+MaxRecords/8:]) // some at once: this copies
+	}
+	return nil
+}
+
+func (db *DB) remove(id string) {
+	if op := db.byID[id]; op != nil {
+		delete(db.byID, id)
+		if op.Scope != nil && db.byScope[string(op.Scope)] == op {
+			delete(db.byScope, string(op.Scope))
+		}
+	}
+}
+
+// prune forgets operations past their retention, once a second: it looks at all that ended.
+func (db *DB) prune(now int64) {
+	if now < db.nextPrune {
+		return
+	}
+	db.nextPrune = now + time.Second.Microseconds()
+	db.forget(now)
+}
+
+func (db *DB) forget(now int64) {
+	db.ended = slices.DeleteFunc(db.ended, func(id string) bool {
+		op := db.byID[id]
+		if op == nil || !op.State.Ended() {
+			return true // it ends once more, if it does
+		}
+		if op.Expired(now, false) {
+			db.remove(id)
+			return true
+		}
+		return false
+	})
+}
+
+// Prune forgets operations past their retention now, and returns how many there were.
+func (db *DB) Prune(context.Context) (int, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	before := len(db.byID)
+	db.forget(db.now())
+	return before - len(db.byID), nil
+}
+
+// Find implements effect.Store.
+func (db *DB) Find(_ context.Context, scope []byte) (effect.Operation, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	op := db.byScope[string(scope)]
+	if op == nil {
+		return effect.Operation{}, nil
+	}
+	return op.At(db.now()), nil
+}
+
+// Abandoned implements effect.Store.
+func (db *DB) Abandoned(_ context.Context, limit int) ([]effect.Operation, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	now := db.now()
+	var out []effect.Operation
+	for _, op := range db.byID {
+		if len(out) < limit && !op.State.Ended() && op.Until <= now {
+			out = append(out, op.At(now))
+		}
+	}
+	return out, nil
+}
+
+// Head returns the right edge of the tree.
+func (db *DB) Head(context.Context) (audit.Edge, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	return db.edge.Clone(), nil
+}
+
+// Read returns at most limit records from index from on.
+func (db *DB) Read(_ context.Context, from int64, limit int) ([]audit.Row, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	i, _ := slices.BinarySearchFunc(db.rows, from, func(r audit.Row, at int64) int { return cmp.Compare(r.Index, at) })
+	return slices.Clone(db.rows[i:min(i+limit, len(db.rows))]), nil
+}

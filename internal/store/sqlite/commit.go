@@ -1,0 +1,315 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+
+	"modernc.org/sqlite"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/effect"
+)
+
+// Result codes of SQLite.
+const (
+	codePerm     = 3
+	codeBusy     = 5
+	codeLocked   = 6
+	codeNoMem    = 7
+	codeReadOnly = 8
+	codeFull     = 13
+)
+
+// classify says what an error means for the store. Those that leave what is on disk as it was
+// refuse the work; after any other nobody knows what is on disk.
+func classify(err error) error {
+	var lite *sqlite.Error
+	if !errors.As(err, &lite) {
+		return err
+	}
+	switch lite.Code() & 0xff {
+	case codePerm, codeBusy, codeLocked, codeNoMem, codeReadOnly, codeFull:
+		return fmt.Errorf("%w: %w", effect.ErrAway, err)
+	case 19, 20, 25: // CONSTRAINT, MISMATCH, RANGE: of the one unit
+		return err
+	}
+	return fmt.Errorf("%w: %w", durable.ErrFatal, err)
+}
+
+// commit implements durable.Commit. What memory holds changes after the commit.
+func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
+	loaded, err := db.loaded(ctx, work)
+	if err != nil {
+		return classify(err)
+	}
+	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded)
+	for _, u := range work {
+		b.Apply(u)
+	}
+	changed := b.Changed()
+	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+		return nil
+	}
+	err = db.within(ctx, func() error { return db.store(ctx, b, changed) })
+	if err != nil {
+		return classify(err)
+	}
+	db.edge = b.Edge
+	for _, id := range b.Removed {
+		delete(db.live, id)
+	}
+	for _, op := range changed {
+		if op.State.Ended() {
+			delete(db.live, op.ID)
+		} else {
+			db.live[op.ID] = *op
+		}
+	}
+	return nil
+}
+
+// loaded returns the operations that the work names. What has not ended is in memory.
+func (db *DB) loaded(ctx context.Context, work []*durable.Work) ([]effect.Operation, error) {
+	seen := map[string]bool{}
+	var out []effect.Operation
+	take := func(op effect.Operation) {
+		if !seen[op.ID] {
+			seen[op.ID] = true
+			out = append(out, op)
+		}
+	}
+	var ids, scopes []any
+	for _, u := range work {
+		if s := u.Scope(); s != nil {
+			scopes = append(scopes, s)
+		} else if id := u.ID(); id != "" {
+			if op, ok := db.live[id]; ok {
+				take(op)
+			} else if u.Complete != nil {
+				ids = append(ids, id) // ended before: the guard will hear that it is fenced
+			}
+		}
+	}
+	for column, keys := range map[string][]any{"scope": scopes, "id": ids} {
+		for len(keys) > 0 {
+			n := chunk(len(keys))
+			s, err := db.prepare(ctx, columns+"WHERE "+column+" IN (?"+strings.Repeat(",?", n-1)+")")
+			if err != nil {
+				return nil, err
+			}
+			rows, err := s.QueryContext(ctx, keys[:n]...)
+			if err != nil {
+				return nil, err
+			}
+			ops, err := scan(rows)
+			if err != nil {
+				return nil, err
+			}
+			for _, op := range ops {
+				take(op)
+			}
+			keys = keys[n:]
+		}
+	}
+	return out, nil
+}
+
+// chunk is how many of n rows the next statement takes: few sizes, so that statements stay prepared.
+func chunk(n int) int {
+	for _, size := range [...]int{32, 8} {
+		if n >= size {
+			return size
+		}
+	}
+	return 1
+}
+
+const (
+	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool FROM operations "
+	insertOp  = "INSERT INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool) VALUES "
+	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ? WHERE id = ?"
+	insertRow = "INSERT INTO audit (idx, record, hashes, private) VALUES "
+	rowValues = "(?,?,?,?)"
+)
+
+// store writes a batch.
+func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Operation) error {
+	for _, id := range b.Removed {
+		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ?", id); err != nil {
+			return err
+		}
+	}
+	var fresh []any
+	for _, op := range changed {
+		if b.IsNew(op) {
+			fresh = append(fresh, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Tenant, op.Principal, op.Server, op.Tool)
+			continue
+		}
+		if err := db.update(ctx, op); err != nil {
+			return err
+		}
+	}
+	if err := db.insert(ctx, insertOp, opValues, 16, fresh); err != nil {
+		return err
+	}
+	rows := make([]any, 0, 4*len(b.Rows))
+	for i := range b.Rows {
+		r := &b.Rows[i]
+		rows = append(rows, r.Index, r.Record, r.Hashes, r.Private)
+	}
+	if err := db.insert(ctx, insertRow, rowValues, 4, rows); err != nil {
+		return err
+	}
+	for _, id := range b.Pruned {
+		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ? AND ended > 0 AND (state <> ? OR scope IS NULL) AND ended + retain < ?", id, int64(effect.Unknown), b.Now); err != nil {
+			return err
+		}
+	}
+	edge, err := b.Edge.MarshalBinary()
+	if err != nil {
+		return err
+	}
+	return db.exec(ctx, "UPDATE head SET size = ?, edge = ?, clock = ?", b.Edge.Size, edge, b.Now)
+}
+
+// update writes an operation that is there. If it is not, memory and file differ.
+func (db *DB) update(ctx context.Context, op *effect.Operation) error {
+	s, err := db.prepare(ctx, updateOp)
+	if err != nil {
+		return err
+	}
+	r, err := s.ExecContext(ctx, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.ID)
+	if err != nil {
+		return err
+	}
+	if n, err := r.RowsAffected(); err != nil || n != 1 {
+		return fmt.Errorf("%w: operation %s is not where it was (%w)", durable.ErrFatal, op.ID, errors.Join(err, errors.New("no row")))
+	}
+	return nil
+}
+
+// insert inserts rows of width values each, many with one statement.
+func (db *DB) insert(ctx context.Context, into, values string, width int, args []any) error {
+	for len(args) > 0 {
+		n := chunk(len(args) / width)
+		if err := db.exec(ctx, into+values+strings.Repeat(","+values, n-1), args[:n*width]...); err != nil {
+			return err
+		}
+		args = args[n*width:]
+	}
+	return nil
+}
+
+func (db *DB) prepare(ctx context.Context, text string) (*sql.Stmt, error) {
+	s := db.stmts[text]
+	if s == nil {
+		var err error
+		if s, err = db.conn.PrepareContext(ctx, text); err != nil {
+			return nil, err
+		}
+		db.stmts[text] = s
+	}
+	return s, nil
+}
+
+func (db *DB) exec(ctx context.Context, text string, args ...any) error {
+	s, err := db.prepare(ctx, text)
+	if err != nil {
+		return err
+	}
+	_, err = s.ExecContext(ctx, args...)
+	return err
+}
+
+// A querier is a pool or one connection.
+type querier interface {
+	QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error)
+}
+
+// query returns the operations that a condition chooses.
+func query(ctx context.Context, q querier, condition string, args ...any) ([]effect.Operation, error) {
+	rows, err := q.QueryContext(ctx, columns+condition, args...)
+	if err != nil {
+		return nil, err
+	}
+	return scan(rows)
+}
+
+func scan(rows *sql.Rows) (ops []effect.Operation, err error) {
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	for rows.Next() {
+		var op effect.Operation
+		err := rows.Scan(&op.ID, &op.Scope, &op.Fingerprint, &op.State, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
+		if err != nil {
+			return nil, err
+		}
+		ops = append(ops, op)
+	}
+	return ops, rows.Err()
+}
+
+// Find implements effect.Store.
+func (db *DB) Find(ctx context.Context, scope []byte) (effect.Operation, error) {
+	if err := db.Fatal(); err != nil {
+		return effect.Operation{}, err
+	}
+	ops, err := query(ctx, db.read, "WHERE scope = ?", scope)
+	if err != nil || len(ops) == 0 {
+		return effect.Operation{}, err
+	}
+	return ops[0].At(db.now()), nil
+}
+
+// Abandoned implements effect.Store.
+func (db *DB) Abandoned(ctx context.Context, limit int) ([]effect.Operation, error) {
+	w := &durable.Work{Peek: func() []effect.Operation {
+		now := db.now()
+		var out []effect.Operation
+		for _, op := range db.live {
+			if len(out) < limit && op.Until <= now {
+				out = append(out, op.At(now))
+			}
+		}
+		return out
+	}}
+	err := db.Do(ctx, w)
+	return w.Seen, err
+}
+
+// Head implements audit.Source.
+func (db *DB) Head(ctx context.Context) (audit.Edge, error) { return head(ctx, db.read) }
+
+// Read implements audit.Source.
+func (db *DB) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
+	return read(ctx, db.read, from, limit)
+}
+
+func head(ctx context.Context, pool *sql.DB) (audit.Edge, error) {
+	var size int64
+	var edge []byte
+	if err := pool.QueryRowContext(ctx, "SELECT size, edge FROM head").Scan(&size, &edge); err != nil {
+		return audit.Edge{}, err
+	}
+	return audit.ParseEdge(size, edge)
+}
+
+func read(ctx context.Context, pool *sql.DB, from int64, limit int) (out []audit.Row, err error) {
+	rows, err := pool.QueryContext(ctx, "SELECT idx, record, hashes, private FROM audit WHERE idx >= ? ORDER BY idx LIMIT ?", from, limit)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	for rows.Next() {
+		var r audit.Row
+		if err := rows.Scan(&r.Index, &r.Record, &r.Hashes, &r.Private); err != nil {
+			return nil, err
+		}
+		out = append(out, r)
+	}
+	return out, rows.Err()
+}

@@ -1,0 +1,203 @@
+package sqlite
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/storetest"
+)
+
+func open(t *testing.T, file string, key secret.Key) *DB {
+	t.Helper()
+	db, err := Open(t.Context(), file, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return db
+}
+
+func TestEngine(t *testing.T) {
+	storetest.Run(t, func(t *testing.T) (storetest.Engine, storetest.Engine) {
+		return open(t, filepath.Join(t.TempDir(), "state.db"), secret.RandomKey()), nil
+	})
+}
+
+func write(t *testing.T, db *DB, key string, end effect.State) effect.Operation {
+	t.Helper()
+	r := effect.Reservation{ID: rand.Text(), Holder: rand.Text(), Fingerprint: make([]byte, 32), Lease: time.Hour, Retain: time.Hour, Tool: "pay"}
+	scope := sha256.Sum256([]byte(key))
+	r.Scope = scope[:]
+	op, held, err := db.Dispatch(t.Context(), &effect.Intent{Reservation: r, Entry: record(t)})
+	if err != nil || !held {
+		t.Fatal(held, err)
+	}
+	if end != 0 {
+		if op, err = db.Complete(t.Context(), &effect.Outcome{ID: r.ID, Fence: 1, State: end, Answer: []byte("answer"), Entry: record(t)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return op
+}
+
+func record(t *testing.T) audit.Entry {
+	t.Helper()
+	b, err := (&audit.Record{Act: audit.Intent, Operation: rand.Text(), Time: audit.Time(time.Now())}).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return audit.Entry{Record: b}
+}
+
+func closed(t *testing.T, db *DB) {
+	t.Helper()
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestReopen is a process that ends without a word: what it held is free at once, what it was told
+// is there.
+func TestReopen(t *testing.T) {
+	file, key := filepath.Join(t.TempDir(), "state", "state.db"), secret.RandomKey()
+	db, err := Open(t.Context(), file, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, db, "done", effect.Completed)
+	running := write(t, db, "running", 0)
+	if _, err := Open(t.Context(), file, key); err == nil || !strings.Contains(err.Error(), "another process") {
+		t.Errorf("two processes have one file: %v", err)
+	}
+	before := db.now()
+	closed(t, db)
+	if _, err := Open(t.Context(), file, secret.RandomKey()); err == nil || !strings.Contains(err.Error(), "another key") {
+		t.Errorf("another key: %v", err)
+	}
+	db = open(t, file, key)
+	if now := db.now(); now > before+time.Minute.Microseconds() {
+		t.Errorf("time went on while the engine did not run: %d", now-before)
+	}
+	ops, err := db.Abandoned(t.Context(), 10)
+	if err != nil || len(ops) != 1 || ops[0].ID != running.ID {
+		t.Errorf("abandoned: %v, %v", ops, err)
+	}
+	scope := sha256.Sum256([]byte("done"))
+	if op, err := db.Find(t.Context(), scope[:]); err != nil || string(op.Answer) != "answer" {
+		t.Errorf("found %+v, %v", op, err)
+	}
+	write(t, db, "more", effect.Completed)
+	storetest.Check(t, db)
+}
+
+// TestSchema is a file of a program of the next version, which only adds, and of one after that.
+func TestSchema(t *testing.T) {
+	file, key := filepath.Join(t.TempDir(), "state.db"), secret.RandomKey()
+	change := func(text string) {
+		t.Helper()
+		db := open(t, file, key)
+		if _, err := db.conn.ExecContext(t.Context(), text); err != nil {
+			t.Fatal(err)
+		}
+		closed(t, db)
+		db.stmts, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil
+	}
+	change("UPDATE meta SET value = '2' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
+	db, err := Open(t.Context(), file, key)
+	if err != nil {
+		t.Fatalf("one version back: %v", err)
+	}
+	write(t, db, "k", effect.Completed)
+	storetest.Check(t, db)
+	closed(t, db)
+	change("UPDATE meta SET value = '3' WHERE key = 'schema'")
+	if _, err := Open(t.Context(), file, key); err == nil || !strings.Contains(err.Error(), "newer program") {
+		t.Errorf("two versions back: %v", err)
+	}
+}
+
+// TestTampering changes one row of each kind behind the engine's back.
+func TestTampering(t *testing.T) {
+	for _, text := range []string{
+		"UPDATE audit SET record = (SELECT record FROM audit WHERE idx = 3) WHERE idx = 2",
+		"DELETE FROM audit WHERE idx = 2",
+		"UPDATE audit SET hashes = zeroblob(length(hashes)) WHERE idx = 1",
+		"UPDATE head SET edge = zeroblob(length(edge))",
+		"DELETE FROM audit WHERE idx = (SELECT max(idx) FROM audit)",
+	} {
+		db := open(t, filepath.Join(t.TempDir(), "state.db"), secret.RandomKey())
+		for i := range 3 {
+			write(t, db, fmt.Sprint(i), effect.Completed)
+		}
+		storetest.Check(t, db)
+		if _, err := db.conn.ExecContext(t.Context(), text); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := audit.Check(t.Context(), db); !errors.Is(err, audit.ErrTampered) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+// TestDiskError is an error of the disk: nothing is written after it, and Run returns it.
+func TestDiskError(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "state.db"), secret.RandomKey())
+	write(t, db, "before", effect.Completed)
+	real := db.Writer
+	broken := fmt.Errorf("%w: fsync", durable.ErrFatal)
+	db.Writer = durable.NewWriter(func(context.Context, []*durable.Work) error { return broken })
+	ended := make(chan error, 1)
+	go func() { ended <- db.Run(t.Context()) }()
+	_, _, err := db.Dispatch(t.Context(), &effect.Intent{Reservation: effect.Reservation{ID: "x", Holder: "x"}, Entry: record(t)})
+	if !errors.Is(err, durable.ErrFatal) {
+		t.Errorf("got %v", err)
+	}
+	if err := <-ended; !errors.Is(err, durable.ErrFatal) {
+		t.Errorf("Run returned %v", err)
+	}
+	if _, err := db.Find(t.Context(), make([]byte, 32)); !errors.Is(err, durable.ErrFatal) {
+		t.Errorf("what may not be on disk is read: %v", err)
+	}
+	db.Writer = real
+}
+
+// TestFullDisk is a full disk: new work is refused, what was written stays, and it goes on after.
+func TestFullDisk(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "state.db"), secret.RandomKey())
+	write(t, db, "before", effect.Completed)
+	if _, err := db.conn.ExecContext(t.Context(), "PRAGMA max_page_count = 1"); err != nil { // the smallest it can still be
+		t.Fatal(err)
+	}
+	refused := false
+	for i := 0; i < 1000 && !refused; i++ {
+		r := effect.Reservation{ID: rand.Text(), Holder: rand.Text(), Fingerprint: make([]byte, 4096), Lease: time.Hour}
+		_, _, err := db.Dispatch(t.Context(), &effect.Intent{Reservation: r, Entry: record(t)})
+		if refused = errors.Is(err, effect.ErrAway); !refused && err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !refused {
+		t.Fatal("a full disk was written to")
+	}
+	storetest.Check(t, db)
+	if _, err := db.conn.ExecContext(t.Context(), "PRAGMA max_page_count = 100000"); err != nil {
+		t.Fatal(err)
+	}
+	write(t, db, "after", effect.Completed)
+	storetest.Check(t, db)
+}
