@@ -106,6 +106,11 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}
+	st, err := openState(ctx, f, listen == nil)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	o.closers = append(o.closers, st)
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -129,6 +134,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
 		Identity: identity, Access: access, Login: authorization, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
+		State: st.store, Key: st.key, Effects: effects(&c.Effects),
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})

@@ -30,10 +30,12 @@ import (
 	"newel.dev/newel/internal/guard/admit"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
+	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/secret"
 )
 
 // Options say what the house is made of. The zero value of every field but Backends works.
@@ -55,6 +57,10 @@ type Options struct {
 	Shadow   *policy.Policy        // asked too, for the log alone; nil: none
 	Explicit bool                  // say that something is denied although its caller may not see it
 
+	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
+	Key     secret.Key   // seals what State holds; with State nil it is not used
+	Effects Effects
+
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
 	Meter   metric.MeterProvider // nil: no metrics
@@ -64,6 +70,13 @@ type Options struct {
 	AllowedHosts   []string // beside loopback names
 	AllowedOrigins []string // beside the server's own
 	ArtifactDir    string   // where large results are kept; "": in memory
+}
+
+// Effects say how calls with effects are treated. Zero means the default in brackets.
+type Effects struct {
+	Wait      time.Duration // of a call for another one with its key [5 s]
+	Retention time.Duration // of answers [24 h]
+	Rules     []effect.Rule // what the operator says of tools; the first that fits counts
 }
 
 // Access is what a client is told that has no token, or one that does not suffice.
@@ -98,6 +111,7 @@ type House struct {
 	backends   []call.Backend
 	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
 	stdio      *mcpstdio.Door
+	effects    *effect.Effects
 	drain      *drain
 	ready      ready
 }
@@ -140,6 +154,9 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	}
 	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts, CheckOutput: catalog.CheckOutput})
 	if err != nil {
+		return nil, err
+	}
+	if err := h.openEffects(ctx, snapshot); err != nil {
 		return nil, err
 	}
 	shared := guard.Set{Observe: observer.Guard, Authenticate: authenticate.Nobody, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}

@@ -78,6 +78,7 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 		},
 	})
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
+	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
 	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
 	if err != nil {
 		return nil, err

@@ -125,8 +125,13 @@ func (h *House) Run(ctx context.Context) error {
 
 // whileRunning runs serve beside the long-lived goroutines of the house and waits for all.
 func (h *House) whileRunning(ctx context.Context, serve func(context.Context) error) error {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var all sync.WaitGroup
+	var all, state sync.WaitGroup
+	kept, release := context.WithCancel(context.WithoutCancel(ctx)) // the store outlives what writes to it
+	state.Go(func() { h.runState(kept, fail) })
+	all.Go(func() { _ = h.effects.Run(background) }) // it ends with its context
 	for _, b := range h.backends {
 		if w, ok := b.(call.Watcher); ok {
 			all.Go(func() { h.watch(background, w) })
@@ -151,6 +156,11 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 	h.ready.running.Store(false)
 	stop()
 	all.Wait()
+	release()
+	state.Wait()
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+		err = errors.Join(cause, err)
+	}
 	return err
 }
 

@@ -39,6 +39,8 @@ type Config struct {
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
+	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
+	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
 	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
 	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
@@ -142,6 +144,31 @@ type Telemetry struct {
 	LogLevel     string `yaml:"log_level" enum:"debug,info,warn,error" default:"info" doc:"Lowest level of logs, which go to standard error as JSON lines."`
 	Prometheus   bool   `yaml:"prometheus" default:"true" doc:"Whether /metrics is served."`
 	OTLPEndpoint string `yaml:"otlp_endpoint" doc:"URL of an OpenTelemetry collector for traces, such as http://127.0.0.1:4318; empty sends none."`
+}
+
+// State is what is remembered.
+type State struct {
+	Engine  string        `yaml:"engine" enum:"sqlite,postgres,memory" default:"sqlite" doc:"sqlite: a file, for one node. postgres: a database, for any number of nodes. memory: nothing outlives the process, so a call that is tried again after a restart runs again."`
+	Path    string        `yaml:"path" default:".newel/state.db" doc:"File of sqlite, from the folder of the configuration on. One process has it at a time; newel stdio takes one of its own beside it."`
+	DSN     secret.String `yaml:"dsn" doc:"How to connect to postgres, such as postgres://newel@db.internal/newel."`
+	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed."`
+	Origin  string        `yaml:"origin" default:"newel" doc:"Name of the audit log in its signed heads, such as newel.example.com/audit."`
+}
+
+// Effects is how calls that change something are treated.
+type Effects struct {
+	Wait      time.Duration `yaml:"wait" default:"5s" doc:"How long a call waits for another one with its idempotency key, before it is told to try again."`
+	Retention time.Duration `yaml:"retention" default:"24h" doc:"How long an answer is kept for calls that come again with its key."`
+	Tools     []EffectTool  `yaml:"tools" doc:"What you know of tools; the first that fits counts."`
+}
+
+// EffectTool is what the operator says of tools.
+type EffectTool struct {
+	Tool     string        `yaml:"tool" required:"true" doc:"Name of the tool; * stands for any text but /."`
+	Recovery string        `yaml:"recovery" enum:"none,safe,resend_same_key,lookup" default:"none" doc:"What may be done when it is not known whether a call ran. none: it is never run again. safe: running it again does no harm. resend_same_key: what runs it takes dev.newel/idempotencyKey and does it once. lookup: another tool tells."`
+	Lookup   string        `yaml:"lookup" doc:"For lookup: a tool that reads, takes {operation, arguments} and returns {found: true or false}, and the result if it has it."`
+	Key      string        `yaml:"key" enum:"optional,required" default:"optional" doc:"Whether calls without an idempotency key are refused."`
+	Once     time.Duration `yaml:"once" doc:"Calls without a key, by the same caller with the same arguments within this time, are one call. 0: they are two."`
 }
 
 // Artifacts is where large results are kept.

@@ -19,6 +19,7 @@ type Set struct {
 	Resolve      call.Guard
 	Validate     call.Guard
 	Authorize    call.Guard
+	Effect       call.Guard
 	Bound        call.Guard
 }
 
@@ -36,7 +37,7 @@ const required = false
 // Path is what happens to every call, of every kind, from every door.
 //
 // Read down for the way in. Read up for the way out: a result is bounded, and only the bounded
-// result is recorded and sent. Nothing changes a call after the door.
+// result is stored, replayed, recorded and sent. Nothing changes a call after the door.
 func Path(g Set) []Step {
 	return []Step{
 		{"observe", g.Observe, required},           // one record, one span; panics become errors
@@ -45,6 +46,7 @@ func Path(g Set) []Step {
 		{"resolve", g.Resolve, required},           // what, as the catalog has it: sets Target
 		{"validate", g.Validate, required},         // arguments against Target's schema; never changes them
 		{"authorize", g.Authorize, required},       // policy over principal, target and valid arguments
+		{"effect", g.Effect, required},             // idempotency, intent and outcome: the durable line
 		{"bound", g.Bound, required},               // size and shape of the result
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -64,6 +65,15 @@ type From struct {
 	Tracestate     string
 	Baggage        string
 	IdempotencyKey string
+}
+
+// IdempotencyKey unquotes the Structured Field string (RFC 8941) of the Idempotency-Key header, as
+// the IETF draft has it; a value without quotes is taken as it is.
+func IdempotencyKey(header string) string {
+	if len(header) < 2 || header[0] != '"' || header[len(header)-1] != '"' {
+		return header
+	}
+	return strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(header[1 : len(header)-1])
 }
 
 // Decode decodes one message.

@@ -303,18 +303,10 @@ func from(r *http.Request) mcpwire.From {
 		Traceparent:    header(r, "Traceparent"),
 		Tracestate:     header(r, "Tracestate"),
 		Baggage:        header(r, "Baggage"),
-		IdempotencyKey: idempotencyKey(header(r, "Idempotency-Key")),
+		IdempotencyKey: mcpwire.IdempotencyKey(header(r, "Idempotency-Key")),
 	}
 	f.Bearer = credential(r).Bearer
 	return f
-}
-
-// idempotencyKey unquotes the Structured Field string (RFC 8941) that the IETF draft asks for.
-func idempotencyKey(v string) string {
-	if len(v) >= 2 && v[0] == '"' && v[len(v)-1] == '"' {
-		return v[1 : len(v)-1]
-	}
-	return v
 }
 
 // header returns the one value of a header given by its canonical name, or "".

@@ -74,6 +74,9 @@ func (d *Door) checkHeaders(r *http.Request, m *mcpwire.Message) *mcpwire.Failur
 			return mismatch("the Mcp-Name header must be present once and equal to params.name or params.uri (=?base64?…?= for values that are not plain ASCII)")
 		}
 	}
+	if len(r.Header["Idempotency-Key"]) > 1 {
+		return mismatch("the Idempotency-Key header must be present at most once")
+	}
 	if m.Method != "tools/call" {
 		return nil
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/mcpwire"
 )
 
 // clientOf returns what the session's client declared when it started.
@@ -47,6 +48,7 @@ func clientOf(s *mcp.ServerSession) call.Client {
 func origin(c *call.Call, h http.Header) {
 	c.Credential.Peer = h.Get(headerPeer)
 	c.Size, _ = strconv.Atoi(h.Get(headerSize)) // set by ServeHTTP
+	c.Key = mcpwire.IdempotencyKey(h.Get("Idempotency-Key"))
 	c.Trace = call.Trace{Correlation: h.Get("X-Correlation-Id"), Parent: h.Get("Traceparent"), State: h.Get("Tracestate"), Baggage: h.Get("Baggage")}
 	if scheme, token, ok := strings.Cut(h.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
 		c.Credential.Bearer = token

@@ -171,9 +171,12 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 				err = wireError(mcpwire.SessionError(0, call.Errorf(call.Internal, "internal error")))
 			}
 		}()
-		c := d.decode(ctx, req)
+		c, err := d.decode(ctx, req)
 		if c == nil {
 			return next(ctx, method, req)
+		}
+		if err != nil {
+			return nil, wireError(mcpwire.SessionError(c.Kind, err))
 		}
 		if extra := req.GetExtra(); extra != nil && extra.Header.Get(headerKey) != "" {
 			d.hold(extra.Header.Get(headerKey))
@@ -192,8 +195,9 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 	}
 }
 
-// decode turns a request of the SDK into a call, or returns nil for what is not ours.
-func (d *Door) decode(ctx context.Context, req mcp.Request) *call.Call {
+// decode turns a request of the SDK into a call, or returns nil for what is not ours. An error is
+// the caller's: what it sent contradicts itself.
+func (d *Door) decode(ctx context.Context, req mcp.Request) (*call.Call, error) {
 	c := &call.Call{Door: "http", LogLevel: "debug"} // the SDK knows the session's level, and keeps to it
 	var params mcp.Params
 	var session *mcp.ServerSession
@@ -247,7 +251,7 @@ func (d *Door) decode(ctx context.Context, req mcp.Request) *call.Call {
 		}
 		session, extra = r.Session, r.Extra
 	default:
-		return nil
+		return nil, nil
 	}
 	c.SessionID = session.ID()
 	c.Client = clientOf(session)
@@ -261,13 +265,18 @@ func (d *Door) decode(ctx context.Context, req mcp.Request) *call.Call {
 	}
 	out := &sink{request: ctx, session: session, extra: extra}
 	if params != nil {
-		c.Key, _ = params.GetMeta()["dev.newel/idempotencyKey"].(string)
+		if key, ok := params.GetMeta()["dev.newel/idempotencyKey"].(string); ok && key != "" {
+			if c.Key != "" && c.Key != key {
+				return c, call.Errorf(call.Malformed, "the Idempotency-Key header and params._meta differ")
+			}
+			c.Key = key
+		}
 		out.token = progressToken(params)
 		c.Progress = out.token != nil
 	}
 	c.Sink = out
 	c.Asker = &asker{request: ctx, session: session, client: &c.Client}
-	return c
+	return c, nil
 }
 
 // Names under which ServeHTTP tells decode what only the request knows. They are set after the

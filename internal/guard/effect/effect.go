@@ -33,7 +33,7 @@ import (
 type Options struct {
 	Store Store         // required
 	Key   secret.Key    // seals what is stored
-	Retry time.Duration // longest wait of a call for another one with its key [5 s]
+	Wait  time.Duration // longest wait of a call for another one with its key [5 s]
 	// Retention is how long an answer is kept after the call ended [24 h].
 	Retention time.Duration
 	// Deadline bounds what is still waited for when a caller with a key goes away, if the call has
@@ -71,8 +71,8 @@ func New(o Options) (*Effects, error) {
 	if o.Store == nil {
 		return nil, errors.New("effect: there is no store")
 	}
-	if o.Retry < 0 || o.Retention < 0 || o.Deadline < 0 || o.MaxAnswer < 0 {
-		return nil, errors.New("effect: Retry, Retention, Deadline and MaxAnswer must not be below zero")
+	if o.Wait < 0 || o.Retention < 0 || o.Deadline < 0 || o.MaxAnswer < 0 {
+		return nil, errors.New("effect: Wait, Retention, Deadline and MaxAnswer must not be below zero")
 	}
 	for _, r := range o.Rules {
 		if _, err := path.Match(r.Tool, ""); err != nil {
@@ -85,7 +85,7 @@ func New(o Options) (*Effects, error) {
 			return nil, fmt.Errorf("effect: the recovery of %q by lookup and the tool to look with go together", r.Tool)
 		}
 	}
-	o.Retry = or(o.Retry, 5*time.Second)
+	o.Wait = or(o.Wait, 5*time.Second)
 	o.Retention = or(o.Retention, 24*time.Hour)
 	o.Deadline = or(o.Deadline, time.Minute)
 	o.MaxAnswer = or(o.MaxAnswer, 1<<20)

@@ -17,7 +17,7 @@ import (
 
 // keyed runs a call with a key: once, however often it comes.
 func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
-	patience := time.Now().Add(o.o.Retry)
+	patience := time.Now().Add(o.o.Wait)
 	pause := firstPause
 	for {
 		// The first attempt claims a new operation. The others claim the one that stands, by the

@@ -55,6 +55,9 @@ var (
 	_ audit.Source = (*DB)(nil)
 )
 
+// ErrInUse says that another process has the file.
+var ErrInUse = errors.New("another process uses it; stop that one, or give this one a state of its own")
+
 const openTimeout = 10 * time.Second
 
 // Open opens a file, or makes it and its folder, and brings its schema up to date. key has to be
@@ -106,7 +109,7 @@ func (db *DB) lock(ctx context.Context) error {
 	}
 	var lite *sqlite.Error
 	if errors.As(err, &lite) && lite.Code()&0xff == codeBusy {
-		return errors.New("another process uses it; stop that one, or give this one a state of its own")
+		return ErrInUse
 	}
 	return err
 }

@@ -112,7 +112,7 @@ func one(t *testing.T, e Engine, f *faulty, name string, recovery call.Recovery)
 	if recovery == call.RecoverLookup {
 		pay.Lookup = look.Name
 	}
-	effects, err := effect.New(effect.Options{Store: f, Key: secret.RandomKey(), Retry: 10 * time.Millisecond})
+	effects, err := effect.New(effect.Options{Store: f, Key: secret.RandomKey(), Wait: 10 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -63,8 +63,8 @@ var serial = struct {
 	n int
 }{}
 
-// entry returns an audit record like no other.
-func entry(act, operation string) audit.Entry {
+// Entry returns an audit record like no other.
+func Entry(act, operation string) audit.Entry {
 	serial.Lock()
 	serial.n++
 	n := serial.n
@@ -81,8 +81,8 @@ func sum(s string) []byte {
 	return h[:]
 }
 
-// reservation claims key anew, for an hour.
-func reservation(key string) effect.Reservation {
+// Reservation claims key anew, for an hour.
+func Reservation(key string) effect.Reservation {
 	r := effect.Reservation{ID: rand.Text(), Holder: rand.Text(), Fingerprint: sum("asked"), Lease: time.Hour, Retain: time.Hour, Tenant: "acme", Principal: "alice", Server: "/mcp", Tool: "pay"}
 	if key != "" {
 		r.Scope = sum(key)
@@ -92,7 +92,7 @@ func reservation(key string) effect.Reservation {
 
 func dispatch(t *testing.T, e Engine, r effect.Reservation) (effect.Operation, bool) {
 	t.Helper()
-	op, held, err := e.Dispatch(t.Context(), &effect.Intent{Reservation: r, Entry: entry(audit.Intent, r.ID)})
+	op, held, err := e.Dispatch(t.Context(), &effect.Intent{Reservation: r, Entry: Entry(audit.Intent, r.ID)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func dispatch(t *testing.T, e Engine, r effect.Reservation) (effect.Operation, b
 
 func complete(t *testing.T, e Engine, o effect.Outcome) error {
 	t.Helper()
-	o.Entry = entry(audit.Outcome, o.ID)
+	o.Entry = Entry(audit.Outcome, o.ID)
 	_, err := e.Complete(t.Context(), &o)
 	return err
 }
@@ -129,7 +129,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 }
 
 func states(t *testing.T, e, other Engine) {
-	r := reservation("k")
+	r := Reservation("k")
 	if op := find(t, e, "k"); op.ID != "" {
 		t.Errorf("an empty store has %+v", op)
 	}
@@ -162,9 +162,9 @@ func states(t *testing.T, e, other Engine) {
 
 // claims are what a second caller may and may not take.
 func claims(t *testing.T, e, other Engine) {
-	first := reservation("k")
+	first := Reservation("k")
 	dispatch(t, e, first)
-	second := reservation("k")
+	second := Reservation("k")
 	op, held := dispatch(t, other, second)
 	if held || op.ID != first.ID || op.State != effect.Dispatched {
 		t.Fatalf("a second caller got %+v, %v", op, held)
@@ -172,7 +172,7 @@ func claims(t *testing.T, e, other Engine) {
 	try := func(what string, want bool, change func(r *effect.Reservation)) effect.Operation {
 		t.Helper()
 		now := find(t, e, "k")
-		r := reservation("k")
+		r := Reservation("k")
 		r.ID, r.Expect = now.ID, now.Fence
 		change(&r)
 		op, held := dispatch(t, other, r)
@@ -227,8 +227,8 @@ func claims(t *testing.T, e, other Engine) {
 
 // again is every write made twice, as after an error that nobody can interpret.
 func again(t *testing.T, e, other Engine) {
-	r := reservation("k")
-	i := &effect.Intent{Reservation: r, Entry: entry(audit.Intent, r.ID)}
+	r := Reservation("k")
+	i := &effect.Intent{Reservation: r, Entry: Entry(audit.Intent, r.ID)}
 	for _, node := range []Engine{e, e, other} {
 		op, held, err := node.Dispatch(t.Context(), i)
 		if err != nil || !held || op.Fence != 1 || op.Index != 0 {
@@ -247,7 +247,7 @@ func again(t *testing.T, e, other Engine) {
 
 // waits is a call whose backend asked its caller.
 func waits(t *testing.T, e, _ Engine) {
-	r := reservation("k")
+	r := Reservation("k")
 	dispatch(t, e, r)
 	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Waiting, Round: sum("state"), Lease: time.Hour}); err != nil {
 		t.Fatal(err)
@@ -255,7 +255,7 @@ func waits(t *testing.T, e, _ Engine) {
 	if op := find(t, e, "k"); op.State != effect.Waiting || op.Lease == 0 || string(op.Round) != string(sum("state")) {
 		t.Errorf("it stands as %+v", op)
 	}
-	next := reservation("k")
+	next := Reservation("k")
 	next.ID, next.Expect = r.ID, 1
 	if _, held := dispatch(t, e, next); held {
 		t.Error("it went on without its state")
@@ -276,7 +276,7 @@ func waits(t *testing.T, e, _ Engine) {
 }
 
 func abandoned(t *testing.T, e, other Engine) {
-	held, dead, reserved := reservation("held"), reservation("dead"), reservation("reserved")
+	held, dead, reserved := Reservation("held"), Reservation("dead"), Reservation("reserved")
 	dead.Lease, reserved.Lease = time.Millisecond, time.Millisecond
 	dispatch(t, e, held)
 	dispatch(t, e, dead)
@@ -309,7 +309,7 @@ func abandoned(t *testing.T, e, other Engine) {
 
 func prunes(t *testing.T, e, _ Engine) {
 	for key, state := range map[string]effect.State{"done": effect.Completed, "not done": effect.NotExecuted, "unknown": effect.Unknown, "kept": effect.Completed, "running": 0} {
-		r := reservation(key)
+		r := Reservation(key)
 		if key != "kept" {
 			r.Retain = time.Millisecond
 		}
@@ -341,17 +341,17 @@ func prunes(t *testing.T, e, _ Engine) {
 
 // forgets is a key used again after its retention, before anybody pruned.
 func forgets(t *testing.T, e, _ Engine) {
-	old := reservation("k")
+	old := Reservation("k")
 	old.Retain = time.Millisecond
 	dispatch(t, e, old)
 	if err := complete(t, e, effect.Outcome{ID: old.ID, Fence: 1, State: effect.Completed}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the key is free", func() bool {
-		op, held := dispatch(t, e, reservation("k"))
+		op, held := dispatch(t, e, Reservation("k"))
 		return held && op.ID != old.ID && op.Fence == 1
 	})
-	if _, held := dispatch(t, e, reservation("k")); held {
+	if _, held := dispatch(t, e, Reservation("k")); held {
 		t.Error("the key is free for two")
 	}
 	if err := complete(t, e, effect.Outcome{ID: old.ID, Fence: 1, State: effect.Completed}); !errors.Is(err, effect.ErrFenced) {
@@ -361,7 +361,7 @@ func forgets(t *testing.T, e, _ Engine) {
 
 func unkeyed(t *testing.T, e, _ Engine) {
 	for range 3 {
-		r := reservation("")
+		r := Reservation("")
 		if _, held := dispatch(t, e, r); !held {
 			t.Fatal("calls without a key are taken for one")
 		}
@@ -369,7 +369,7 @@ func unkeyed(t *testing.T, e, _ Engine) {
 			t.Fatal(err)
 		}
 	}
-	if i, err := e.Append(t.Context(), []audit.Entry{entry(audit.Reads, ""), entry(audit.Reads, "")}); err != nil || i != 6 {
+	if i, err := e.Append(t.Context(), []audit.Entry{Entry(audit.Reads, ""), Entry(audit.Reads, "")}); err != nil || i != 6 {
 		t.Errorf("the records are at %d, %v", i, err)
 	}
 }
@@ -385,7 +385,7 @@ func concurrent(t *testing.T, e, other Engine) {
 		}
 		all.Go(func() {
 			for i := range each {
-				r := reservation(fmt.Sprint(w, "-", i))
+				r := Reservation(fmt.Sprint(w, "-", i))
 				if _, held := dispatch(t, node, r); !held {
 					t.Errorf("writer %d does not hold its own", w)
 				}
@@ -413,7 +413,7 @@ func oneOfMany(t *testing.T, e, other Engine) {
 				node = other
 			}
 			all.Go(func() {
-				if _, held := dispatch(t, node, reservation(fmt.Sprint("k", round))); held {
+				if _, held := dispatch(t, node, Reservation(fmt.Sprint("k", round))); held {
 					mu.Lock()
 					won++
 					mu.Unlock()
@@ -430,8 +430,8 @@ func oneOfMany(t *testing.T, e, other Engine) {
 func canceled(t *testing.T, e, _ Engine) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	r := reservation("k")
-	if _, _, err := e.Dispatch(ctx, &effect.Intent{Reservation: r, Entry: entry(audit.Intent, r.ID)}); !errors.Is(err, context.Canceled) {
+	r := Reservation("k")
+	if _, _, err := e.Dispatch(ctx, &effect.Intent{Reservation: r, Entry: Entry(audit.Intent, r.ID)}); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 	if find(t, e, "k").ID != "" {

@@ -1,0 +1,52 @@
+package assembly
+
+import (
+	"context"
+	"log/slog"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/inmem"
+)
+
+// openEffects makes the durable line. Without a store it only lasts as long as the process, and
+// says so if there is something to lose.
+func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) error {
+	o := &h.opts
+	store, key := o.State, o.Key
+	if store == nil {
+		store, key = inmem.New(), secret.RandomKey()
+		for _, t := range snapshot.Tools() {
+			if t.Effect != call.Read {
+				o.Logger.LogAttrs(ctx, slog.LevelWarn, "tools have effects, and what is known of their calls is kept in memory: after a restart a call that is tried again runs again",
+					slog.String("tool", t.Name), slog.String("effect", t.Effect.String()))
+				break
+			}
+		}
+	}
+	var err error
+	h.effects, err = effect.New(effect.Options{
+		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
+	})
+	return err
+}
+
+// A runner is a store that works, or watches itself, while the house runs.
+type runner interface {
+	Run(ctx context.Context) error
+}
+
+// runState runs the store until ctx ends. If it fails, what it holds can no longer be trusted, and
+// stop ends the house.
+func (h *House) runState(ctx context.Context, stop context.CancelCauseFunc) {
+	r, ok := h.opts.State.(runner)
+	if !ok {
+		return
+	}
+	if err := r.Run(ctx); err != nil && ctx.Err() == nil {
+		h.opts.Logger.LogAttrs(ctx, slog.LevelError, "the server ends: its state can no longer be trusted", slog.String("error", err.Error()))
+		stop(err)
+	}
+}

@@ -1,0 +1,276 @@
+package postgres
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/effect"
+)
+
+// classify says what an error means: of one unit, or of the way to the database.
+func classify(err error) error {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && (strings.HasPrefix(pg.Code, "22") || strings.HasPrefix(pg.Code, "23")) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", effect.ErrAway, err)
+}
+
+// commit implements durable.Commit, in two round trips: lock and read, then write and commit.
+func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	conn, err := db.pool.Acquire(ctx)
+	if err != nil {
+		return classify(err)
+	}
+	defer conn.Release() // one that is not idle any more is closed by the pool
+	b, err := db.begin(ctx, conn, work)
+	if err != nil {
+		return classify(errors.Join(err, rollback(conn)))
+	}
+	for _, u := range work {
+		b.Apply(u)
+	}
+	changed := b.Changed()
+	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+		if err := rollback(conn); err != nil {
+			return classify(err)
+		}
+		return nil
+	}
+	token := rand.Text()
+	sent, err := db.store(ctx, conn, b, changed, token)
+	if err == nil {
+		return nil
+	}
+	_ = rollback(conn) // if it cannot be rolled back, the server does it
+	var pg *pgconn.PgError
+	if !sent || errors.As(err, &pg) && pg.Code[:2] != "57" {
+		return classify(err) // the server said no
+	}
+	// Nothing was heard of the commit: ask what became of it.
+	if done, asked := db.committed(ctx, token); asked == nil && done {
+		return nil
+	}
+	return classify(err)
+}
+
+// rollback ends a transaction whatever became of it; the caller's time may be over.
+func rollback(conn *pgxpool.Conn) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_, err := conn.Exec(ctx, "ROLLBACK")
+	return err
+}
+
+// committed reports whether the commit with the token took place. It keeps asking until ctx ends: a
+// transaction that is still being committed holds the lock of this node's row, and is waited for.
+func (db *DB) committed(ctx context.Context, token string) (bool, error) {
+	for {
+		var last string
+		err := db.pool.QueryRow(ctx, "SELECT last FROM newel_nodes WHERE id = $1 FOR UPDATE", db.node).Scan(&last)
+		if err == nil || errors.Is(err, pgx.ErrNoRows) {
+			return last == token, nil
+		}
+		t := time.NewTimer(100 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return false, err
+		case <-t.C:
+		}
+	}
+}
+
+// selectOps reads operations; those of a node that is gone are held by nobody.
+var selectOps = fmt.Sprintf(`SELECT o.id, o.scope, o.fingerprint, o.state, o.fence, o.holder,
+	CASE WHEN o.state IN (%d, %d) AND (n.seen IS NULL OR n.seen < clock_timestamp() - interval '%d seconds') THEN 0 ELSE o.until END,
+	o.round, o.ended, o.retain, o.idx, o.answer, o.tenant, o.principal, o.server, o.tool
+	FROM newel_operations o LEFT JOIN newel_nodes n ON n.id = o.node `, effect.Reserved, effect.Dispatched, int(silent.Seconds()))
+
+// begin locks the head of the tree and reads what the work names. Whoever has the lock writes alone,
+// among all nodes: so nobody waits for anything else.
+func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Work) (*durable.Batch, error) {
+	scopes, ids, peek := [][]byte{}, []string{}, false
+	for _, u := range work {
+		if s := u.Scope(); s != nil {
+			scopes = append(scopes, s)
+		} else if u.Complete != nil {
+			ids = append(ids, u.Complete.ID)
+		} else if id := u.ID(); id != "" {
+			ids = append(ids, id) // our own, if this is done again
+		}
+		peek = peek || u.Peek != nil
+	}
+	var now, size int64
+	var edge []byte
+	var ops []effect.Operation
+	collect := func(rows pgx.Rows) (err error) {
+		more, err := pgx.CollectRows(rows, scan)
+		ops = append(ops, more...)
+		return err
+	}
+	q := &pgx.Batch{}
+	q.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
+	q.Queue("SELECT size, edge, " + clock + " FROM newel_head FOR UPDATE").QueryRow(func(row pgx.Row) error { return row.Scan(&size, &edge, &now) })
+	if len(scopes) > 0 {
+		q.Queue(selectOps+"WHERE o.scope = ANY($1)", scopes).Query(collect)
+	}
+	if len(ids) > 0 {
+		q.Queue(selectOps+"WHERE o.id = ANY($1)", ids).Query(collect)
+	}
+	if err := conn.SendBatch(ctx, q).Close(); err != nil {
+		return nil, err
+	}
+	e, err := audit.ParseEdge(size, edge)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]bool{}
+	loaded := ops[:0:0]
+	for _, op := range ops {
+		if !seen[op.ID] {
+			seen[op.ID] = true
+			loaded = append(loaded, op)
+		}
+	}
+	return durable.NewBatch(now, e, loaded), nil
+}
+
+const (
+	putOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool)
+	SELECT id, scope, fingerprint, state, fence, holder, $17, until, round, ended, retain, idx, answer, tenant, principal, server, tool FROM
+	unnest($1::text[], $2::bytea[], $3::bytea[], $4::smallint[], $5::bigint[], $6::text[], $7::bigint[], $8::bytea[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bytea[], $13::text[], $14::text[], $15::text[], $16::text[])
+	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool)
+	ON CONFLICT (id) DO UPDATE SET state = excluded.state, fence = excluded.fence, holder = excluded.holder, node = excluded.node, until = excluded.until,
+	round = excluded.round, ended = excluded.ended, retain = excluded.retain, idx = excluded.idx, answer = excluded.answer`
+	putRows = `INSERT INTO newel_audit (idx, record, hashes, private) SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[])`
+)
+
+// store writes a batch and commits. sent says whether the commit may have reached the server.
+func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string) (sent bool, err error) {
+	q := &pgx.Batch{}
+	if len(b.Removed) > 0 {
+		q.Queue("DELETE FROM newel_operations WHERE id = ANY($1)", b.Removed)
+	}
+	if len(changed) > 0 {
+		q.Queue(putOps, append(columnsOf(changed), db.node)...)
+	}
+	if len(b.Pruned) > 0 {
+		q.Queue("DELETE FROM newel_operations WHERE "+pastRetention+" AND id = ANY($2)", int16(effect.Unknown), b.Pruned)
+	}
+	if n := len(b.Rows); n > 0 {
+		idx, record, hashes, private := make([]int64, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
+		for i := range b.Rows {
+			r := &b.Rows[i]
+			idx[i], record[i], hashes[i], private[i] = r.Index, r.Record, r.Hashes, r.Private
+		}
+		q.Queue(putRows, idx, record, hashes, private)
+		edge, err := b.Edge.MarshalBinary()
+		if err != nil {
+			return false, err
+		}
+		q.Queue("UPDATE newel_head SET size = $1, edge = $2", b.Edge.Size, edge)
+	}
+	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last", db.node, token)
+	q.Queue("COMMIT")
+	return true, conn.SendBatch(ctx, q).Close()
+}
+
+// columnsOf turns operations into one array per column.
+func columnsOf(ops []*effect.Operation) []any {
+	n := len(ops)
+	id, holder, tenant, principal, server, tool := make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+	scope, fingerprint, round, answer := make([][]byte, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
+	state := make([]int16, n)
+	fence, until, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+	for i, op := range ops {
+		id[i], scope[i], fingerprint[i], state[i], fence[i], holder[i] = op.ID, op.Scope, op.Fingerprint, int16(op.State), op.Fence, op.Holder
+		until[i], round[i], ended[i], retain[i], idx[i], answer[i] = op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer
+		tenant[i], principal[i], server[i], tool[i] = op.Tenant, op.Principal, op.Server, op.Tool
+	}
+	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool}
+}
+
+func scan(row pgx.CollectableRow) (op effect.Operation, err error) {
+	var state int16
+	err = row.Scan(&op.ID, &op.Scope, &op.Fingerprint, &state, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
+	op.State = effect.State(state)
+	return op, err
+}
+
+// find returns operations as they stand now.
+func (db *DB) find(ctx context.Context, condition string, args ...any) ([]effect.Operation, error) {
+	var now int64
+	var ops []effect.Operation
+	q := &pgx.Batch{}
+	q.Queue("SELECT " + clock).QueryRow(func(row pgx.Row) error { return row.Scan(&now) })
+	q.Queue(selectOps+condition, args...).Query(func(rows pgx.Rows) (err error) {
+		ops, err = pgx.CollectRows(rows, scan)
+		return err
+	})
+	if err := db.pool.SendBatch(ctx, q).Close(); err != nil {
+		return nil, err
+	}
+	for i := range ops {
+		ops[i] = ops[i].At(now)
+	}
+	return ops, nil
+}
+
+// Find implements effect.Store.
+func (db *DB) Find(ctx context.Context, scope []byte) (effect.Operation, error) {
+	ops, err := db.find(ctx, "WHERE o.scope = $1", scope)
+	if err != nil || len(ops) == 0 {
+		return effect.Operation{}, err
+	}
+	return ops[0], nil
+}
+
+// Abandoned implements effect.Store.
+func (db *DB) Abandoned(ctx context.Context, limit int) ([]effect.Operation, error) {
+	ops, err := db.find(ctx, "WHERE o.ended = 0 ORDER BY o.until LIMIT $1", limit)
+	if err != nil {
+		return nil, err
+	}
+	out := ops[:0:0]
+	for _, op := range ops {
+		if op.Lease == 0 {
+			out = append(out, op)
+		}
+	}
+	return out, nil
+}
+
+// Head implements audit.Source.
+func (db *DB) Head(ctx context.Context) (audit.Edge, error) {
+	var size int64
+	var edge []byte
+	if err := db.pool.QueryRow(ctx, "SELECT size, edge FROM newel_head").Scan(&size, &edge); err != nil {
+		return audit.Edge{}, err
+	}
+	return audit.ParseEdge(size, edge)
+}
+
+// Read implements audit.Source.
+func (db *DB) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
+	rows, err := db.pool.Query(ctx, "SELECT idx, record, hashes, private FROM newel_audit WHERE idx >= $1 ORDER BY idx LIMIT $2", from, limit)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (r audit.Row, err error) {
+		err = row.Scan(&r.Index, &r.Record, &r.Hashes, &r.Private)
+		return r, err
+	})
+}

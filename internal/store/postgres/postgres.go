@@ -1,0 +1,223 @@
+// Package postgres keeps operations and the audit log in a database: the engine of many nodes.
+//
+// Start reading at [Open], then [DB.Run]. commit.go is where many callers' work becomes one
+// transaction.
+//
+// It promises: what was acknowledged was committed by the server, with synchronous_commit; the
+// nodes of one database write one tree without gaps, because each transaction begins with the
+// lock of the tree's head; a commit of which nothing was heard is looked up before anybody is
+// told. Time is that of the database. A lease ends at its time, or when its node has not been
+// heard of for 15 seconds. A database that does not answer refuses new work.
+package postgres
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
+)
+
+// A DB is one node's way to the store. It is safe for concurrent use.
+type DB struct {
+	*durable.Writer
+	pool *pgxpool.Pool
+	node string
+}
+
+var (
+	_ effect.Store = (*DB)(nil)
+	_ audit.Source = (*DB)(nil)
+)
+
+const (
+	openTimeout   = 10 * time.Second
+	commitTimeout = 10 * time.Second
+	beatEvery     = 3 * time.Second
+	silent        = 15 * time.Second // a node that says nothing for so long is gone
+	pruneEvery    = 10 * time.Minute
+	pruneMost     = 500 // operations in one transaction
+	connections   = 8
+)
+
+// Open connects to a database and brings its schema up to date. key has to be the one that the
+// first node used. The tables are in the first schema of the search path and begin with newel_.
+func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err error) {
+	cfg, err := pgxpool.ParseConfig(dsn.Reveal())
+	if err != nil {
+		return nil, errors.New("the dsn is not one of PostgreSQL; write postgres://user:password@host:5432/database") // the parser's text may hold the password
+	}
+	params := cfg.ConnConfig.RuntimeParams
+	params["application_name"] = "newel"
+	params["TimeZone"] = "UTC"
+	params["synchronous_commit"] = "on"
+	params["statement_timeout"] = strconv.FormatInt(commitTimeout.Milliseconds(), 10)
+	params["idle_in_transaction_session_timeout"] = strconv.FormatInt(silent.Milliseconds(), 10) // a paused node does not hold the head for ever
+	cfg.ConnConfig.ConnectTimeout = openTimeout / 2
+	cfg.MaxConns = max(cfg.MaxConns, connections)
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	where := fmt.Sprintf("%s:%d", cfg.ConnConfig.Host, cfg.ConnConfig.Port)
+	db := &DB{node: rand.Text()}
+	if db.pool, err = pgxpool.NewWithConfig(ctx, cfg); err != nil {
+		return nil, fmt.Errorf("the state at %s cannot be opened: %w", where, err)
+	}
+	if err = db.prepare(ctx, key); err != nil {
+		db.pool.Close()
+		return nil, fmt.Errorf("the state at %s cannot be opened: %w", where, err)
+	}
+	db.Writer = durable.NewWriter(db.commit)
+	return db, nil
+}
+
+// migrations bring the schema from their index to the next.
+var migrations = []string{`
+CREATE TABLE newel_head (id int PRIMARY KEY CHECK (id = 1), size bigint NOT NULL, edge bytea NOT NULL);
+INSERT INTO newel_head VALUES (1, 0, '');
+CREATE TABLE newel_audit (idx bigint PRIMARY KEY, record bytea NOT NULL, hashes bytea NOT NULL, private bytea);
+CREATE TABLE newel_nodes (id text PRIMARY KEY, seen timestamptz NOT NULL, last text NOT NULL);
+CREATE TABLE newel_operations (
+	id text PRIMARY KEY, scope bytea UNIQUE, fingerprint bytea NOT NULL, state smallint NOT NULL, fence bigint NOT NULL, holder text NOT NULL, node text NOT NULL,
+	until bigint NOT NULL, round bytea, ended bigint NOT NULL, retain bigint NOT NULL, idx bigint NOT NULL, answer bytea,
+	tenant text NOT NULL, principal text NOT NULL, server text NOT NULL, tool text NOT NULL);
+CREATE INDEX newel_operations_live ON newel_operations (until) WHERE ended = 0;
+CREATE INDEX newel_operations_ended ON newel_operations (ended) WHERE ended > 0;
+`}
+
+// migrationLock keeps nodes that start together from migrating together.
+const migrationLock = 0x6e6577656c // "newel"
+
+// prepare migrates, one version a transaction, checks the key and enters this node.
+func (db *DB) prepare(ctx context.Context, key secret.Key) error {
+	check, err := key.Derive("newel key check")
+	if err != nil {
+		return err
+	}
+	mine := hex.EncodeToString(check[:8])
+	for done := false; !done; {
+		err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1)", int64(migrationLock)); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(ctx, "CREATE TABLE IF NOT EXISTS newel_meta (key text PRIMARY KEY, value text NOT NULL)"); err != nil {
+				return err
+			}
+			found, err := schemaOf(ctx, tx)
+			if err != nil {
+				return err
+			}
+			if found >= durable.Schema {
+				done = true
+				return nil
+			}
+			if _, err := tx.Exec(ctx, migrations[found]); err != nil {
+				return fmt.Errorf("schema %d: %w", found+1, err)
+			}
+			_, err = tx.Exec(ctx, "INSERT INTO newel_meta VALUES ('schema', $1) ON CONFLICT (key) DO UPDATE SET value = excluded.value", strconv.Itoa(found+1))
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if _, err := db.pool.Exec(ctx, "INSERT INTO newel_meta VALUES ('key', $1) ON CONFLICT DO NOTHING", mine); err != nil {
+		return err
+	}
+	var found string
+	if err := db.pool.QueryRow(ctx, "SELECT value FROM newel_meta WHERE key = 'key'").Scan(&found); err != nil {
+		return err
+	}
+	if found != mine {
+		return errors.New("it was made with another key; all nodes need the same key file")
+	}
+	_, err = db.pool.Exec(ctx, "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), '')", db.node)
+	return err
+}
+
+func schemaOf(ctx context.Context, tx pgx.Tx) (int, error) {
+	text := "0"
+	err := tx.QueryRow(ctx, "SELECT value FROM newel_meta WHERE key = 'schema'").Scan(&text)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return 0, err
+	}
+	found, err := strconv.Atoi(text)
+	if err != nil {
+		return 0, fmt.Errorf("its schema is %q", text)
+	}
+	return found, durable.CheckSchema(found)
+}
+
+// Close leaves: what this node holds is free at once.
+func (db *DB) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
+	defer cancel()
+	_, err := db.pool.Exec(ctx, "DELETE FROM newel_nodes WHERE id = $1", db.node)
+	db.pool.Close()
+	return err
+}
+
+// Run says that this node is there, and forgets operations past their retention, until ctx ends.
+// The database going away is no reason to end.
+func (db *DB) Run(ctx context.Context) error {
+	beat := time.NewTicker(beatEvery)
+	defer beat.Stop()
+	prune := time.NewTicker(pruneEvery)
+	defer prune.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-db.Failed():
+			return fmt.Errorf("the state in PostgreSQL: %w", db.Fatal())
+		case <-beat.C:
+			_ = db.beat(ctx) // what this means, others say: they take over
+		case <-prune.C:
+			_, _ = db.Prune(ctx) // the next one does it
+		}
+	}
+}
+
+func (db *DB) beat(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, beatEvery)
+	defer cancel()
+	_, err := db.pool.Exec(ctx, "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), '') ON CONFLICT (id) DO UPDATE SET seen = clock_timestamp()", db.node)
+	return err
+}
+
+// Prune deletes operations past their retention, and nodes that have long been gone, and returns
+// how many operations there were.
+func (db *DB) Prune(ctx context.Context) (int, error) {
+	if _, err := db.pool.Exec(ctx, "DELETE FROM newel_nodes WHERE seen < clock_timestamp() - interval '1 day' AND id <> $1", db.node); err != nil {
+		return 0, err
+	}
+	total := 0
+	for {
+		rows, err := db.pool.Query(ctx, "SELECT id FROM newel_operations WHERE "+pastRetention+" ORDER BY ended LIMIT $2", int16(effect.Unknown), pruneMost)
+		if err != nil {
+			return total, err
+		}
+		ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil || len(ids) == 0 {
+			return total, err
+		}
+		if err := db.Do(ctx, &durable.Work{Prune: ids}); err != nil {
+			return total, err
+		}
+		total += len(ids)
+	}
+}
+
+const (
+	clock         = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+	pastRetention = "ended > 0 AND (state <> $1 OR scope IS NULL) AND ended + retain < " + clock
+)

@@ -1,0 +1,136 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/storetest"
+	"newel.dev/newel/test/engines"
+)
+
+func open(t *testing.T, dsn string, key secret.Key) *DB {
+	t.Helper()
+	db, err := Open(t.Context(), secret.New(dsn), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = db.Close() }) // some tests stop the server
+	return db
+}
+
+func TestEngine(t *testing.T) {
+	server := engines.Start(t)
+	storetest.Run(t, func(t *testing.T) (storetest.Engine, storetest.Engine) {
+		dsn, key := server.Database(t), secret.RandomKey()
+		return open(t, dsn, key), open(t, dsn, key)
+	})
+}
+
+func dispatch(ctx context.Context, db *DB, r *effect.Reservation) (effect.Operation, bool, error) {
+	return db.Dispatch(ctx, &effect.Intent{Reservation: *r, Entry: storetest.Entry("intent", r.ID)})
+}
+
+// TestDeadNode is a node that is not heard of any more: what it holds is free before its leases end.
+// When it wakes up, it is fenced.
+func TestDeadNode(t *testing.T) {
+	dsn, key := engines.Postgres(t), secret.RandomKey()
+	a, b := open(t, dsn, key), open(t, dsn, key)
+	r := storetest.Reservation("k")
+	if _, held, err := dispatch(t.Context(), a, &r); err != nil || !held {
+		t.Fatal(held, err)
+	}
+	if ops, err := b.Abandoned(t.Context(), 10); err != nil || len(ops) != 0 {
+		t.Fatalf("abandoned: %v, %v", ops, err)
+	}
+	if _, err := b.pool.Exec(t.Context(), "UPDATE newel_nodes SET seen = seen - interval '16 seconds' WHERE id = $1", a.node); err != nil {
+		t.Fatal(err)
+	}
+	ops, err := b.Abandoned(t.Context(), 10)
+	if err != nil || len(ops) != 1 {
+		t.Fatalf("abandoned: %v, %v", ops, err)
+	}
+	take := storetest.Reservation("k")
+	take.ID, take.Expect, take.Recover = r.ID, 1, true
+	if op, held, err := dispatch(t.Context(), b, &take); err != nil || !held || op.Fence != 2 {
+		t.Fatalf("taken over: %+v, %v, %v", op, held, err)
+	}
+	_, err = a.Complete(t.Context(), &effect.Outcome{ID: r.ID, Fence: 1, State: effect.Completed, Entry: storetest.Entry("outcome", r.ID)})
+	if !errors.Is(err, effect.ErrFenced) {
+		t.Errorf("a node that woke up wrote: %v", err)
+	}
+	storetest.Check(t, a)
+}
+
+// TestServerGone is a database that stops and comes back.
+func TestServerGone(t *testing.T) {
+	server := engines.Start(t)
+	db := open(t, server.Database(t), secret.RandomKey())
+	before := storetest.Reservation("before")
+	if _, held, err := dispatch(t.Context(), db, &before); err != nil || !held {
+		t.Fatal(held, err)
+	}
+	server.Stop()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	r := storetest.Reservation("during")
+	if _, held, err := dispatch(ctx, db, &r); !errors.Is(err, effect.ErrAway) || held {
+		t.Errorf("without a server: %v, %v", held, err)
+	}
+	server.Restart(t)
+	after := storetest.Reservation("after")
+	if _, held, err := dispatch(ctx, db, &after); err != nil || !held {
+		t.Errorf("it does not come back: %v, %v", held, err)
+	}
+	if _, err := db.Complete(ctx, &effect.Outcome{ID: before.ID, Fence: 1, State: effect.Completed, Entry: storetest.Entry("outcome", before.ID)}); err != nil {
+		t.Error(err)
+	}
+	storetest.Check(t, db)
+}
+
+// TestUnheardCommit is a commit that takes place, and whose answer is lost.
+func TestUnheardCommit(t *testing.T) {
+	db := open(t, engines.Postgres(t), secret.RandomKey())
+	r := storetest.Reservation("k")
+	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
+		t.Fatal(held, err)
+	}
+	var last string
+	if err := db.pool.QueryRow(t.Context(), "SELECT last FROM newel_nodes WHERE id = $1", db.node).Scan(&last); err != nil {
+		t.Fatal(err)
+	}
+	for token, want := range map[string]bool{last: true, "another": false} {
+		if got, err := db.committed(t.Context(), token); err != nil || got != want {
+			t.Errorf("commit %q took place: %v, %v", token, got, err)
+		}
+	}
+}
+
+func TestSchema(t *testing.T) {
+	dsn, key := engines.Postgres(t), secret.RandomKey()
+	db := open(t, dsn, key)
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '2' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
+		t.Fatal(err)
+	}
+	db = open(t, dsn, key)
+	r := storetest.Reservation("k")
+	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
+		t.Errorf("one version back: %v, %v", held, err)
+	}
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '3' WHERE key = 'schema'"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), secret.New(dsn), key); err == nil || !strings.Contains(err.Error(), "newer program") {
+		t.Errorf("two versions back: %v", err)
+	}
+	if _, err := Open(t.Context(), secret.New(dsn), secret.RandomKey()); err == nil {
+		t.Error("another key is accepted")
+	}
+	if _, err := Open(t.Context(), secret.New("postgres://user:hunter2@127.0.0.1:1/x"), key); err == nil || strings.Contains(err.Error(), "hunter2") {
+		t.Errorf("no server: %v", err)
+	}
+}
