@@ -13,6 +13,7 @@ import (
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/postgres"
 	"newel.dev/newel/internal/store/sqlite"
 )
 
@@ -51,6 +52,17 @@ func openState(ctx context.Context, f *config.File, local bool) (*state, error) 
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w; state.path names the file, state.engine: memory does without", f.Position("state"), err)
+	}
+	return &state{db, key, db}, nil
+}
+
+func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, error) {
+	if f.Config.State.DSN.IsZero() {
+		return nil, fmt.Errorf("%s: the engine postgres needs a dsn: dsn: ${env:STATE_DSN}", f.Position("state"))
+	}
+	db, err := postgres.Open(ctx, f.Config.State.DSN, key)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("state"), err)
 	}
 	return &state{db, key, db}, nil
 }

@@ -68,7 +68,7 @@ func pinOf(t *call.Capability) []byte {
 // Integers keep all their digits: two that differ beyond 2⁵³ are two.
 func fingerprintOf(c *call.Call, pin []byte) ([]byte, error) {
 	args := c.Args
-	if args == nil {
+	if len(args) == 0 {
 		args = jsontext.Value("{}")
 	}
 	canonical := args.Clone()

@@ -359,7 +359,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 // look runs the lookup tool.
 func (o *operation) look(ctx context.Context, tool *call.Capability, op *Operation) (found bool, _ *call.Result, _ error) {
 	args := o.c.Args
-	if args == nil {
+	if len(args) == 0 {
 		args = jsontext.Value("{}")
 	}
 	in := withMember(jsontext.Value(`{"operation":"`+o.name(op)+`"}`), "arguments", args)

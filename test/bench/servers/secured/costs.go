@@ -22,11 +22,14 @@ import (
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/authorize"
 	"newel.dev/newel/internal/guard/bound"
+	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/inmem"
 )
 
 // printCosts prints a line for each step of the path: what it costs alone, on a call as the steps
@@ -107,8 +110,13 @@ func guards(who *assembly.Identities, rules *policy.Policy) (guard.Set, error) {
 	}
 	current := catalog.New(snapshot)
 	access := authorize.New(authorize.Options{Policy: rules, Catalog: current})
+	effects, err := effect.New(effect.Options{Store: inmem.New(), Key: secret.RandomKey()})
+	if err != nil {
+		return guard.Set{}, err
+	}
 	return guard.Set{
 		Observe: observer.Guard, Authenticate: authenticate.New(who), Admit: admission.Guard,
-		Resolve: resolve.New(current, access.See), Validate: validate.Guard, Authorize: access.Guard, Bound: bounds.Guard,
+		Resolve: resolve.New(current, access.See), Validate: validate.Guard, Authorize: access.Guard,
+		Effect: effects.Guard("/mcp", nil), Bound: bounds.Guard,
 	}, nil
 }

@@ -1,0 +1,500 @@
+package effect_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/inmem"
+	"newel.dev/newel/internal/store/storetest"
+)
+
+// bench is a step over a store in memory, and a tool behind it.
+type bench struct {
+	t     *testing.T
+	store *inmem.DB
+	*effect.Effects
+	step call.Handler
+	tool *call.Capability
+	runs atomic.Int64
+}
+
+func newBench(t *testing.T, o effect.Options, run call.Handler) *bench {
+	t.Helper()
+	b := &bench{t: t, store: inmem.New()}
+	if o.Store == nil {
+		o.Store = b.store
+	}
+	o.Key = secret.RandomKey()
+	var err error
+	if b.Effects, err = effect.New(o); err != nil {
+		t.Fatal(err)
+	}
+	b.tool = &call.Capability{Kind: call.Tool, Name: "pay", Effect: call.Write, Run: run}
+	b.step = b.Guard("/mcp", func(string) *call.Capability { return nil })(func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		b.runs.Add(1)
+		return c.Target.Run(ctx, c)
+	})
+	return b
+}
+
+func (b *bench) call(key, args string) *call.Call {
+	return &call.Call{Kind: call.Tool, Name: b.tool.Name, Args: jsontext.Value(args), Key: key, Target: b.tool, Principal: &call.Principal{Tenant: "acme", ID: "alice"}, Sink: call.Discard, Asker: call.NoAsker}
+}
+
+func (b *bench) do(c *call.Call) (*call.Result, error) { return b.step(b.t.Context(), c) }
+
+func (b *bench) ran(want int64) {
+	b.t.Helper()
+	if got := b.runs.Load(); got != want {
+		b.t.Errorf("the tool ran %d times, want %d", got, want)
+	}
+}
+
+// log returns what the audit log says, in short.
+func (b *bench) log() (lines []string) {
+	b.t.Helper()
+	rows, err := b.store.Read(b.t.Context(), 0, 1000)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, r := range rows {
+		rec, err := audit.Decode(r.Record)
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		lines = append(lines, strings.TrimSpace(rec.Act+" "+rec.Outcome+" "+rec.Code))
+	}
+	storetest.Check(b.t, b.store)
+	return lines
+}
+
+func (b *bench) wantLog(want ...string) {
+	b.t.Helper()
+	if got := b.log(); strings.Join(got, "; ") != strings.Join(want, "; ") {
+		b.t.Errorf("the log says %q, want %q", got, want)
+	}
+}
+
+func codeOf(err error) call.Code {
+	if err == nil {
+		return call.OK
+	}
+	return call.AsError(err).Code
+}
+
+func TestReplay(t *testing.T) {
+	const odd = `[{"type":"text",  "text":"1.0e0 \u00e9"}]` // white space and numbers as they came
+	b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
+		return &call.Result{Content: jsontext.Value(odd), Structured: jsontext.Value(`{"n":12345678901234567890, "x":1.0}`), Extra: jsontext.Value(`{"_meta":{"a":1},"b":2}`)}, nil
+	})
+	first, err := b.do(b.call("k", `{"a":1,"b":2}`))
+	if err != nil || strings.Contains(string(first.Extra), "replayed") {
+		t.Fatal(first, err)
+	}
+	c := b.call("k", `{"b":2, "a":1}`) // the same, written differently
+	again, err := b.do(c)
+	if err != nil || string(again.Content) != odd || string(again.Structured) != string(first.Structured) {
+		t.Errorf("replayed %+v, %v", again, err)
+	}
+	if want := `{"b":2,"_meta":{"a":1,"dev.newel/idempotency":{"replayed":true,"auditIndex":1}}}`; string(again.Extra) != want || !c.Event.Replayed || c.Event.Operation == "" {
+		t.Errorf("marked %s, %+v", again.Extra, c.Event)
+	}
+	b.ran(1)
+	b.wantLog("intent", "outcome completed")
+	for what, change := range map[string]func(c *call.Call){
+		"principal": func(c *call.Call) { c.Principal = &call.Principal{Tenant: "acme", ID: "bob"} },
+		"tenant":    func(c *call.Call) { c.Principal = &call.Principal{Tenant: "other", ID: "alice"} },
+		"key":       func(c *call.Call) { c.Key = "other" },
+		"none":      func(c *call.Call) { c.Key = "" },
+	} {
+		before := b.runs.Load()
+		c := b.call("k", `{"a":1,"b":2}`)
+		change(c)
+		if _, err := b.do(c); err != nil || c.Event.Replayed || b.runs.Load() != before+1 {
+			t.Errorf("another %s: %v, replayed %v", what, err, c.Event.Replayed)
+		}
+	}
+}
+
+func TestKeyMisuse(t *testing.T) {
+	b := newBench(t, effect.Options{Rules: []effect.Rule{{Tool: "strict", Required: true}}}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+	if _, err := b.do(b.call("k", `{"a":9007199254740993}`)); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		change func(c *call.Call)
+		want   call.Code
+	}{
+		"other arguments":    {func(c *call.Call) { c.Args = jsontext.Value(`{"a":2}`) }, call.Failed},
+		"other great number": {func(c *call.Call) { c.Args = jsontext.Value(`{"a":9007199254740992}`) }, call.Failed},
+		"other tool version": {func(c *call.Call) { tool := *c.Target; tool.Version = "2"; c.Target = &tool }, call.Failed},
+		"too long":           {func(c *call.Call) { c.Key = strings.Repeat("k", effect.MaxKey+1) }, call.Malformed},
+		"control characters": {func(c *call.Call) { c.Key = "a\nb" }, call.Malformed},
+		"not UTF-8":          {func(c *call.Call) { c.Key = "\xff" }, call.Malformed},
+		"required":           {func(c *call.Call) { c.Key = ""; tool := *c.Target; tool.Name = "strict"; c.Target = &tool }, call.Malformed},
+	} {
+		k := b.call("k", `{"a":9007199254740993}`)
+		c.change(k)
+		if _, err := b.do(k); codeOf(err) != c.want {
+			t.Errorf("%s: %v, want %s", name, err, c.want)
+		}
+	}
+	b.ran(1)
+}
+
+// TestSecondCaller waits for the first, and is told to come again if that takes too long.
+func TestSecondCaller(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
+			time.Sleep(8 * time.Second)
+			return call.Text("done"), nil
+		})
+		var all sync.WaitGroup
+		all.Go(func() {
+			if _, err := b.do(b.call("k", "")); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		start := time.Now()
+		_, err := b.do(b.call("k", ""))
+		e := call.AsError(err)
+		if e == nil || e.Code != call.Conflict || !e.Retryable || e.RetryAfter == 0 || time.Since(start) < 5*time.Second || time.Since(start) > 6*time.Second {
+			t.Errorf("after %v: %v", time.Since(start), err)
+		}
+		c := b.call("k", "")
+		if r, err := b.do(c); err != nil || !c.Event.Replayed || !strings.Contains(string(r.Content), "done") {
+			t.Errorf("got %v, %v", r, err)
+		}
+		all.Wait()
+		b.ran(1)
+	})
+}
+
+// TestDisconnect is a caller that goes away: before the dispatch it is cancelled, after it what is
+// done is stored. Without a key the tool is told to stop, and nobody knows how far it came.
+func TestDisconnect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, effect.Options{}, func(ctx context.Context, _ *call.Call) (*call.Result, error) {
+			select {
+			case <-time.After(time.Second):
+				return call.Text("done"), nil
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		})
+		for _, key := range []string{"k", ""} {
+			ctx, cancel := context.WithCancel(t.Context())
+			var err error
+			var all sync.WaitGroup
+			all.Go(func() { _, err = b.step(ctx, b.call(key, "")) })
+			synctest.Wait()
+			cancel()
+			all.Wait()
+			if key == "k" && err != nil || key == "" && codeOf(err) != call.OutcomeUnknown {
+				t.Errorf("key %q: %v", key, err)
+			}
+			if _, err := b.step(ctx, b.call("gone"+key, "")); codeOf(err) != call.Canceled {
+				t.Errorf("a caller that is gone: %v", err)
+			}
+		}
+		c := b.call("k", "")
+		if _, err := b.do(c); err != nil || !c.Event.Replayed {
+			t.Error("what was done for a caller that went away is not replayed", err)
+		}
+		b.ran(2)
+		b.wantLog("intent", "outcome completed", "intent", "outcome outcome_unknown canceled")
+	})
+}
+
+// TestOutcomes is what becomes of each error of a tool.
+func TestOutcomes(t *testing.T) {
+	var fail error
+	b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
+		if fail != nil {
+			return nil, fail
+		}
+		return call.Text("ok"), nil
+	})
+	for _, c := range append(call.Codes(), call.OK) {
+		key := c.String()
+		fail = nil
+		if c != call.OK {
+			fail = call.Errorf(c, "because")
+		}
+		_, first := b.do(b.call(key, ""))
+		fail = nil
+		k := b.call(key, "")
+		before := b.runs.Load()
+		_, second := b.do(k)
+		again := b.runs.Load() > before
+		switch c {
+		case call.Unavailable, call.Exhausted, call.Unauthenticated, call.Unsupported:
+			if codeOf(first) != c || !again || second != nil {
+				t.Errorf("%s: %v; then %v, ran again %v", c, first, second, again)
+			}
+		case call.Timeout, call.Canceled, call.OutcomeUnknown:
+			if codeOf(first) != call.OutcomeUnknown || again || codeOf(second) != call.OutcomeUnknown {
+				t.Errorf("%s: %v; then %v, ran again %v", c, first, second, again)
+			}
+		default:
+			if codeOf(first) != c || again || codeOf(second) != c || !k.Event.Replayed {
+				t.Errorf("%s: %v; then %v, ran again %v", c, first, second, again)
+			}
+		}
+	}
+}
+
+func TestPanic(t *testing.T) {
+	b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) { panic("oh") })
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("the panic is gone")
+			}
+		}()
+		_, _ = b.do(b.call("k", ""))
+	}()
+	if _, err := b.do(b.call("k", "")); codeOf(err) != call.OutcomeUnknown {
+		t.Errorf("got %v", err)
+	}
+	b.ran(1)
+	b.wantLog("intent", "outcome outcome_unknown panic")
+}
+
+// TestQuestions is a tool that asks: one that starts over with the answers, and one that goes on.
+func TestQuestions(t *testing.T) {
+	b := newBench(t, effect.Options{Wait: time.Millisecond}, func(_ context.Context, c *call.Call) (*call.Result, error) {
+		switch {
+		case c.Resume == "round 2":
+			return call.Text("done"), nil
+		case c.Resume == "round 1":
+			return nil, &call.InputRequired{State: "round 2"}
+		case c.Key == "over" && c.Trace.Correlation == "":
+			return nil, &call.InputRequired{}
+		case c.Key == "over":
+			return call.Text("done"), nil
+		}
+		return nil, &call.InputRequired{State: "round 1"}
+	})
+	try := func(key, resume, answered string) error {
+		c := b.call(key, "")
+		c.Resume, c.Trace.Correlation = resume, answered
+		_, err := b.do(c)
+		return err
+	}
+	var ask *call.InputRequired
+	if err := try("over", "", ""); !errors.As(err, &ask) {
+		t.Fatal(err)
+	}
+	if err := try("over", "", "answered"); err != nil {
+		t.Error(err)
+	}
+	if err := try("on", "", ""); !errors.As(err, &ask) || ask.State != "round 1" {
+		t.Fatal(err)
+	}
+	if err := try("on", "", ""); codeOf(err) != call.Conflict {
+		t.Errorf("started over: %v", err)
+	}
+	if err := try("on", "round 1", ""); !errors.As(err, &ask) || ask.State != "round 2" {
+		t.Fatal(err)
+	}
+	if err := try("on", "round 1", ""); codeOf(err) != call.Conflict {
+		t.Errorf("an old state: %v", err)
+	}
+	if err := try("on", "round 2", ""); err != nil {
+		t.Error(err)
+	}
+	before := b.runs.Load()
+	if err := try("on", "round 2", ""); err != nil || b.runs.Load() != before {
+		t.Errorf("a state used twice ran again, or: %v", err)
+	}
+}
+
+func TestOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, effect.Options{Rules: []effect.Rule{{Tool: "p*", Once: time.Minute}}}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+		for _, c := range []struct {
+			args string
+			wait time.Duration
+			runs int64
+		}{{`{"a":1}`, 0, 1}, {`{ "a": 1 }`, 59 * time.Second, 1}, {`{"a":2}`, 0, 2}, {`{"a":1}`, 2 * time.Second, 3}} {
+			time.Sleep(c.wait)
+			if _, err := b.do(b.call("", c.args)); err != nil {
+				t.Fatal(err)
+			}
+			b.ran(c.runs)
+		}
+	})
+}
+
+func TestLargeAnswer(t *testing.T) {
+	b := newBench(t, effect.Options{MaxAnswer: 100}, func(context.Context, *call.Call) (*call.Result, error) {
+		return call.Text(strings.Repeat("x", 200)), nil
+	})
+	if _, err := b.do(b.call("k", "")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.do(b.call("k", "")); codeOf(err) != call.TooLarge || !strings.Contains(string(call.AsError(err).Data), `"replayed":true`) {
+		t.Errorf("got %v", err)
+	}
+	b.ran(1)
+}
+
+// down is a store that does not answer.
+type down struct {
+	effect.Store
+	is atomic.Bool
+}
+
+func (d *down) Dispatch(ctx context.Context, i *effect.Intent) (effect.Operation, bool, error) {
+	if d.is.Load() {
+		return effect.Operation{}, false, effect.ErrAway
+	}
+	return d.Store.Dispatch(ctx, i)
+}
+
+func (d *down) Append(ctx context.Context, e []audit.Entry) (int64, error) {
+	if d.is.Load() {
+		return 0, effect.ErrAway
+	}
+	return d.Store.Append(ctx, e)
+}
+
+// TestStoreDown is a store that does not answer: what has an effect is refused at once, what reads
+// after half a minute. When it answers again, nothing is missing.
+func TestStoreDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &down{Store: inmem.New()}
+		b := newBench(t, effect.Options{Store: d}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+		b.store = d.Store.(*inmem.DB) //nolint:forcetypeassert // set above
+		ctx, stop := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		all.Go(func() { _ = b.Run(ctx) })
+		d.is.Store(true)
+		if _, err := b.do(b.call("k", "")); codeOf(err) != call.Unavailable || !call.AsError(err).Retryable {
+			t.Errorf("an effect: %v", err)
+		}
+		b.ran(0)
+		reader := *b.tool
+		reader.Effect = call.Read
+		read := func() error {
+			c := b.call("", "")
+			c.Target = &reader
+			_, err := b.do(c)
+			return err
+		}
+		for range 25 {
+			if err := read(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+		}
+		time.Sleep(10 * time.Second)
+		if err := read(); codeOf(err) != call.Unavailable {
+			t.Errorf("a read, long after: %v", err)
+		}
+		d.is.Store(false)
+		time.Sleep(2 * time.Second)
+		if err := read(); err != nil {
+			t.Error(err)
+		}
+		stop()
+		all.Wait()
+		rows, err := b.store.Read(t.Context(), 0, 10)
+		if err != nil || len(rows) != 2 || !strings.Contains(string(rows[0].Record), `"count":25`) || !strings.Contains(string(rows[1].Record), `"count":1,`) {
+			t.Errorf("the log has %d records: %s, %v", len(rows), rows[0].Record, err)
+		}
+	})
+}
+
+// TestReadsWithoutRun are written by their callers.
+func TestReadsWithoutRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+		b.tool.Effect = call.Read
+		for range 3 {
+			if _, err := b.do(b.call("ignored", "")); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(600 * time.Millisecond)
+		}
+		b.wantLog("reads")
+		b.ran(3)
+	})
+}
+
+// TestSweep settles what nobody holds.
+func TestSweep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t, effect.Options{}, nil)
+		lost, reserved := storetest.Reservation("lost"), storetest.Reservation("reserved")
+		lost.Lease, reserved.Lease = time.Second, time.Second
+		if _, _, err := b.store.Dispatch(t.Context(), &effect.Intent{Reservation: lost, Entry: storetest.Entry(audit.Intent, lost.ID)}); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := b.store.Reserve(t.Context(), &reserved); err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		all.Go(func() { _ = b.Run(ctx) })
+		time.Sleep(10 * time.Second)
+		stop()
+		all.Wait()
+		log := strings.Join(b.log(), "; ")
+		if !strings.Contains(log, "outcome outcome_unknown outcome_unknown") || !strings.Contains(log, "outcome failed_not_executed canceled") {
+			t.Errorf("the log says %s", log)
+		}
+	})
+}
+
+func TestNewRefuses(t *testing.T) {
+	for name, o := range map[string]effect.Options{
+		"no store": {},
+		"below":    {Store: inmem.New(), Wait: -1},
+		"pattern":  {Store: inmem.New(), Rules: []effect.Rule{{Tool: "["}}},
+		"lookup":   {Store: inmem.New(), Rules: []effect.Rule{{Tool: "a", Recovery: call.RecoverLookup}}},
+		"once":     {Store: inmem.New(), Rules: []effect.Rule{{Tool: "a", Once: -1}}},
+	} {
+		if _, err := effect.New(o); err == nil {
+			t.Errorf("%s is accepted", name)
+		}
+	}
+}
+
+// FuzzValues holds that what is sealed comes back, and that nothing else does.
+func FuzzValues(f *testing.F) {
+	f.Add("op", []byte("value"))
+	key := secret.RandomKey()
+	box, err := key.Box("newel stored values")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, operation string, data []byte) {
+		sealed, err := effect.SealValues(box, operation, []audit.Value{audit.NewValue("arguments", data)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		values, err := effect.OpenValues(key, operation, sealed)
+		if err != nil || len(values) != 1 || string(values[0].Data) != string(data) {
+			t.Errorf("got %v, %v", values, err)
+		}
+		if _, err := effect.OpenValues(key, operation+"x", sealed); err == nil {
+			t.Error("opened as those of another operation")
+		}
+		_, _ = effect.OpenValues(key, operation, data) // whatever it is: no panic
+	})
+}
