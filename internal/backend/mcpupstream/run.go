@@ -136,20 +136,25 @@ func (t *target) outcome(ctx context.Context, err error) error {
 	case ctx.Err() != nil && (errors.Is(err, ctx.Err()) || errors.Is(err, context.DeadlineExceeded)):
 		return ctx.Err()
 	case errors.As(err, &status) && !errors.As(err, &unsent):
-		return statusOutcome(name, status, err)
+		return t.statusOutcome(name, status, err)
 	case errors.As(err, &unsent):
 		return call.Errorf(call.Unavailable, "the server %q behind this cannot be reached; nothing was done", name).Because(err)
 	case errors.Is(err, errTooLarge):
 		return call.Errorf(call.TooLarge, "the answer of the server %q is larger than the gateway takes", name).Because(err)
+	case errors.Is(err, errGarbage) && !t.read:
+		return call.Errorf(call.OutcomeUnknown, "the server %q behind this gave an answer that is not valid; whether it did what was asked is not known", name).Because(err)
 	case errors.Is(err, errGarbage):
 		return call.Errorf(call.Failed, "the server %q behind this gave an answer that is not valid", name).Because(err)
 	}
-	e := call.Errorf(call.Failed, "the connection to the server %q was lost before its answer came; whether it did what was asked is not known", name).Because(err)
-	e.Retryable = t.read
-	return e
+	if t.read {
+		e := call.Errorf(call.Failed, "the connection to the server %q was lost before its answer came", name).Because(err)
+		e.Retryable = true
+		return e
+	}
+	return call.Errorf(call.OutcomeUnknown, "the connection to the server %q was lost before its answer came; whether it did what was asked is not known", name).Because(err)
 }
 
-func statusOutcome(name string, s *statusError, err error) error {
+func (t *target) statusOutcome(name string, s *statusError, err error) error {
 	var e *call.Error
 	switch {
 	case s.status == http.StatusUnauthorized || s.status == http.StatusForbidden:
@@ -157,6 +162,8 @@ func statusOutcome(name string, s *statusError, err error) error {
 		e.Retryable = false
 	case s.status == http.StatusTooManyRequests:
 		e = call.Errorf(call.Exhausted, "the server %q behind this is at its limit", name)
+	case s.status >= 500 && !t.read: // whoever says so may have sent it on
+		e = call.Errorf(call.OutcomeUnknown, "the server %q behind this failed with HTTP status %d; whether it did what was asked is not known", name, s.status)
 	case s.status == http.StatusServiceUnavailable || s.status == http.StatusBadGateway:
 		e = call.Errorf(call.Unavailable, "the server %q behind this is not available", name)
 	case s.status >= 300 && s.status < 400:
@@ -225,7 +232,10 @@ func (o *object) travel(ctx context.Context, c *call.Call) {
 	if c.Trace.Baggage != "" {
 		o.str("baggage", c.Trace.Baggage)
 	}
-	o.all(c.Meta, "progressToken", "traceparent", "tracestate", "baggage")
+	if c.Once != "" {
+		o.str("dev.newel/idempotencyKey", c.Once)
+	}
+	o.all(c.Meta, "progressToken", "traceparent", "tracestate", "baggage", "dev.newel/idempotencyKey")
 }
 
 // params builds the params of a call for one session.

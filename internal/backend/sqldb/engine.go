@@ -393,9 +393,7 @@ func translate(ctx context.Context, err error, write bool) error {
 		return away
 	}
 	if write {
-		unknown := call.Errorf(call.Unavailable, "the connection to the database broke while it worked: the change may or may not have been made; look before trying again").Because(err)
-		unknown.Retryable = false
-		return unknown
+		return call.Errorf(call.OutcomeUnknown, "the connection to the database broke while it worked: the change may or may not have been made; look before trying again").Because(err)
 	}
 	var network net.Error
 	if errors.As(err, &network) || errors.Is(err, io.ErrUnexpectedEOF) {

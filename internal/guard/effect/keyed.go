@@ -154,7 +154,18 @@ func (o *operation) recover(ctx context.Context, op *Operation, claim func(bool)
 
 // unknown is what a caller gets whose call may or may not have run.
 func unknown(cause error) error {
-	e := call.Errorf(call.OutcomeUnknown, "it is not known whether this call was done, and it is not done again; look at what it should have changed before you call again, with a new key")
+	why := "it is not known whether this call was done"
+	if cause != nil {
+		switch e := call.AsError(cause); e.Code {
+		case call.OutcomeUnknown:
+			why = e.Message
+		case call.Timeout:
+			why = "the call took longer than its deadline, and it is not known whether it was done"
+		case call.Canceled:
+			why = "the call was cancelled, and it is not known whether it was done"
+		}
+	}
+	e := call.Errorf(call.OutcomeUnknown, "%s; it is not done again: look at what it should have changed before you call again, with a new key", why)
 	if cause != nil {
 		e = e.Because(errors.New(cause.Error())) // not the error itself: a deadline behind it would look like a plain time-out
 	}
