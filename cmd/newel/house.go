@@ -15,6 +15,7 @@ import (
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
+	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/module"
 )
 
@@ -111,6 +112,13 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		return nil, exit(exitFailed, err)
 	}
 	o.closers = append(o.closers, st)
+	var store effect.Store
+	if st.store != nil {
+		st.store.failed = func(err error) {
+			t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
+		}
+		store = st.store
+	}
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -134,7 +142,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
 		Identity: identity, Access: access, Login: authorization, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
-		State: st.store, Key: st.key, Effects: effects(&c.Effects),
+		State: store, Key: st.key, Effects: effects(&c.Effects),
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})

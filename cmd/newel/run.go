@@ -84,10 +84,11 @@ func command(env *environment) *cobra.Command {
 		Args:          cobra.NoArgs,
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	root.AddGroup(&cobra.Group{ID: "serve", Title: "Serving:"}, &cobra.Group{ID: "client", Title: "Talking to a server:"}, &cobra.Group{ID: "config", Title: "Configuration:"})
+	root.AddGroup(&cobra.Group{ID: "serve", Title: "Serving:"}, &cobra.Group{ID: "client", Title: "Talking to a server:"}, &cobra.Group{ID: "config", Title: "Configuration:"}, &cobra.Group{ID: "audit", Title: "What was done:"})
 	for group, verbs := range map[string][]*cobra.Command{
 		"serve":  {serveCommand(env), stdioCommand(env)},
 		"client": {loginCommand(env), tokenCommand(env), toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
+		"audit":  {auditCommand(env)},
 		"config": {configCommand(env), importCommand(env), policyCommand(env), initCommand(env)},
 	} {
 		for _, v := range verbs {

@@ -10,6 +10,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
@@ -19,7 +20,7 @@ import (
 
 // state is what a house remembers with, opened.
 type state struct {
-	store effect.Store // nil: in memory
+	store *kept // nil: in memory
 	key   secret.Key
 	io.Closer
 }
@@ -53,7 +54,11 @@ func openState(ctx context.Context, f *config.File, local bool) (*state, error) 
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w; state.path names the file, state.engine: memory does without", f.Position("state"), err)
 	}
-	return &state{db, key, db}, nil
+	heads := from(f.Dir, c.Heads)
+	if file != from(f.Dir, c.Path) {
+		heads += "-" + filepath.Base(file) // each log has its own
+	}
+	return newState(ctx, f, db, key, heads)
 }
 
 func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, error) {
@@ -64,7 +69,64 @@ func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, 
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", f.Position("state"), err)
 	}
-	return &state{db, key, db}, nil
+	return newState(ctx, f, db, key, from(f.Dir, f.Config.State.Heads))
+}
+
+// An engine is a store with its log.
+type engine interface {
+	effect.Store
+	audit.Source
+	Run(ctx context.Context) error
+	Close() error
+}
+
+// kept is an engine whose log is published while it runs.
+type kept struct {
+	engine
+	*audit.Publisher
+	failed func(error)
+}
+
+// Run implements what assembly asks of a store.
+func (k *kept) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	ended := make(chan error, 1)
+	go func() { ended <- k.engine.Run(ctx) }()
+	published := make(chan error, 1)
+	go func() { published <- k.Publisher.Run(ctx, k.failed) }()
+	select {
+	case err := <-ended:
+		stop()
+		return errors.Join(err, <-published)
+	case err := <-published:
+		stop()
+		return errors.Join(err, <-ended)
+	}
+}
+
+func newState(ctx context.Context, f *config.File, db engine, key secret.Key, heads string) (*state, error) {
+	signer, err := signerOf(f, key)
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	p := &audit.Publisher{Source: db, Signer: signer, File: heads}
+	if err := p.Publish(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", f.Position("state"), err), db.Close())
+	}
+	return &state{&kept{engine: db, Publisher: p}, key, db}, nil
+}
+
+func signerOf(f *config.File, key secret.Key) (*audit.Signer, error) {
+	seed, err := key.Derive("newel audit checkpoints")
+	if err != nil {
+		return nil, err
+	}
+	s, err := audit.NewSigner(f.Config.State.Origin, seed)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("state.origin"), err)
+	}
+	return s, nil
 }
 
 func from(dir, file string) string {

@@ -2,8 +2,11 @@ package audit
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -221,5 +224,61 @@ func TestExports(t *testing.T) {
 		if c.got != c.want {
 			t.Errorf("got\n%swant\n%s", c.got, c.want)
 		}
+	}
+}
+
+func (l *log) Head(context.Context) (Edge, error) { return l.edge.Clone(), nil }
+
+func (l *log) Read(_ context.Context, from int64, limit int) ([]Row, error) {
+	return l.rows[min(int(from), len(l.rows)):min(int(from)+limit, len(l.rows))], nil
+}
+
+// TestPublish is a log that grows, and one that is put back.
+func TestPublish(t *testing.T) {
+	s, err := NewSigner("test", bytes.Repeat([]byte{7}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var l log
+	p := &Publisher{Source: &l, Signer: s, File: filepath.Join(t.TempDir(), "deep", "checkpoint")}
+	for range 4 {
+		if err := p.Publish(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(p.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if tree, err := OpenCheckpoint(b, s.VerifierKey()); err != nil || tree != l.edge.Tree() {
+			t.Errorf("published %v, %v", tree, err)
+		}
+		l.add(3)
+	}
+	good := l
+	l = log{}
+	l.add(2)
+	if err := p.Publish(t.Context()); !errors.Is(err, ErrTampered) {
+		t.Errorf("a log that was put back is vouched for: %v", err)
+	}
+	l.rows = append(l.rows, l.edge.Append(record(99)))
+	l.add(20)
+	if err := p.Publish(t.Context()); !errors.Is(err, ErrTampered) {
+		t.Errorf("another log is vouched for: %v", err)
+	}
+	l = good
+	if err := p.Publish(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	var l log
+	l.add(20)
+	if tree, err := Check(t.Context(), &l); err != nil || tree != l.edge.Tree() {
+		t.Fatal(tree, err)
+	}
+	l.rows[7].Record = record(8).Record
+	if _, err := Check(t.Context(), &l); !errors.Is(err, ErrTampered) || !strings.Contains(err.Error(), "record 7") {
+		t.Errorf("got %v", err)
 	}
 }

@@ -88,41 +88,58 @@ type Source interface {
 	Read(ctx context.Context, from int64, limit int) ([]Row, error)
 }
 
-// Check computes the whole tree of a log anew and compares everything that is stored with it. It
-// returns the tree, or an error that wraps [ErrTampered] and names the first place that differs.
+// Check computes the whole tree of a log anew and compares everything that is stored with it. The
+// log may grow meanwhile. Check returns the tree, or an error that wraps [ErrTampered] and names the
+// first place that differs.
 func Check(ctx context.Context, s Source) (tlog.Tree, error) {
-	head, err := s.Head(ctx)
-	if err != nil {
-		return tlog.Tree{}, err
-	}
 	var edge Edge
-	for edge.Size < head.Size {
-		rows, err := s.Read(ctx, edge.Size, int(min(head.Size-edge.Size, checkAtOnce)))
+	for {
+		head, err := s.Head(ctx)
 		if err != nil {
 			return tlog.Tree{}, err
 		}
+		if err := checkTo(ctx, s, &edge, head); err != nil {
+			return tlog.Tree{}, err
+		}
+		more, err := s.Read(ctx, head.Size, 1)
+		if err != nil {
+			return tlog.Tree{}, err
+		}
+		if len(more) == 0 {
+			return edge.Tree(), nil
+		}
+		if now, err := s.Head(ctx); err != nil || now.Size == head.Size {
+			return tlog.Tree{}, errors.Join(fmt.Errorf("%w: there are records after the head", ErrTampered), err)
+		}
+	}
+}
+
+// checkTo goes on from edge to head.
+func checkTo(ctx context.Context, s Source, edge *Edge, head Edge) error {
+	for edge.Size < head.Size {
+		rows, err := s.Read(ctx, edge.Size, int(min(head.Size-edge.Size, checkAtOnce)))
+		if err != nil {
+			return err
+		}
 		if len(rows) == 0 {
-			return tlog.Tree{}, fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
+			return fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
 		}
 		for _, r := range rows {
 			if r.Index != edge.Size {
-				return tlog.Tree{}, fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
+				return fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
 			}
 			if _, err := Decode(r.Record); err != nil {
-				return tlog.Tree{}, fmt.Errorf("%w: record %d: %w", ErrTampered, r.Index, err)
+				return fmt.Errorf("%w: record %d: %w", ErrTampered, r.Index, err)
 			}
 			if want := edge.Append(r.Entry); string(want.Hashes) != string(r.Hashes) {
-				return tlog.Tree{}, fmt.Errorf("%w: record %d is not the one that was written", ErrTampered, r.Index)
+				return fmt.Errorf("%w: record %d is not the one that was written", ErrTampered, r.Index)
 			}
 		}
 	}
-	if edge.Root() != head.Root() {
-		return tlog.Tree{}, fmt.Errorf("%w: the head is not that of the records", ErrTampered)
+	if edge.Size != head.Size || edge.Root() != head.Root() {
+		return fmt.Errorf("%w: the head is not that of the records", ErrTampered)
 	}
-	if more, err := s.Read(ctx, head.Size, 1); err != nil || len(more) > 0 {
-		return tlog.Tree{}, errors.Join(fmt.Errorf("%w: there are records after the head", ErrTampered), err)
-	}
-	return edge.Tree(), nil
+	return nil
 }
 
 const checkAtOnce = 512

@@ -152,6 +152,7 @@ type State struct {
 	Path    string        `yaml:"path" default:".newel/state.db" doc:"File of sqlite, from the folder of the configuration on. One process has it at a time; newel stdio takes one of its own beside it."`
 	DSN     secret.String `yaml:"dsn" doc:"How to connect to postgres, such as postgres://newel@db.internal/newel."`
 	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed."`
+	Heads   string        `yaml:"checkpoint" default:".newel/checkpoint" doc:"File that gets the newest signed head of the audit log, every minute. Keep copies elsewhere: the log is checked against them. A log that does not continue the head in the file is not served."`
 	Origin  string        `yaml:"origin" default:"newel" doc:"Name of the audit log in its signed heads, such as newel.example.com/audit."`
 }
 

@@ -15,6 +15,7 @@ import (
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
 )
 
 // classify says what an error means: of one unit, or of the way to the database.
@@ -254,18 +255,52 @@ func (db *DB) Abandoned(ctx context.Context, limit int) ([]effect.Operation, err
 }
 
 // Head implements audit.Source.
-func (db *DB) Head(ctx context.Context) (audit.Edge, error) {
+func (db *DB) Head(ctx context.Context) (audit.Edge, error) { return (&Log{db.pool}).Head(ctx) }
+
+// Read implements audit.Source.
+func (db *DB) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
+	return (&Log{db.pool}).Read(ctx, from, limit)
+}
+
+// A Log is the audit log of a database. It only reads.
+type Log struct{ pool *pgxpool.Pool }
+
+var _ audit.Source = (*Log)(nil)
+
+// OpenLog connects to the audit log of a database.
+func OpenLog(ctx context.Context, dsn secret.String) (*Log, error) {
+	cfg, err := pgxpool.ParseConfig(dsn.Reveal())
+	if err != nil {
+		return nil, errBadDSN
+	}
+	cfg.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
+	cfg.ConnConfig.ConnectTimeout = openTimeout / 2
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("the state cannot be opened: %w", err)
+	}
+	return &Log{pool}, nil
+}
+
+// Close closes the connections.
+func (l *Log) Close() error {
+	l.pool.Close()
+	return nil
+}
+
+// Head implements audit.Source.
+func (l *Log) Head(ctx context.Context) (audit.Edge, error) {
 	var size int64
 	var edge []byte
-	if err := db.pool.QueryRow(ctx, "SELECT size, edge FROM newel_head").Scan(&size, &edge); err != nil {
+	if err := l.pool.QueryRow(ctx, "SELECT size, edge FROM newel_head").Scan(&size, &edge); err != nil {
 		return audit.Edge{}, err
 	}
 	return audit.ParseEdge(size, edge)
 }
 
 // Read implements audit.Source.
-func (db *DB) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
-	rows, err := db.pool.Query(ctx, "SELECT idx, record, hashes, private FROM newel_audit WHERE idx >= $1 ORDER BY idx LIMIT $2", from, limit)
+func (l *Log) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
+	rows, err := l.pool.Query(ctx, "SELECT idx, record, hashes, private FROM newel_audit WHERE idx >= $1 ORDER BY idx LIMIT $2", from, limit)
 	if err != nil {
 		return nil, err
 	}

@@ -50,12 +50,15 @@ const (
 	connections   = 8
 )
 
+// errBadDSN stands for the parser's own text, which may hold the password.
+var errBadDSN = errors.New("the dsn is not one of PostgreSQL; write postgres://user:password@host:5432/database")
+
 // Open connects to a database and brings its schema up to date. key has to be the one that the
 // first node used. The tables are in the first schema of the search path and begin with newel_.
 func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err error) {
 	cfg, err := pgxpool.ParseConfig(dsn.Reveal())
 	if err != nil {
-		return nil, errors.New("the dsn is not one of PostgreSQL; write postgres://user:password@host:5432/database") // the parser's text may hold the password
+		return nil, errBadDSN
 	}
 	params := cfg.ConnConfig.RuntimeParams
 	params["application_name"] = "newel"

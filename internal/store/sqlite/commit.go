@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"modernc.org/sqlite"
@@ -282,24 +283,46 @@ func (db *DB) Abandoned(ctx context.Context, limit int) ([]effect.Operation, err
 }
 
 // Head implements audit.Source.
-func (db *DB) Head(ctx context.Context) (audit.Edge, error) { return head(ctx, db.read) }
+func (db *DB) Head(ctx context.Context) (audit.Edge, error) { return (&Log{db.read}).Head(ctx) }
 
 // Read implements audit.Source.
 func (db *DB) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
-	return read(ctx, db.read, from, limit)
+	return (&Log{db.read}).Read(ctx, from, limit)
 }
 
-func head(ctx context.Context, pool *sql.DB) (audit.Edge, error) {
+// A Log is the audit log of a file that another process may have. It only reads.
+type Log struct{ read *sql.DB }
+
+var _ audit.Source = (*Log)(nil)
+
+// OpenLog opens the audit log of a file.
+func OpenLog(file string) (*Log, error) {
+	if _, err := os.Stat(file); err != nil {
+		return nil, fmt.Errorf("there is no state at %s: %w", file, err)
+	}
+	db, err := pool(file, true, 2)
+	if err != nil {
+		return nil, fmt.Errorf("the state %s cannot be opened: %w", file, err)
+	}
+	return &Log{db}, nil
+}
+
+// Close closes the file.
+func (l *Log) Close() error { return l.read.Close() }
+
+// Head implements audit.Source.
+func (l *Log) Head(ctx context.Context) (audit.Edge, error) {
 	var size int64
 	var edge []byte
-	if err := pool.QueryRowContext(ctx, "SELECT size, edge FROM head").Scan(&size, &edge); err != nil {
+	if err := l.read.QueryRowContext(ctx, "SELECT size, edge FROM head").Scan(&size, &edge); err != nil {
 		return audit.Edge{}, err
 	}
 	return audit.ParseEdge(size, edge)
 }
 
-func read(ctx context.Context, pool *sql.DB, from int64, limit int) (out []audit.Row, err error) {
-	rows, err := pool.QueryContext(ctx, "SELECT idx, record, hashes, private FROM audit WHERE idx >= ? ORDER BY idx LIMIT ?", from, limit)
+// Read implements audit.Source.
+func (l *Log) Read(ctx context.Context, from int64, limit int) (out []audit.Row, err error) {
+	rows, err := l.read.QueryContext(ctx, "SELECT idx, record, hashes, private FROM audit WHERE idx >= ? ORDER BY idx LIMIT ?", from, limit)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,107 @@
+package audit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// A Publisher keeps the newest signed head of a log in a file, for others to keep a copy of. What
+// was published before has to be a part of what comes after: a log that was put back to an earlier
+// state, or replaced, is not vouched for.
+type Publisher struct {
+	Source Source
+	Signer *Signer
+	File   string
+}
+
+const publishEvery = time.Minute
+
+// Run publishes every minute, and once more when ctx ends. It returns an error that wraps
+// [ErrTampered] if the log is not the one that was published. A file that cannot be written is
+// tried again; failed is told why.
+func (p *Publisher) Run(ctx context.Context, failed func(error)) error {
+	tick := time.NewTicker(publishEvery)
+	defer tick.Stop()
+	for {
+		err := p.Publish(ctx)
+		switch {
+		case errors.Is(err, ErrTampered):
+			return err
+		case err != nil && ctx.Err() == nil:
+			failed(err)
+		}
+		select {
+		case <-ctx.Done():
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			if err := p.Publish(last); err != nil {
+				failed(err)
+			}
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// Publish publishes the head as it is now, if it is a new one.
+func (p *Publisher) Publish(ctx context.Context) error {
+	edge, err := p.Source.Head(ctx)
+	if err != nil {
+		return fmt.Errorf("audit: the head cannot be read: %w", err)
+	}
+	tree := edge.Tree()
+	before, err := os.ReadFile(p.File)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("audit: the published head cannot be read: %w", err)
+	}
+	if err == nil {
+		earlier, err := OpenCheckpoint(before, p.Signer.VerifierKey())
+		if err != nil {
+			return fmt.Errorf("the file %s: %w", p.File, err)
+		}
+		if earlier == tree {
+			return nil
+		}
+		if earlier.N > tree.N {
+			return fmt.Errorf("%w: %d records were published in %s, and the log has %d", ErrTampered, earlier.N, p.File, tree.N)
+		}
+		if earlier.N > 0 {
+			proof, err := ProveConsistency(tree.N, earlier.N, RowsOf(ctx, p.Source))
+			if err != nil {
+				return err
+			}
+			if err := Consistent(proof, tree, earlier); err != nil {
+				return err
+			}
+		}
+	}
+	signed, err := p.Signer.Sign(tree)
+	if err != nil {
+		return err
+	}
+	return replace(p.File, signed)
+}
+
+// replace writes a file whole or not at all.
+func replace(file string, b []byte) (err error) {
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return fmt.Errorf("audit: the head cannot be published: %w", err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(file), ".checkpoint-*")
+	if err != nil {
+		return fmt.Errorf("audit: the head cannot be published: %w", err)
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), file)
+	}
+	if err != nil {
+		return fmt.Errorf("audit: the head cannot be published: %w", errors.Join(err, os.Remove(f.Name())))
+	}
+	return nil
+}
