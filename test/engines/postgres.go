@@ -56,6 +56,7 @@ type Server struct {
 	password string
 	as       *syscall.SysProcAttr
 	port     int
+	synced   bool
 
 	mu        sync.Mutex
 	databases int
@@ -70,7 +71,17 @@ type Server struct {
 // Start starts a server that stops at the end of tb.
 func Start(tb testing.TB) *Server {
 	tb.Helper()
-	s := &Server{password: rand.Text()}
+	return start(tb, &Server{password: rand.Text()})
+}
+
+// StartSynced starts a server that syncs what it commits, as in production: for measuring.
+func StartSynced(tb testing.TB) *Server {
+	tb.Helper()
+	return start(tb, &Server{password: rand.Text(), synced: true})
+}
+
+func start(tb testing.TB, s *Server) *Server {
+	tb.Helper()
 	var err error
 	if s.bin, err = find(); err != nil {
 		tb.Fatal(err)
@@ -283,12 +294,14 @@ func (s *Server) launch() error {
 		return err
 	}
 	s.output = &output{}
-	cmd := exec.Command("/bin/sh", "-c", guardian, "sh",
+	args := []string{"-c", guardian, "sh",
 		filepath.Join(s.bin, "postgres"), "-D", s.data, "-p", strconv.Itoa(s.port),
-		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=50",
+		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=50"}
+	if !s.synced {
 		// The data lives as long as the machine runs: what is written, though not synced, survives Stop.
-		"-c", "fsync=off", "-c", "full_page_writes=off",
-		"-c", "shared_buffers=16MB", "-c", "autovacuum=off")
+		args = append(args, "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "autovacuum=off")
+	}
+	cmd := exec.Command("/bin/sh", args...)
 	cmd.Dir, cmd.SysProcAttr = filepath.Dir(s.data), s.as
 	cmd.Stdout, cmd.Stderr = s.output, s.output
 	cmd.ExtraFiles = []*os.File{theirs} // file descriptor 3

@@ -124,7 +124,7 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	}
 	q := &pgx.Batch{}
 	q.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
-	q.Queue("SELECT size, edge, " + clock + " FROM newel_head FOR UPDATE").QueryRow(func(row pgx.Row) error { return row.Scan(&size, &edge, &now) })
+	q.Queue("SELECT size, edge, " + clock + " FROM newel_head WHERE id = 1 FOR UPDATE").QueryRow(func(row pgx.Row) error { return row.Scan(&size, &edge, &now) })
 	if len(scopes) > 0 {
 		q.Queue(selectOps+"WHERE o.scope = ANY($1)", scopes).Query(collect)
 	}
@@ -182,7 +182,7 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 		if err != nil {
 			return false, err
 		}
-		q.Queue("UPDATE newel_head SET size = $1, edge = $2", b.Edge.Size, edge)
+		q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
 	}
 	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last", db.node, token)
 	q.Queue("COMMIT")
@@ -292,7 +292,7 @@ func (l *Log) Close() error {
 func (l *Log) Head(ctx context.Context) (audit.Edge, error) {
 	var size int64
 	var edge []byte
-	if err := l.pool.QueryRow(ctx, "SELECT size, edge FROM newel_head").Scan(&size, &edge); err != nil {
+	if err := l.pool.QueryRow(ctx, "SELECT size, edge FROM newel_head WHERE id = 1").Scan(&size, &edge); err != nil {
 		return audit.Edge{}, err
 	}
 	return audit.ParseEdge(size, edge)

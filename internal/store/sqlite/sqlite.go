@@ -120,7 +120,7 @@ func address(file string, q url.Values) string {
 
 func pool(file string, queryOnly bool, connections int) (*sql.DB, error) {
 	q := url.Values{
-		"_pragma":    {"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)", "secure_delete(FAST)"},
+		"_pragma":    {"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "wal_autocheckpoint(8000)", "cache_size(-32768)"},
 		"_dqs":       {"0"},
 		"_defensive": {"1"},
 	}

@@ -1,0 +1,47 @@
+package postgres
+
+import (
+	"context"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/storetest"
+	"newel.dev/newel/test/engines"
+)
+
+func benchDB(b *testing.B) *DB {
+	b.Helper()
+	db, err := Open(b.Context(), secret.New(engines.StartSynced(b).Database(b)), secret.RandomKey())
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := db.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return db
+}
+
+// BenchmarkKeyedWrites are calls with the full guarantee.
+func BenchmarkKeyedWrites(b *testing.B) { storetest.Bench(b, benchDB(b)) }
+
+// BenchmarkGroupCommit is what the engine itself can do: rows of the size that one such call leaves
+// behind, with a unique key as long as that of an operation, of as many writers, in grouped commits.
+func BenchmarkGroupCommit(b *testing.B) {
+	db := benchDB(b)
+	if _, err := db.pool.Exec(b.Context(), "CREATE TABLE plain (key bytea PRIMARY KEY, data bytea NOT NULL)"); err != nil {
+		b.Fatal(err)
+	}
+	storetest.GroupCommit(b, func(ctx context.Context, rows [][]byte) error {
+		keys, data := make([][]byte, len(rows)), make([][]byte, len(rows))
+		for i, r := range rows {
+			keys[i], data[i] = r[:32], r[32:]
+		}
+		q := &pgx.Batch{}
+		q.Queue("INSERT INTO plain SELECT * FROM unnest($1::bytea[], $2::bytea[])", keys, data)
+		return db.pool.SendBatch(ctx, q).Close()
+	})
+}
