@@ -15,8 +15,10 @@ type Tool struct {
 	Title       string // for people
 	Description string // for models: what it does and when to use it
 	Icons       jsontext.Value
-	Effect      call.Effect // what running it does to the world; annotations follow from it
-	Scopes      []string    // scopes a caller needs
+	Effect      call.Effect   // what running it does to the world; annotations follow from it
+	Recovery    call.Recovery // what may be done when it is not known whether a call ran
+	Lookup      string        // for call.RecoverLookup: the tool that tells
+	Scopes      []string      // scopes a caller needs
 	Owner       string
 	Version     string
 	Tags        []string
@@ -33,7 +35,7 @@ func (t *Tool) capability(origin string) *call.Capability {
 	return &call.Capability{
 		Kind: call.Tool, Name: t.Name, Title: t.Title, Description: t.Description, Icons: t.Icons,
 		Input: t.InputSchema, Output: t.OutputSchema, Annotations: t.Annotations, Meta: t.Meta,
-		Effect: t.Effect, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
+		Effect: t.Effect, Recovery: t.Recovery, Lookup: t.Lookup, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
 		MaxResultBytes: t.MaxResultBytes, Origin: origin,
 	}
 }

@@ -169,7 +169,7 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 	var err error
 	f.codec, err = mcpwire.New(mcpwire.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
-		Path: f.path, Has: f.has, StateKey: o.StateKey,
+		Path: f.path, Has: f.has, StateKey: o.StateKey, Retention: h.effects.Retention(),
 		Limits: strictjson.Limits{Bytes: o.Limits.MessageBytes, Depth: o.Limits.Depth, Elements: o.Limits.Elements},
 	})
 	if err != nil {

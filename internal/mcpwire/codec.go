@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -21,9 +22,12 @@ type Options struct {
 	Instructions         string // how to use the server, for models; may be empty
 	Path                 call.Handler
 	// Has says what is served now; discover tells it. Called once per discover.
-	Has      func() Has
-	StateKey []byte            // 32 bytes that seal requestState; nil means random: states end with the process
-	Limits   strictjson.Limits // of one message; zero means defaults
+	Has func() Has
+	// Retention is how long the answer of a call with an idempotency key is kept; discover tells it. 0:
+	// nothing is told.
+	Retention time.Duration
+	StateKey  []byte            // 32 bytes that seal requestState; nil means random: states end with the process
+	Limits    strictjson.Limits // of one message; zero means defaults
 }
 
 // Has says which features exist.
@@ -338,7 +342,12 @@ func (c *Codec) discover(m *Message) (Frame, *Failure) {
 		b = call.AppendString(append(b, `,"instructions":`...), c.opts.Instructions)
 	}
 	b = append(appendCache(b, &call.Result{TTL: discoverTTL}), `,"_meta":{`...)
-	return Frame{Head: append(append(b, c.serverInfoMember...), "}}}"...)}, nil
+	b = append(b, c.serverInfoMember...)
+	if c.opts.Retention > 0 {
+		b = append(b, `,"dev.newel/idempotency":{"key":"dev.newel/idempotencyKey","retentionSeconds":`...)
+		b = append(strconv.AppendInt(b, int64(c.opts.Retention.Seconds()), 10), '}')
+	}
+	return Frame{Head: append(b, "}}}"...)}, nil
 }
 
 // discoverTTL: what a server speaks changes with its configuration only.

@@ -110,6 +110,9 @@ func or[T ~int | ~int64](v, otherwise T) T {
 	return v
 }
 
+// Retention is how long an answer is kept after its call ended.
+func (e *Effects) Retention() time.Duration { return e.o.Retention }
+
 // rule returns what counts for a tool.
 func (e *Effects) rule(t *call.Capability) Rule {
 	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup}
