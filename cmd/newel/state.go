@@ -7,6 +7,7 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
@@ -28,6 +29,9 @@ type state struct {
 // maxLocal bounds how many processes may serve one configuration over stdio at once.
 const maxLocal = 16
 
+// restartTime is how long the server before this one may take to let go of its state.
+const restartTime = 5 * time.Second
+
 // openState opens what the configuration names. Over stdio every client starts a process of its
 // own, so those take the first free file beside the server's.
 func openState(ctx context.Context, f *config.File, local bool) (*state, error) {
@@ -46,11 +50,7 @@ func openState(ctx context.Context, f *config.File, local bool) (*state, error) 
 		return nil, fmt.Errorf("%s: the dsn is for the engine postgres", f.Position("state.dsn"))
 	}
 	file := from(f.Dir, c.Path)
-	db, err := sqlite.Open(ctx, file, key)
-	for i := 1; local && errors.Is(err, sqlite.ErrInUse) && i < maxLocal; i++ {
-		ext := filepath.Ext(file)
-		db, err = sqlite.Open(ctx, fmt.Sprintf("%s-stdio%d%s", strings.TrimSuffix(file, ext), i, ext), key)
-	}
+	db, err := openFile(ctx, &file, key, local)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w; state.path names the file, state.engine: memory does without", f.Position("state"), err)
 	}
@@ -59,6 +59,25 @@ func openState(ctx context.Context, f *config.File, local bool) (*state, error) 
 		heads += "-" + filepath.Base(file) // each log has its own
 	}
 	return newState(ctx, f, db, key, heads)
+}
+
+// openFile opens the file of the server, or over stdio the first free one of those beside it, which
+// it puts into file.
+func openFile(ctx context.Context, file *string, key secret.Key, local bool) (*sqlite.DB, error) {
+	if !local {
+		return sqlite.Open(ctx, *file, key, restartTime)
+	}
+	ext := filepath.Ext(*file)
+	base := strings.TrimSuffix(*file, ext)
+	err := sqlite.ErrInUse
+	for i := 1; errors.Is(err, sqlite.ErrInUse) && i <= maxLocal; i++ {
+		var db *sqlite.DB
+		*file = fmt.Sprintf("%s-stdio%d%s", base, i, ext)
+		if db, err = sqlite.Open(ctx, *file, key, 0); err == nil {
+			return db, nil
+		}
+	}
+	return nil, err
 }
 
 func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, error) {
@@ -112,7 +131,7 @@ func newState(ctx context.Context, f *config.File, db engine, key secret.Key, he
 	}
 	p := &audit.Publisher{Source: db, Signer: signer, File: heads}
 	if err := p.Publish(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", f.Position("state"), err), db.Close())
+		return nil, errors.Join(fmt.Errorf("%s: %w; if a new log begins on purpose, move %s away", f.Position("state"), err, heads), db.Close())
 	}
 	return &state{&kept{engine: db, Publisher: p}, key, db}, nil
 }

@@ -240,8 +240,7 @@ func (w *Writer) try(batch []*Work) error {
 	if err := w.Fatal(); err != nil {
 		return err
 	}
-	// Callers may go; what is being written is written.
-	err := w.commit(context.Background(), batch)
+	err := w.safely(batch)
 	if errors.Is(err, ErrFatal) {
 		w.mu.Lock()
 		if w.fatal == nil {
@@ -251,6 +250,16 @@ func (w *Writer) try(batch []*Work) error {
 		w.mu.Unlock()
 	}
 	return err
+}
+
+// safely commits; a panic is an error, or the others would wait for ever.
+func (w *Writer) safely(batch []*Work) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: panic: %v", ErrFatal, v)
+		}
+	}()
+	return w.commit(context.Background(), batch) // callers may go; what is being written is written
 }
 
 // Reserve implements effect.Store.

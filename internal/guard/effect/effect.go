@@ -39,7 +39,8 @@ type Options struct {
 	// Deadline bounds what is still waited for when a caller with a key goes away, if the call has
 	// no deadline of its own [60 s].
 	Deadline time.Duration
-	// MaxAnswer bounds a stored answer, in bytes; of longer ones only the digest is kept [1 MiB].
+	// MaxAnswer bounds a stored answer, and stored arguments, in bytes; of longer ones only the digest
+	// is kept [1 MiB].
 	MaxAnswer int
 	Rules     []Rule // what the operator says of tools; the first that fits counts
 	Logger    *slog.Logger
@@ -268,13 +269,12 @@ func (o *operation) record(act string, op *Operation) audit.Record {
 	return r
 }
 
-// entry encodes a record. Values go in sealed, beside their digests; of one without a name for it
-// only the salt is kept.
+// entry encodes a record. Values go in sealed, beside their digests; of some only the salt is kept.
 func (o *operation) entry(r *audit.Record, values ...audit.Value) (audit.Entry, error) {
 	for i := range values {
 		r.Digests = append(r.Digests, values[i].Digest())
-		if values[i].Name == answerValue {
-			values[i].Data = nil // it is stored once, with the operation, and only as long as that
+		if values[i].Name == answerValue || len(values[i].Data) > o.o.MaxAnswer {
+			values[i].Data = nil // an answer is stored once, with the operation, and only as long as that
 		}
 	}
 	b, err := r.Encode()

@@ -88,7 +88,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func (o *operation) fresh() { o.res.Expect, o.res.Recover = 0, false }
+func (o *operation) fresh() { o.res.ID, o.res.Expect, o.res.Recover = newID(), 0, false }
 
 // standing decides about an operation that is not ours. If it decides nothing, it has either made
 // the reservation one that may claim it, or somebody else holds it.

@@ -11,7 +11,7 @@ import (
 
 func benchDB(b *testing.B) *DB {
 	b.Helper()
-	db, err := Open(b.Context(), filepath.Join(b.TempDir(), "state.db"), secret.RandomKey())
+	db, err := Open(b.Context(), filepath.Join(b.TempDir(), "state.db"), secret.RandomKey(), 0)
 	if err != nil {
 		b.Fatal(err)
 	}

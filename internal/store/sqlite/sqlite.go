@@ -61,9 +61,9 @@ var ErrInUse = errors.New("another process uses it; stop that one, or give this 
 const openTimeout = 10 * time.Second
 
 // Open opens a file, or makes it and its folder, and brings its schema up to date. key has to be
-// the one that it was made with. Nothing else may use the file to write: Open waits for two
-// seconds for another process to let go of it.
-func Open(ctx context.Context, file string, key secret.Key) (_ *DB, err error) {
+// the one that it was made with. Nothing else may use the file to write: Open waits as long as wait
+// for another process to let go of it, then returns ErrInUse.
+func Open(ctx context.Context, file string, key secret.Key, wait time.Duration) (_ *DB, err error) {
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 		return nil, fmt.Errorf("the folder of the state cannot be made: %w", err)
 	}
@@ -75,7 +75,7 @@ func Open(ctx context.Context, file string, key secret.Key) (_ *DB, err error) {
 			err = errors.Join(fmt.Errorf("the state %s cannot be opened: %w", file, err), db.Close())
 		}
 	}()
-	if err := db.lock(ctx); err != nil {
+	if err := db.lock(ctx, wait); err != nil {
 		return nil, err
 	}
 	if db.write, err = pool(file, false, 1); err != nil {
@@ -98,8 +98,8 @@ func Open(ctx context.Context, file string, key secret.Key) (_ *DB, err error) {
 }
 
 // lock takes the file for this process. SQLite's own locks do it everywhere, and end with us.
-func (db *DB) lock(ctx context.Context) error {
-	c, err := sqlite.NewConnector(address(db.file+".owner", url.Values{"_pragma": {"busy_timeout(2000)"}, "_txlock": {"exclusive"}}))
+func (db *DB) lock(ctx context.Context, wait time.Duration) error {
+	c, err := sqlite.NewConnector(address(db.file+".owner", url.Values{"_pragma": {fmt.Sprintf("busy_timeout(%d)", wait.Milliseconds())}, "_txlock": {"exclusive"}}))
 	if err != nil {
 		return err
 	}

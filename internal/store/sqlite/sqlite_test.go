@@ -20,7 +20,7 @@ import (
 
 func open(t *testing.T, file string, key secret.Key) *DB {
 	t.Helper()
-	db, err := Open(t.Context(), file, key)
+	db, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,18 +75,18 @@ func closed(t *testing.T, db *DB) {
 // is there.
 func TestReopen(t *testing.T) {
 	file, key := filepath.Join(t.TempDir(), "state", "state.db"), secret.RandomKey()
-	db, err := Open(t.Context(), file, key)
+	db, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	write(t, db, "done", effect.Completed)
 	running := write(t, db, "running", 0)
-	if _, err := Open(t.Context(), file, key); err == nil || !strings.Contains(err.Error(), "another process") {
+	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "another process") {
 		t.Errorf("two processes have one file: %v", err)
 	}
 	before := db.now()
 	closed(t, db)
-	if _, err := Open(t.Context(), file, secret.RandomKey()); err == nil || !strings.Contains(err.Error(), "another key") {
+	if _, err := Open(t.Context(), file, secret.RandomKey(), 0); err == nil || !strings.Contains(err.Error(), "another key") {
 		t.Errorf("another key: %v", err)
 	}
 	db = open(t, file, key)
@@ -118,7 +118,7 @@ func TestSchema(t *testing.T) {
 		db.stmts, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil
 	}
 	change("UPDATE meta SET value = '2' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
-	db, err := Open(t.Context(), file, key)
+	db, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatalf("one version back: %v", err)
 	}
@@ -126,7 +126,7 @@ func TestSchema(t *testing.T) {
 	storetest.Check(t, db)
 	closed(t, db)
 	change("UPDATE meta SET value = '3' WHERE key = 'schema'")
-	if _, err := Open(t.Context(), file, key); err == nil || !strings.Contains(err.Error(), "newer program") {
+	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "newer program") {
 		t.Errorf("two versions back: %v", err)
 	}
 }

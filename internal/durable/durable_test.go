@@ -1,0 +1,166 @@
+package durable
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/guard/effect"
+)
+
+func work() *Work { return &Work{Append: []audit.Entry{{}}} }
+
+// TestGroups is many callers while a commit takes its time: they share the next one, one of them
+// leads it, and no two run at once.
+func TestGroups(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var sizes []int
+		busy := false
+		w := NewWriter(func(_ context.Context, batch []*Work) error {
+			mu.Lock()
+			if busy {
+				t.Error("two commits run at once")
+			}
+			busy = true
+			sizes = append(sizes, len(batch))
+			mu.Unlock()
+			time.Sleep(time.Second)
+			mu.Lock()
+			busy = false
+			mu.Unlock()
+			return nil
+		})
+		var all sync.WaitGroup
+		first := func() {
+			if err := w.Do(t.Context(), work()); err != nil {
+				t.Error(err)
+			}
+		}
+		all.Go(first)
+		synctest.Wait()
+		for range maxBatch + 10 {
+			all.Go(first)
+		}
+		all.Wait()
+		if len(sizes) != 3 || sizes[0] != 1 || sizes[1] != maxBatch || sizes[2] != 10 {
+			t.Errorf("the batches have %v units", sizes)
+		}
+		all.Go(first) // nobody leads now: this one does
+		all.Wait()
+	})
+}
+
+// TestTakeBack is work whose caller goes away: before it is begun it is not done, also if its caller
+// was to lead next.
+func TestTakeBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		done := 0
+		w := NewWriter(func(_ context.Context, batch []*Work) error {
+			time.Sleep(time.Second)
+			done += len(batch)
+			return nil
+		})
+		var all sync.WaitGroup
+		all.Go(func() { _ = w.Do(t.Context(), work()) })
+		synctest.Wait()
+		ctx, cancel := context.WithCancel(t.Context())
+		for range 3 {
+			all.Go(func() {
+				if err := w.Do(ctx, work()); !errors.Is(err, context.Canceled) {
+					t.Errorf("got %v", err)
+				}
+			})
+		}
+		all.Go(func() { _ = w.Do(t.Context(), work()) })
+		synctest.Wait()
+		cancel()
+		all.Wait()
+		if done != 2 {
+			t.Errorf("%d units were done, want 2", done)
+		}
+	})
+}
+
+// TestFailures is one unit that cannot be written, a store that is away, and one that is lost.
+func TestFailures(t *testing.T) {
+	bad := errors.New("a unit that cannot be written")
+	for _, c := range []struct {
+		name    string
+		err     error
+		failing int // of three
+		commits int
+		after   error
+	}{
+		{"one unit", bad, 1, 4, nil},
+		{"away", effect.ErrAway, 3, 1, nil},
+		{"fatal", ErrFatal, 3, 1, ErrFatal},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			commits := 0
+			var poison atomic.Pointer[Work]
+			w := NewWriter(func(_ context.Context, batch []*Work) error {
+				if poison.Load() == nil {
+					time.Sleep(time.Second)
+					return nil
+				}
+				commits++
+				for _, u := range batch {
+					if u == poison.Load() {
+						return c.err
+					}
+				}
+				return nil
+			})
+			var all sync.WaitGroup
+			all.Go(func() { _ = w.Do(t.Context(), work()) }) // meanwhile the others come together
+			synctest.Wait()
+			var mu sync.Mutex
+			failed := 0
+			units := []*Work{work(), work(), work()}
+			for _, u := range units {
+				all.Go(func() {
+					if err := w.Do(t.Context(), u); err != nil {
+						mu.Lock()
+						failed++
+						mu.Unlock()
+					}
+				})
+			}
+			synctest.Wait()
+			poison.Store(units[1])
+			all.Wait()
+			if failed != c.failing || commits != c.commits {
+				t.Errorf("%s: %d units failed in %d commits, want %d in %d", c.name, failed, commits, c.failing, c.commits)
+			}
+			if err := w.Do(t.Context(), work()); !errors.Is(err, c.after) {
+				t.Errorf("%s: then %v", c.name, err)
+			}
+		})
+	}
+}
+
+func TestPanic(t *testing.T) {
+	w := NewWriter(func(context.Context, []*Work) error { panic("oh") })
+	if err := w.Do(t.Context(), work()); !errors.Is(err, ErrFatal) {
+		t.Errorf("got %v", err)
+	}
+	select {
+	case <-w.Failed():
+	default:
+		t.Error("nobody is told")
+	}
+}
+
+func TestCheckSchema(t *testing.T) {
+	for found, ok := range map[int]bool{0: true, Schema: true, Schema + 1: true, Schema + 2: false} {
+		if err := CheckSchema(found); (err == nil) != ok {
+			t.Errorf("schema %d: %v", found, err)
+		}
+	}
+}
