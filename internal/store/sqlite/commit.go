@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math/bits"
 	"os"
 	"strings"
 
@@ -97,7 +98,11 @@ func (db *DB) loaded(ctx context.Context, work []*durable.Work) ([]effect.Operat
 	}
 	for column, keys := range map[string][]any{"scope": scopes, "id": ids} {
 		for len(keys) > 0 {
-			n := chunk(len(keys))
+			// Missing keys are the last one again: one statement, not several smaller ones.
+			n := min(1<<bits.Len(uint(len(keys)-1)), maxChunk)
+			for len(keys) < n {
+				keys = append(keys, keys[len(keys)-1])
+			}
 			s, err := db.prepare(ctx, columns+"WHERE "+column+" IN (?"+strings.Repeat(",?", n-1)+")")
 			if err != nil {
 				return nil, err
@@ -119,14 +124,14 @@ func (db *DB) loaded(ctx context.Context, work []*durable.Work) ([]effect.Operat
 	return out, nil
 }
 
-// chunk is how many of n rows the next statement takes: few sizes, so that statements stay prepared.
+// maxChunk bounds the rows of one statement; times the width of a row it is below SQLite's bound of
+// parameters.
+const maxChunk = 64
+
+// chunk is how many of n rows the next statement takes: a power of two, so that few statements stay
+// prepared.
 func chunk(n int) int {
-	for _, size := range [...]int{32, 8} {
-		if n >= size {
-			return size
-		}
-	}
-	return 1
+	return min(1<<(bits.Len(uint(n))-1), maxChunk)
 }
 
 const (
