@@ -71,6 +71,7 @@ func firstLine(s string) string {
 func callCommand(env *environment) *cobra.Command {
 	var t target
 	var pairs []string
+	var key string
 	c := &cobra.Command{
 		Use:   "call TOOL [JSON | @FILE | -]",
 		Short: "Call a tool",
@@ -107,6 +108,9 @@ func callCommand(env *environment) *cobra.Command {
 					return err
 				}
 				params := &mcp.CallToolParams{Name: given[0], Arguments: args}
+				if key != "" {
+					params.Meta = mcp.Meta{"dev.newel/idempotencyKey": key}
+				}
 				params.SetProgressToken("newel")
 				r, err := s.CallTool(ctx, params)
 				if err != nil {
@@ -118,6 +122,7 @@ func callCommand(env *environment) *cobra.Command {
 	}
 	t.flags(c)
 	c.Flags().StringArrayVarP(&pairs, "arg", "a", nil, "one argument as name=value; values are JSON where they can be (repeatable)")
+	c.Flags().StringVar(&key, "key", "", "idempotency key: a call that is made again with it is not done again")
 	return c
 }
 

@@ -498,3 +498,20 @@ func FuzzValues(f *testing.F) {
 		_, _ = effect.OpenValues(key, operation, data) // whatever it is: no panic
 	})
 }
+
+// BenchmarkRead is what the step costs a call without an effect.
+func BenchmarkRead(b *testing.B) {
+	effects, err := effect.New(effect.Options{Store: inmem.New(), Key: secret.RandomKey()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	answer := call.Text("ok")
+	step := effects.Guard("/mcp", nil)(func(context.Context, *call.Call) (*call.Result, error) { return answer, nil })
+	c := &call.Call{Kind: call.Tool, Target: &call.Capability{Kind: call.Tool, Name: "get_order", Effect: call.Read}, Principal: &call.Principal{Tenant: "acme", ID: "https://login.example.com#alice", Client: "agent"}, Door: "http"}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := step(b.Context(), c); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

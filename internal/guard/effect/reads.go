@@ -63,12 +63,20 @@ func (e *Effects) read(ctx context.Context, server string, c *call.Call, next ca
 	if p := c.Principal; p != nil {
 		g.tenant, g.principal, g.client = p.Tenant, p.ID, p.Client
 	}
-	var ask *call.InputRequired
-	if err != nil && !errors.As(err, &ask) {
-		g.code = call.AsError(err).Code
+	if err != nil {
+		g.code = codeOf(err)
 	}
 	e.reads.add(ctx, g)
 	return r, err
+}
+
+// codeOf is the code of an error; a question is none.
+func codeOf(err error) call.Code {
+	var ask *call.InputRequired
+	if errors.As(err, &ask) {
+		return call.OK
+	}
+	return call.AsError(err).Code
 }
 
 // nameOf is the registered name: what callers wrote could be anything.
