@@ -112,8 +112,14 @@ type Filter struct {
 
 // Credential is what the caller presented, unverified. It prints as nothing.
 type Credential struct {
-	Bearer string // access token, or ""
-	Peer   string // remote address, or "stdio"
+	Bearer      string   // access token, or ""
+	Proofs      []string // DPoP headers, if the token was presented with that scheme (RFC 9449)
+	Method, URL string   // of the request, for the proof
+	Certificate string   // SHA-256 of the client's TLS certificate, base64url (RFC 8705), or ""
+	Peer        string   // remote address, or "stdio"
+	// Known is who a door found out that this is, because it had to ask before the path could: a
+	// proof is good for one time. Nil otherwise.
+	Known *Principal
 }
 
 // String keeps tokens out of logs.

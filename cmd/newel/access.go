@@ -74,11 +74,11 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 		}
 		private = append(private, prefix)
 	}
-	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers, Private: private})
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required"})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}
-	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes}, nil
+	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes, Nonce: tokens.Nonce, DPoPRequired: a.DPoP == "required"}, nil
 }
 
 // developers are who can log in when nobody else is configured.

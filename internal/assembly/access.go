@@ -30,15 +30,17 @@ func (i *Identities) Verify(ctx context.Context, c call.Credential) (*call.Princ
 		}
 		return i.Local, nil
 	}
+	if c.Known != nil {
+		return c.Known, nil
+	}
 	if c.Bearer == "" || i.Tokens == nil {
 		return nil, call.Errorf(call.Unauthenticated, "authentication is required")
 	}
-	id, err := i.Tokens.Verify(ctx, c.Bearer)
+	id, err := i.Tokens.VerifyPresented(ctx, &verify.Presented{Token: c.Bearer, Proofs: c.Proofs, Method: c.Method, URL: c.URL, Certificate: c.Certificate})
 	if err != nil {
 		return nil, err
 	}
-	// A subject is unique at its issuer only.
-	return &call.Principal{ID: id.Issuer + "#" + id.Subject, Tenant: id.Tenant, Client: id.Client, Scopes: id.Scopes, Roles: id.Roles}, nil
+	return &id.Principal, nil
 }
 
 // Run keeps the keys of issuers fresh until ctx ends.
@@ -50,14 +52,14 @@ func (i *Identities) Run(ctx context.Context) error {
 }
 
 // check is asked before a session sees a request: see mcphttp.Options.
-func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kind, string) (string, error) {
+func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kind, string) (*call.Principal, error) {
 	if o.Identity == nil {
 		return nil
 	}
-	return func(ctx context.Context, c call.Credential, kind call.Kind, name string) (string, error) {
+	return func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error) {
 		p, err := o.Identity.Verify(ctx, c)
 		if err != nil {
-			return "", err
+			return nil, err
 		}
 		var target *call.Capability
 		switch s := f.catalog.Load(); kind {
@@ -73,19 +75,12 @@ func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kin
 				if !slices.Contains(p.Scopes, scope) {
 					e := call.Errorf(call.Denied, "the access token lacks the scope %s", scope)
 					e.Scopes = target.Scopes
-					return "", e
+					return nil, e
 				}
 			}
 		}
-		return p.Tenant + " " + p.ID, nil
+		return p, nil
 	}
-}
-
-func (f *face) userHeader(o *Options) string {
-	if o.Identity == nil {
-		return ""
-	}
-	return mcphttp.UserHeader
 }
 
 // access is what this server tells clients without a token.
@@ -93,7 +88,11 @@ func (f *face) access(o *Options) *mcphttp.Access {
 	if o.Access == nil {
 		return nil
 	}
-	return &mcphttp.Access{Metadata: origin(o.Access.Resource) + wellKnown + f.server.Path, Scopes: o.Access.Scopes}
+	base := origin(o.Access.Resource)
+	return &mcphttp.Access{
+		Resource: base + f.server.Path, Metadata: base + wellKnown + f.server.Path, Scopes: o.Access.Scopes,
+		ProofAlgorithms: verify.ProofAlgorithms, Nonce: o.Access.Nonce,
+	}
 }
 
 // wellKnown is where protected resource metadata stands (RFC 9728, section 3.1).
@@ -117,6 +116,7 @@ func (h *House) serveMetadata(mux *http.ServeMux) {
 		doc, err := json.Marshal(map[string]any{
 			"resource": origin(a.Resource) + f.server.Path, "resource_name": f.server.Name,
 			"authorization_servers": a.Issuers, "scopes_supported": h.scopes(f), "bearer_methods_supported": []string{"header"},
+			"dpop_signing_alg_values_supported": verify.ProofAlgorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
 		}, json.Deterministic(true))
 		if err != nil {
 			continue // text and lists of it can be encoded

@@ -71,6 +71,9 @@ type Access struct {
 	Resource string   // canonical address of the server, the audience of tokens (RFC 8707)
 	Issuers  []string // authorization servers
 	Scopes   []string // that a client may ask for first
+
+	Nonce        func() string // makes one for the next proof of a client (RFC 9449); nil: proofs are not taken
+	DPoPRequired bool          // tokens that are bound to no key of their client are refused (RFC 9449)
 }
 
 // Limits bound what one server does at once. Zero means the default in brackets.

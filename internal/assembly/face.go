@@ -178,7 +178,7 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Hub: f.hub, Has: f.has(), Readable: f.readable,
 		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
-		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, UserHeader: f.userHeader(o),
+		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: o.Identity != nil,
 	})
 	if err != nil {
 		return err
@@ -224,7 +224,7 @@ func (f *face) statelessLine(ctx context.Context, line []byte, send func([]byte)
 	}
 	var c *call.Call
 	if failure == nil {
-		c, failure = f.codec.Call(m, mcpwire.From{Door: "stdio", Peer: "stdio"}, send)
+		c, failure = f.codec.Call(m, mcpwire.From{Door: "stdio", Credential: call.Credential{Peer: "stdio"}}, send)
 	}
 	var frame mcpwire.Frame
 	if failure == nil {

@@ -59,6 +59,7 @@ type Auth struct {
 	PublicURL string      `yaml:"public_url" doc:"Address of the server as clients write it, such as https://mcp.example.com; default: http and the address it listens on. With /mcp behind it, it is the audience of tokens."`
 	Scopes    []string    `yaml:"scopes" doc:"Scopes that clients are told to ask for first."`
 	Issuers   []Issuer    `yaml:"issuers" doc:"Authorization servers whose tokens are accepted."`
+	DPoP      string      `yaml:"dpop" enum:"optional,required" default:"optional" doc:"Whether access tokens must be bound to a key of their client (RFC 9449). Bound ones always need its proof."`
 	Private   []string    `yaml:"private_ranges" doc:"Private address ranges in which issuers may be, such as 10.0.0.0/8; others are not asked."`
 	Stdio     LocalCaller `yaml:"stdio" doc:"Who calls over stdio: whoever started the program."`
 	Users     []User      `yaml:"users" doc:"People who can log in to the authorization server for development; default: alice, who may everything, and bob, who may read."`

@@ -57,8 +57,7 @@ func New(o Options) (*Codec, error) {
 // From says where a message came from, as far as its door knows.
 type From struct {
 	Door           string
-	Peer           string
-	Bearer         string
+	Credential     call.Credential
 	Correlation    string
 	Traceparent    string
 	Tracestate     string
@@ -88,7 +87,7 @@ func (c *Codec) Call(m *Message, from From, send func([]byte) error) (*call.Call
 		Kind:       kind,
 		Args:       p.Arguments,
 		Cursor:     p.Cursor,
-		Credential: call.Credential{Bearer: from.Bearer, Peer: from.Peer},
+		Credential: from.Credential,
 		Key:        p.Meta.IdempotencyKey,
 		Client:     client,
 		Trace: call.Trace{

@@ -39,6 +39,7 @@ type Failure struct {
 	Data    jsontext.Value
 	Cause   call.Code // for the record
 	Scopes  []string  // what the access token would need, with status 403
+	OAuth   string    // error code of the challenge, with status 401; "": that of the status
 }
 
 // Error makes a Failure an error for records.
@@ -121,7 +122,7 @@ func Fail(id jsontext.Value, err error) *Failure { return fail(id, err) }
 func fail(id jsontext.Value, err error) *Failure {
 	e := call.AsError(err)
 	row := ErrorTable(e.Code)
-	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data}
+	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data, OAuth: e.OAuth}
 	if e.Code == call.Denied && len(e.Scopes) > 0 {
 		f.Status, f.Scopes = 403, e.Scopes // step-up: the one denial that is not HTTP 200
 	}

@@ -54,6 +54,12 @@ func tool(name string, effect call.Effect, scopes ...string) *call.Capability {
 
 func start(t *testing.T, rules ...policy.Rule) *world {
 	t.Helper()
+	return startWith(t, nil, rules...)
+}
+
+// startWith starts a server that takes tokens of further issuers too.
+func startWith(t *testing.T, further []verify.Issuer, rules ...policy.Rule) *world {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +76,7 @@ func start(t *testing.T, rules ...policy.Rule) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokens, err := verify.New(verify.Options{Resource: base + "/mcp", Issuers: []verify.Issuer{{URL: base, TenantClaim: "tenant"}}})
+	tokens, err := verify.New(verify.Options{Resource: base + "/mcp", Issuers: append(further, verify.Issuer{URL: base, TenantClaim: "tenant"})})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +86,7 @@ func start(t *testing.T, rules ...policy.Rule) *world {
 	}
 	h, err := assembly.Build(t.Context(), &assembly.Options{
 		Name: "access", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p,
-		Access:   &assembly.Access{Resource: base + "/mcp", Issuers: []string{base}, Scopes: []string{"a:read"}},
+		Access:   &assembly.Access{Resource: base + "/mcp", Issuers: []string{base}, Scopes: []string{"a:read"}, Nonce: tokens.Nonce},
 		Backends: []call.Backend{tools{tool("open", call.Read), tool("read", call.Read, "a:read"), tool("admin", call.Write, "a:read", "a:admin")}},
 	})
 	if err != nil {
@@ -127,6 +133,7 @@ type response struct {
 	challenge string
 	session   string
 	body      string
+	nonce     string // for the next proof
 }
 
 // send posts a message; more are headers.
@@ -153,7 +160,7 @@ func (w *world) send(token, body string, more ...string) response {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return response{resp.StatusCode, resp.Header.Get("WWW-Authenticate"), resp.Header.Get("Mcp-Session-Id"), string(raw)}
+	return response{resp.StatusCode, resp.Header.Get("WWW-Authenticate"), resp.Header.Get("Mcp-Session-Id"), string(raw), resp.Header.Get("DPoP-Nonce")}
 }
 
 const meta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}`

@@ -14,6 +14,7 @@ package verify
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -54,24 +55,31 @@ type Issuer struct {
 type Options struct {
 	Resource string // canonical address of this server: the audience (RFC 8707)
 	Issuers  []Issuer
-	Private  []netip.Prefix   // private ranges in which issuers may be
-	HTTP     *http.Client     // default: one that reaches public addresses, those ranges, and loopback if an issuer is there
-	Now      func() time.Time // default: time.Now
+	// DPoPRequired refuses tokens that are bound to no key of their client (RFC 9449).
+	DPoPRequired bool
+	NonceKey     []byte           // seals nonces of proofs; nodes that share it take each other's; default: random
+	Private      []netip.Prefix   // private ranges in which issuers may be
+	HTTP         *http.Client     // default: one that reaches public addresses, those ranges, and loopback if an issuer is there
+	Now          func() time.Time // default: time.Now
 }
 
-// An Identity is who a token speaks for.
+// An Identity is who a token speaks for. It is shared by all who present the token, and not changed.
 type Identity struct {
-	Issuer, Subject, Tenant, Client string
-	Scopes, Roles                   []string
-	Expires                         time.Time
+	call.Principal
+	Issuer, Subject string
+	Expires         time.Time
 }
 
 // A Verifier checks tokens. It is safe for concurrent use.
 type Verifier struct {
 	issuers map[string]*issuer
 	opaque  []*issuer // those that can be asked about a token
-	now     func() time.Time
-	http    *http.Client
+	nonces  nonces
+	proofs  seen
+
+	dpopRequired bool
+	now          func() time.Time
+	http         *http.Client
 
 	mu       sync.Mutex // guards what is below
 	verified map[[32]byte]remembered
@@ -82,11 +90,13 @@ type issuer struct {
 	keys *keySet
 }
 
-// remembered is a token whose signature was checked.
+// remembered is a token whose signature was checked, and what it says that does not change.
 type remembered struct {
-	issuer *issuer
-	claims *claims
-	until  time.Time
+	issuer   *issuer
+	claims   *claims
+	identity *Identity
+	refused  error // why it counts for nothing, whenever
+	until    time.Time
 }
 
 // Bounds of what is remembered.
@@ -106,7 +116,10 @@ func New(o Options) (*Verifier, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, verified: map[[32]byte]remembered{}}
+	if o.NonceKey == nil {
+		o.NonceKey = []byte(rand.Text())
+	}
+	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, nonces: nonces{o.NonceKey}, dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
 	var problems []error
 	for _, given := range o.Issuers {
 		is := &issuer{Issuer: given}
@@ -223,36 +236,51 @@ func errInvalid(cause error) error {
 	return call.Errorf(call.Unauthenticated, "the access token is not valid").Because(cause)
 }
 
-// Verify returns who a bearer token speaks for. It fails with Unauthenticated, or with Unavailable
-// while an issuer cannot be asked.
+// Verify returns who a bearer token speaks for, presented by itself. See VerifyPresented.
 func (v *Verifier) Verify(ctx context.Context, token string) (*Identity, error) {
-	if token == "" || len(token) > maxToken {
+	return v.VerifyPresented(ctx, &Presented{Token: token})
+}
+
+// VerifyPresented returns who a token speaks for. It fails with Unauthenticated, or with
+// Unavailable while an issuer cannot be asked. A proof is good for one time.
+func (v *Verifier) VerifyPresented(ctx context.Context, p *Presented) (*Identity, error) {
+	if p.Token == "" || len(p.Token) > maxToken {
 		return nil, errInvalid(errors.New("no token, or one too long"))
 	}
-	id := sha256.Sum256([]byte(token))
+	id := sha256.Sum256([]byte(p.Token))
 	v.mu.Lock()
 	known, ok := v.verified[id]
 	v.mu.Unlock()
 	now := v.now()
 	if !ok || !now.Before(known.until) {
 		var err error
-		if known, err = v.signed(ctx, token); err != nil {
+		if known, err = v.signed(ctx, p.Token); err != nil {
 			return nil, v.refusal(err)
 		}
-		v.remember(id, known)
+		known = v.remember(id, known)
 	}
-	identity, err := known.issuer.judge(known.claims, now)
-	if err != nil {
+	if known.refused != nil {
+		return nil, errInvalid(known.refused)
+	}
+	if err := known.issuer.current(known.claims, now); err != nil {
 		return nil, errInvalid(err)
 	}
-	return identity, nil
+	if p.Proofs != nil || known.claims.Bound != nil || v.dpopRequired {
+		if err := v.confirmed(known.claims, p, now); err != nil {
+			return nil, v.refusal(err)
+		}
+	}
+	return known.identity, nil
 }
 
 // refusal tells a bad token from an issuer that cannot be asked.
 func (v *Verifier) refusal(err error) error {
 	var unknown errUnknownKey
 	var status *unavailableError
+	var own *call.Error
 	switch {
+	case errors.As(err, &own):
+		return err
 	case errors.As(err, &unknown):
 		e := call.Errorf(call.Unavailable, "the access token cannot be checked now; try again in a moment")
 		e.RetryAfter = unknown.after
@@ -273,7 +301,9 @@ type unavailableError struct{ error }
 // Unwrap returns the cause.
 func (e *unavailableError) Unwrap() error { return e.error }
 
-func (v *Verifier) remember(id [32]byte, r remembered) {
+// remember judges what of a token does not change, and keeps it.
+func (v *Verifier) remember(id [32]byte, r remembered) remembered {
+	r.identity, r.refused = r.issuer.identify(r.claims)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if len(v.verified) >= maxRemembered { // the map hands out any: good enough, and nobody can choose
@@ -286,6 +316,7 @@ func (v *Verifier) remember(id [32]byte, r remembered) {
 		}
 	}
 	v.verified[id] = r
+	return r
 }
 
 // signed checks the signature of a token and decodes it.
