@@ -91,7 +91,7 @@ func (p *Policy) decide(ctx context.Context, in *Input, looked func(r *rule, m m
 	if len(p.rules) == 0 {
 		return Decision{Verdict: Allow, Rule: ByDefault}
 	}
-	v := view{policy: p, in: in}
+	v := view{policy: p, in: in, name: nameOf(c)}
 	for _, r := range p.rules { // deny first, then approval, then allow: the first that fits decides
 		m, why, err := v.match(ctx, r)
 		if looked != nil {
