@@ -102,9 +102,21 @@ type Policy struct {
 	Environment string        `yaml:"environment" default:"development" doc:"Where this runs. In production, destructive tools are denied unless a rule names them."`
 	ReadOnly    bool          `yaml:"read_only" doc:"Whether only tools that read may be called."`
 	Explicit    bool          `yaml:"explicit" doc:"Whether callers are told that something is denied although they may not see it; otherwise it looks as if it did not exist."`
+	Cedar       []string      `yaml:"cedar" doc:"Files with policies in the Cedar language, which have to permit what the rules allow."`
+	OPA         OPA           `yaml:"opa" doc:"An Open Policy Agent, which has to allow what the rules allow."`
 	Rules       []policy.Rule `yaml:"rules" doc:"Rules. Without any, what is published needs its scopes and no more; with some, what none allows is denied."`
 	Shadow      []policy.Rule `yaml:"shadow" doc:"Rules that are tried beside the others: the log says where they would decide otherwise."`
 	Tests       []policy.Test `yaml:"tests" doc:"Cases that the rules must decide as they say: checked before anything is served."`
+}
+
+// OPA is an Open Policy Agent.
+type OPA struct {
+	URL          string        `yaml:"url" doc:"Its address, such as http://127.0.0.1:8181; without one no agent is asked."`
+	Document     string        `yaml:"document" default:"newel/decision" doc:"The document that decides a call: true or false, or an object with verdict, rule and reason."`
+	ListDocument string        `yaml:"list_document" doc:"The document that lists names of what a caller may see; without one, lists show what scopes and rules allow."`
+	Token        secret.String `yaml:"token" doc:"Bearer token for the agent."`
+	Timeout      time.Duration `yaml:"timeout" default:"1s" doc:"Longest wait for an answer; after it, the call is denied."`
+	Private      []string      `yaml:"private_ranges" doc:"Private address ranges in which the agent may be, besides this machine."`
 }
 
 // Virtual is a virtual server.

@@ -42,6 +42,7 @@ type Set struct {
 	Environment string
 	ReadOnly    bool
 	Rules       []Rule
+	Also        []Decider // asked after the rules about what they do not deny; all have to allow
 }
 
 // Production is the environment in which destructive tools are denied unless a rule names them.
@@ -148,7 +149,7 @@ func Compile(s Set) (*Policy, []error) {
 	if err != nil {
 		return nil, []error{err}
 	}
-	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly}
+	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also}
 	var problems []error
 	names := map[string]bool{ByScopes: true, ByReadOnly: true, ByDefault: true}
 	for i, given := range s.Rules {
@@ -263,15 +264,15 @@ func (v *view) match(ctx context.Context, r *rule) (m match, why string, err err
 		return no, "the name does not fit", nil
 	case len(r.Kinds) > 0 && !slices.ContainsFunc(r.Kinds, func(k string) bool { return kinds[k] == c.Kind }):
 		return no, "the kind does not fit", nil
-	case len(r.Effects) > 0 && !slices.Contains(r.Effects, effectOf(c)):
-		return no, "the effect is " + effectOf(c), nil
+	case len(r.Effects) > 0 && !slices.Contains(r.Effects, EffectOf(c)):
+		return no, "the effect is " + EffectOf(c), nil
 	case len(r.Tenants) > 0 && !slices.Contains(r.Tenants, p.Tenant):
 		return no, "the tenant is another", nil
 	case len(r.Environments) > 0 && !slices.Contains(r.Environments, v.policy.environment):
 		return no, "the environment is " + strconv.Quote(v.policy.environment), nil
 	case len(r.Roles) > 0 && !slices.ContainsFunc(r.Roles, func(role string) bool { return slices.Contains(p.Roles, role) }):
 		return no, "the caller has none of the roles", nil
-	case r.verdict == Allow && v.policy.environment == Production && c.Kind == call.Tool && effectOf(c) == "destructive" && !r.namesTool(v.name):
+	case r.verdict == Allow && v.policy.environment == Production && c.Kind == call.Tool && EffectOf(c) == "destructive" && !r.namesTool(v.name):
 		return no, "in production a rule has to name a destructive tool to allow it", nil
 	case r.condition == nil:
 		return yes, "", nil
@@ -279,15 +280,16 @@ func (v *view) match(ctx context.Context, r *rule) (m match, why string, err err
 	return v.evaluate(ctx, r)
 }
 
-func nameOf(c *call.Capability) string {
+// NameOf is the name by which rules know a capability: of resources the URI or template.
+func NameOf(c *call.Capability) string {
 	if c.Kind == call.Resource {
 		return cmp.Or(c.URI, c.Template)
 	}
 	return c.Name
 }
 
-// effectOf is the effect by which rules judge: what is not known is as bad as can be.
-func effectOf(c *call.Capability) string {
+// EffectOf is the effect by which rules judge: what is not known is as bad as can be.
+func EffectOf(c *call.Capability) string {
 	if c.Kind != call.Tool {
 		return "read"
 	}
@@ -343,7 +345,7 @@ func (v *view) ResolveName(name string) (any, bool) {
 		return &principalView{ID: p.ID, Tenant: p.Tenant, Client: p.Client, Scopes: p.Scopes, Roles: p.Roles}, true
 	case "capability":
 		c := v.in.Capability
-		return &capabilityView{Name: v.name, Kind: c.Kind.String(), Effect: effectOf(c), Owner: c.Owner, Tags: c.Tags}, true
+		return &capabilityView{Name: v.name, Kind: c.Kind.String(), Effect: EffectOf(c), Owner: c.Owner, Tags: c.Tags}, true
 	case "environment":
 		return v.policy.environment, true
 	case "now":

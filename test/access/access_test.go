@@ -60,6 +60,12 @@ func start(t *testing.T, rules ...policy.Rule) *world {
 // startWith starts a server that takes tokens of further issuers too.
 func startWith(t *testing.T, further []verify.Issuer, rules ...policy.Rule) *world {
 	t.Helper()
+	return startSet(t, further, policy.Set{Rules: rules})
+}
+
+// startSet starts a server with a whole policy.
+func startSet(t *testing.T, further []verify.Issuer, set policy.Set) *world {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +86,7 @@ func startWith(t *testing.T, further []verify.Issuer, rules ...policy.Rule) *wor
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, problems := policy.Compile(policy.Set{Rules: rules})
+	p, problems := policy.Compile(set)
 	if len(problems) > 0 {
 		t.Fatal(problems)
 	}
