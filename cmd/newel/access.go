@@ -56,7 +56,7 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 	var urls []string
 	for _, is := range a.Issuers {
 		one := verify.Issuer{
-			URL: is.URL, Audiences: is.Audiences, Algorithms: is.Algorithms, Profile: is.Profile, JWKS: is.JWKS, TenantClaim: is.TenantClaim,
+			URL: is.URL, Audiences: is.Audiences, Algorithms: is.Algorithms, Profile: is.Profile, JWKS: is.JWKS, TenantClaim: is.TenantClaim, Tenant: is.Tenant,
 			RolesClaim: is.RolesClaim, Scopes: is.Scopes, Skew: is.Skew, Introspect: is.Introspect, ClientID: is.ClientID, ClientSecret: is.ClientSecret,
 		}
 		if len(one.Audiences) == 0 {
@@ -75,7 +75,7 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 	if err != nil {
 		return nil, nil, err
 	}
-	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required"})
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Tenants: tenantsOf(c, resources[0]), Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required"})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}
@@ -124,7 +124,18 @@ func loginServer(c *config.Config, base string, scopes []string) (http.Handler, 
 func resourcesOf(c *config.Config, base string) []string {
 	out := []string{base + "/mcp"}
 	for _, s := range c.Servers {
-		out = append(out, base+s.Path)
+		out = append(out, (&assembly.Server{Host: s.Host, Path: s.Path}).Resource(out[0]))
+	}
+	return out
+}
+
+// tenantsOf are the tenants that have servers of their own, by the address of the server.
+func tenantsOf(c *config.Config, main string) map[string]string {
+	out := map[string]string{}
+	for _, s := range c.Servers {
+		if s.Tenant != "" {
+			out[(&assembly.Server{Host: s.Host, Path: s.Path}).Resource(main)] = s.Tenant
+		}
 	}
 	return out
 }

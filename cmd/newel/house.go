@@ -96,13 +96,16 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	}
 	var servers []assembly.Server
 	for i, v := range c.Servers {
+		if v.Tenant != "" && who == nil {
+			return nil, exit(exitFailed, fmt.Errorf("%s: callers have tenants only if they say who they are; write auth.mode", f.Position(fmt.Sprintf("servers[%d].tenant", i))))
+		}
 		for j, name := range v.Backends {
 			if !slices.ContainsFunc(c.Backends, func(b config.Backend) bool { return b.Name == name }) {
 				return nil, exit(exitFailed, fmt.Errorf("%s: there is no backend %q", f.Position(fmt.Sprintf("servers[%d].backends[%d]", i, j)), name))
 			}
 		}
 		servers = append(servers, assembly.Server{
-			Path: v.Path, Name: v.Name, Title: v.Title, Instructions: v.Instructions, Backends: v.Backends,
+			Path: v.Path, Host: v.Host, Tenant: v.Tenant, Name: v.Name, Title: v.Title, Instructions: v.Instructions, Backends: v.Backends,
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}

@@ -3,6 +3,7 @@ package assembly
 import (
 	"context"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -56,8 +57,9 @@ func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kin
 	if o.Identity == nil {
 		return nil
 	}
+	identity := f.identity(o)
 	return func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error) {
-		p, err := o.Identity.Verify(ctx, c)
+		p, err := identity.Verify(ctx, c)
 		if err != nil {
 			return nil, err
 		}
@@ -83,14 +85,54 @@ func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kin
 	}
 }
 
+// identity is who tells who calls this server.
+func (f *face) identity(o *Options) authenticate.Verifier {
+	if f.server.Tenant == "" {
+		return o.Identity
+	}
+	return ofTenant{o.Identity, f.server.Tenant}
+}
+
+// ofTenant knows the callers of one tenant. To all others the server is one that their token is not
+// valid at.
+type ofTenant struct {
+	authenticate.Verifier
+	tenant string
+}
+
+// Verify implements authenticate.Verifier.
+func (v ofTenant) Verify(ctx context.Context, c call.Credential) (*call.Principal, error) {
+	p, err := v.Verifier.Verify(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil || p.Tenant != v.tenant {
+		return nil, call.Errorf(call.Unauthenticated, "the access token is not valid")
+	}
+	return p, nil
+}
+
+// Resource is the canonical address of the server (RFC 8707), if that of the main one is given.
+func (s *Server) Resource(main string) string {
+	base := origin(main)
+	if u, err := url.Parse(base); err == nil && s.Host != "" {
+		base = u.Scheme + "://" + s.Host
+		if u.Port() != "" {
+			base += ":" + u.Port()
+		}
+	}
+	return base + s.Path
+}
+
 // access is what this server tells clients without a token.
 func (f *face) access(o *Options) *mcphttp.Access {
 	if o.Access == nil {
 		return nil
 	}
-	base := origin(o.Access.Resource)
+	resource := f.server.Resource(o.Access.Resource)
+	base := origin(resource)
 	return &mcphttp.Access{
-		Resource: base + f.server.Path, Metadata: base + wellKnown + f.server.Path, Scopes: o.Access.Scopes,
+		Resource: resource, Metadata: base + wellKnown + f.server.Path, Scopes: o.Access.Scopes,
 		ProofAlgorithms: verify.ProofAlgorithms, Nonce: o.Access.Nonce,
 	}
 }
@@ -114,7 +156,7 @@ func (h *House) serveMetadata(mux *http.ServeMux) {
 	}
 	for i, f := range h.faces {
 		doc, err := json.Marshal(map[string]any{
-			"resource": origin(a.Resource) + f.server.Path, "resource_name": f.server.Name,
+			"resource": f.server.Resource(a.Resource), "resource_name": f.server.Name,
 			"authorization_servers": a.Issuers, "scopes_supported": h.scopes(f), "bearer_methods_supported": []string{"header"},
 			"dpop_signing_alg_values_supported": verify.ProofAlgorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
 		}, json.Deterministic(true))
@@ -127,9 +169,9 @@ func (h *House) serveMetadata(mux *http.ServeMux) {
 			w.Header().Set("Access-Control-Allow-Origin", "*") // public by its nature: browsers' clients read it
 			_, _ = w.Write(doc)                                // the client is gone if this fails
 		}
-		mux.HandleFunc("GET "+wellKnown+f.server.Path, serve)
-		if i == 0 {
-			mux.HandleFunc("GET "+wellKnown, serve)
+		mux.HandleFunc("GET "+f.server.Host+wellKnown+f.server.Path, serve)
+		if i == 0 || f.server.Host != "" && f.server.Path == "/mcp" {
+			mux.HandleFunc("GET "+f.server.Host+wellKnown, serve)
 		}
 	}
 }

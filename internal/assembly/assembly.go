@@ -146,9 +146,6 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		return nil, err
 	}
 	shared := guard.Set{Observe: observer.Guard, Authenticate: authenticate.Nobody, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
-	if o.Identity != nil {
-		shared.Authenticate = authenticate.New(o.Identity)
-	}
 	if o.Policy == nil {
 		var problems []error
 		if o.Policy, problems = policy.Compile(policy.Set{}); problems != nil {
@@ -157,7 +154,12 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		h.opts.Policy = o.Policy
 	}
 	main := Server{Path: "/mcp", Name: o.Name, Title: o.Title, Instructions: o.Instructions, Search: o.Search}
+	taken := map[string]bool{}
 	for _, s := range append([]Server{main}, o.Servers...) {
+		if taken[s.Host+s.Path] {
+			return nil, fmt.Errorf("server %s: the address is taken by another server", s.Host+s.Path)
+		}
+		taken[s.Host+s.Path] = true
 		f, err := h.newFace(s, snapshot, shared, observer)
 		if err != nil {
 			return nil, fmt.Errorf("server %s: %w", s.Path, err)

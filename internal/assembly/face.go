@@ -17,6 +17,7 @@ import (
 	"newel.dev/newel/internal/door/mcphttp"
 	"newel.dev/newel/internal/door/mcpsession"
 	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/authorize"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/resolve"
@@ -30,6 +31,8 @@ import (
 // the part cannot be called there either. Empty lists choose everything.
 type Server struct {
 	Path         string   // below /mcp/, such as /mcp/finance
+	Host         string   // name that it is reached by, without port; default: any
+	Tenant       string   // whose callers alone are served; default: those of all
 	Name         string   // default: that of the house
 	Title        string   // for people
 	Instructions string   // for models
@@ -77,6 +80,9 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 				slog.String("shadow_verdict", would.Verdict.String()), slog.String("shadow_rule", would.Rule))
 		},
 	})
+	if o.Identity != nil {
+		shared.Authenticate = authenticate.New(f.identity(o))
+	}
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
 	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
 	if err != nil {
@@ -92,6 +98,9 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 func (s *Server) check() error {
 	if s.Path != "/mcp" && !strings.HasPrefix(s.Path, "/mcp/") || strings.ContainsAny(s.Path, " ?#{}%") || path.Clean(s.Path) != s.Path {
 		return errors.New("its path must be /mcp/ and a name")
+	}
+	if strings.ContainsAny(s.Host, "/:{} ") {
+		return fmt.Errorf("its host must be a name such as acme.example.com, without port, not %q", s.Host)
 	}
 	if !slices.Contains([]string{"", "off", "on", "auto"}, s.Search) {
 		return fmt.Errorf("tool search must be auto, on or off, not %q", s.Search)
@@ -183,6 +192,10 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 	if err != nil {
 		return err
 	}
+	hosts := o.AllowedHosts
+	if f.server.Host != "" {
+		hosts = []string{f.server.Host}
+	}
 	f.door, err = mcphttp.New(mcphttp.Options{
 		Codec: f.codec, Sessions: f.sessions,
 		ParamHeaders: func(tool string) []catalog.ParamHeader { return f.catalog.Load().ParamHeaders(tool) },
@@ -190,7 +203,7 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 			observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
 		},
 		MaxMessageBytes: o.Limits.MessageBytes,
-		AllowedHosts:    o.AllowedHosts, AllowedOrigins: o.AllowedOrigins,
+		AllowedHosts:    hosts, AllowedOrigins: o.AllowedOrigins,
 		Draining: h.drain.begun,
 		Check:    f.check(o), Access: f.access(o),
 	})

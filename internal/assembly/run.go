@@ -42,7 +42,7 @@ type ready struct{ running atomic.Bool }
 func (h *House) Handler() http.Handler {
 	mux := http.NewServeMux()
 	for _, f := range h.faces {
-		mux.Handle(f.server.Path, f.door)
+		mux.Handle(f.server.Host+f.server.Path, f.door)
 	}
 	h.serveMetadata(mux)
 	if h.opts.Login != nil {

@@ -73,6 +73,7 @@ type Issuer struct {
 	Algorithms   []string      `yaml:"algorithms" doc:"Signature algorithms; default: RS256, PS256, ES256, ES384, EdDSA, Ed25519."`
 	JWKS         string        `yaml:"jwks" doc:"Address of its keys; default: found in its metadata."`
 	TenantClaim  string        `yaml:"tenant_claim" doc:"Claim that names the tenant; dots lead into objects."`
+	Tenant       string        `yaml:"tenant" doc:"Tenant of all its tokens; default: what tenant_claim or the address that a token is for says."`
 	RolesClaim   string        `yaml:"roles_claim" default:"roles" doc:"Claim that lists roles; dots lead into objects."`
 	Scopes       []string      `yaml:"scopes" doc:"Scopes of tokens that name none; not with the profile rfc9068."`
 	Skew         time.Duration `yaml:"skew" default:"30s" doc:"Tolerated difference of clocks, at most 2m."`
@@ -122,6 +123,8 @@ type OPA struct {
 // Virtual is a virtual server.
 type Virtual struct {
 	Path         string   `yaml:"path" required:"true" doc:"Its path, such as /mcp/finance."`
+	Host         string   `yaml:"host" doc:"Name that it is reached by, such as acme.example.com, without port; default: any. A host may have a /mcp of its own."`
+	Tenant       string   `yaml:"tenant" doc:"Tenant whose callers alone are served. Access tokens for the address of this server are of this tenant."`
 	Name         string   `yaml:"name" doc:"Name of the server; default: server.name."`
 	Title        string   `yaml:"title" doc:"Name for people."`
 	Instructions string   `yaml:"instructions" doc:"How to use the server: models read this."`

@@ -64,7 +64,7 @@ func startWith(t *testing.T, further []verify.Issuer, rules ...policy.Rule) *wor
 }
 
 // startSet starts a server with a whole policy.
-func startSet(t *testing.T, further []verify.Issuer, set policy.Set) *world {
+func startSet(t *testing.T, further []verify.Issuer, set policy.Set, servers ...assembly.Server) *world {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -82,7 +82,12 @@ func startSet(t *testing.T, further []verify.Issuer, set policy.Set) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokens, err := verify.New(verify.Options{Resource: base + "/mcp", Issuers: append(further, verify.Issuer{URL: base, TenantClaim: "tenant"})})
+	resources, tenants := []string{base + "/mcp"}, map[string]string{}
+	for _, s := range servers {
+		resources = append(resources, s.Resource(base))
+		tenants[s.Resource(base)] = s.Tenant
+	}
+	tokens, err := verify.New(verify.Options{Resource: base + "/mcp", Tenants: tenants, Issuers: append(further, verify.Issuer{URL: base, TenantClaim: "tenant", Audiences: resources})})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +96,7 @@ func startSet(t *testing.T, further []verify.Issuer, set policy.Set) *world {
 		t.Fatal(problems)
 	}
 	h, err := assembly.Build(t.Context(), &assembly.Options{
-		Name: "access", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p,
+		Name: "access", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p, Servers: servers,
 		Access:   &assembly.Access{Resource: base + "/mcp", Issuers: []string{base}, Scopes: []string{"a:read"}, Nonce: tokens.Nonce},
 		Backends: []call.Backend{tools{tool("open", call.Read), tool("read", call.Read, "a:read"), tool("admin", call.Write, "a:read", "a:admin")}},
 	})

@@ -125,14 +125,34 @@ func (is *issuer) identify(c *claims) (*Identity, error) {
 	if id.Roles, err = texts(c.Other, is.RolesClaim); err != nil {
 		return nil, err
 	}
+	id.Tenant, err = is.tenantOf(c)
+	return id, err
+}
+
+// tenantOf returns the one tenant that a token belongs to, or "" if nothing names one: a claim, the
+// issuer, and the addresses it is for have to agree.
+func (is *issuer) tenantOf(c *claims) (string, error) {
+	tenant := is.Tenant
 	if is.TenantClaim != "" {
-		tenants, err := texts(c.Other, is.TenantClaim)
-		if err != nil || len(tenants) != 1 || tenants[0] == "" {
-			return nil, fmt.Errorf("the claim %q does not name exactly one tenant", is.TenantClaim)
+		named, err := texts(c.Other, is.TenantClaim)
+		if err != nil || len(named) != 1 || named[0] == "" {
+			return "", fmt.Errorf("the claim %q does not name exactly one tenant", is.TenantClaim)
 		}
-		id.Tenant = tenants[0]
+		if tenant != "" && tenant != named[0] {
+			return "", fmt.Errorf("the claim %q names the tenant %.100q, and the issuer is that of %q", is.TenantClaim, named[0], tenant)
+		}
+		tenant = named[0]
 	}
-	return id, nil
+	for _, a := range c.Audience {
+		switch of := is.tenants[a]; {
+		case of == "" || of == tenant:
+		case tenant != "":
+			return "", fmt.Errorf("it is for %.200q, which is that of another tenant than %.100q", a, tenant)
+		default:
+			tenant = of
+		}
+	}
+	return tenant, nil
 }
 
 // form checks that a token is an access token, and not one made for something else.

@@ -42,7 +42,8 @@ type Issuer struct {
 	Algorithms   []string      // default: RS256, PS256, ES256, ES384, EdDSA, Ed25519
 	Profile      string        // rfc9068 (default, strict), entra, okta, keycloak, dex: how its tokens look
 	JWKS         string        // address of its keys; default: discovered
-	TenantClaim  string        // claim that names the tenant; default: none, all are of one
+	TenantClaim  string        // claim that names the tenant; default: none
+	Tenant       string        // of all its tokens
 	RolesClaim   string        // claim that lists roles; default: roles
 	Scopes       []string      // of tokens that name none (not with rfc9068)
 	Skew         time.Duration // tolerated difference of clocks [30 s], at most two minutes
@@ -53,7 +54,8 @@ type Issuer struct {
 
 // Options configure a Verifier.
 type Options struct {
-	Resource string // canonical address of this server: the audience (RFC 8707)
+	Resource string            // canonical address of this server: the audience (RFC 8707)
+	Tenants  map[string]string // tenants that have an address of their own, by audience
 	Issuers  []Issuer
 	// DPoPRequired refuses tokens that are bound to no key of their client (RFC 9449).
 	DPoPRequired bool
@@ -87,7 +89,8 @@ type Verifier struct {
 
 type issuer struct {
 	Issuer
-	keys *keySet
+	keys    *keySet
+	tenants map[string]string // by audience
 }
 
 // remembered is a token whose signature was checked, and what it says that does not change.
@@ -122,7 +125,7 @@ func New(o Options) (*Verifier, error) {
 	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, nonces: nonces{o.NonceKey}, dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
 	var problems []error
 	for _, given := range o.Issuers {
-		is := &issuer{Issuer: given}
+		is := &issuer{Issuer: given, tenants: o.Tenants}
 		if err := is.check(o.Resource); err != nil {
 			problems = append(problems, fmt.Errorf("issuer %q: %w", given.URL, err))
 			continue
