@@ -21,7 +21,7 @@ var floors = []string{
 	"call internal/strictjson internal/secret internal/nearest internal/egress",
 	"internal/module internal/catalog internal/process internal/policy",
 	"internal/config internal/guard/* internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",
-	"internal/guard internal/mcpwire",
+	"internal/guard internal/mcpwire internal/store/*",
 	"internal/door/*",
 	"internal/assembly",
 	".",
