@@ -1,7 +1,6 @@
 package certs
 
 import (
-	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -85,7 +84,7 @@ func shown(f *followed[*tls.Certificate], log *slog.Logger) func(*tls.Certificat
 		if now := time.Now(); now.Sub(last) >= clientEvery {
 			last = now
 			if _, err := f.refresh(); err != nil {
-				log.LogAttrs(context.WithoutCancel(r.Context()), slog.LevelError, "new TLS files are no good; the old ones stay", slog.String("error", err.Error()))
+				log.LogAttrs(r.Context(), slog.LevelError, "new TLS files are no good; the old ones stay", slog.String("error", err.Error()))
 			}
 		}
 		return f.value, nil
