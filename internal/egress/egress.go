@@ -80,7 +80,7 @@ func Transport(o Options) *http.Transport {
 	return &http.Transport{
 		Proxy:                  out.proxyOf,
 		DialContext:            out.dial,
-		TLSClientConfig:        o.TLS,
+		TLSClientConfig:        o.TLS.Clone(), // the transport writes to it
 		TLSHandshakeTimeout:    o.Timeout,
 		MaxIdleConnsPerHost:    4,
 		IdleConnTimeout:        30 * time.Second,

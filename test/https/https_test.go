@@ -243,7 +243,7 @@ func serve(t *testing.T, o certs.ServerOptions, more assembly.Options) *site {
 // client is an HTTP client with one pool of connections.
 func client(t *testing.T, c *tls.Config) *http.Client {
 	t.Helper()
-	trip := &http.Transport{TLSClientConfig: c, ForceAttemptHTTP2: true}
+	trip := &http.Transport{TLSClientConfig: c.Clone(), ForceAttemptHTTP2: true}
 	t.Cleanup(trip.CloseIdleConnections)
 	return &http.Client{Transport: trip, Timeout: 10 * time.Second}
 }
