@@ -161,7 +161,7 @@ func Control(o Options) func(network, address string, c syscall.RawConn) error {
 // loopback for localhost, and one that is written out itself if it is loopback or private. What
 // another name resolves to was not written by the operator.
 func Named(host string) []netip.Prefix {
-	if host = strings.ToLower(host); host == "localhost" || strings.HasSuffix(host, ".localhost") {
+	if host = strings.ToLower(strings.TrimSuffix(host, ".")); host == "localhost" || strings.HasSuffix(host, ".localhost") {
 		return loopback
 	}
 	ip, err := netip.ParseAddr(host)
