@@ -31,9 +31,9 @@ func publicURL(c *config.Config, listen net.Addr) string {
 	case c.Auth.PublicURL != "":
 		return strings.TrimSuffix(c.Auth.PublicURL, "/")
 	case listen != nil:
-		return "http://" + listen.String()
+		return scheme(c) + "://" + listen.String()
 	}
-	return "http://" + c.Listen
+	return scheme(c) + "://" + c.Listen
 }
 
 // identities makes what tells who is calling; nil means that nobody is asked. Positions of what is

@@ -72,6 +72,16 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			err = errors.Join(err, o.close(ctx))
 		}
 	}()
+	var shown assembly.Certificates
+	if listen != nil { // over stdio nobody sees them
+		if shown, err = certificates(f, t.logger); err != nil {
+			return nil, exit(exitFailed, err)
+		}
+	}
+	proxies, err := ranges(f, c.TLS.Proxies, "tls.trusted_proxies")
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	bar := newBar(e.err)
 	defer bar.done()
 	var backends []call.Backend
@@ -133,6 +143,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		},
 		Identity: identity, Access: access, Login: authorization, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
+		TLS: shown, Proxies: proxies,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})
 	if err != nil {

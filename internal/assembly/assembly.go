@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -59,6 +60,9 @@ type Options struct {
 	Tracer  trace.TracerProvider // nil: no spans
 	Meter   metric.MeterProvider // nil: no metrics
 	Metrics http.Handler         // serves /metrics; nil: 404
+
+	TLS     Certificates   // what the listener shows its clients; nil: plain HTTP
+	Proxies []netip.Prefix // of plain HTTP: other peers but this machine are refused; nil: none are
 
 	StateKey       []byte   // 32 bytes that seal requestState; nil: random, states end with the process
 	AllowedHosts   []string // beside loopback names
@@ -139,6 +143,9 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		observer.Gauge("newel.calls.running", "Calls that run.", admission.Running),
 		observer.Gauge("newel.streams.open", "Open subscriptions.", admission.Streams))
 	if err != nil {
+		return nil, err
+	}
+	if err := h.expiryMetric(); err != nil {
 		return nil, err
 	}
 	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts, CheckOutput: catalog.CheckOutput})

@@ -64,12 +64,12 @@ func (h *House) Handler() http.Handler {
 			status(w, http.StatusServiceUnavailable, `{"status":"starting"}`)
 			return
 		}
-		status(w, http.StatusOK, `{"status":"ready"}`)
+		h.answerReady(w)
 	})
 	if h.opts.Metrics != nil {
 		mux.Handle("GET /metrics", h.opts.Metrics)
 	}
-	return mux
+	return h.behindProxy(mux)
 }
 
 func status(w http.ResponseWriter, code int, body string) {
@@ -114,7 +114,12 @@ func (h *House) Serve(ctx context.Context, l net.Listener) error {
 			}
 			stopped <- err
 		}()
-		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		serve := srv.Serve
+		if h.opts.TLS != nil {
+			srv.TLSConfig = h.opts.TLS.Config()
+			serve = func(l net.Listener) error { return srv.ServeTLS(l, "", "") }
+		}
+		if err := serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("http: %w", err)
 		}
 		return <-stopped
@@ -144,6 +149,13 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 		all.Go(func() {
 			if err := r.Run(background); err != nil {
 				h.opts.Logger.LogAttrs(background, slog.LevelError, "the keys of issuers are not kept fresh any more", slog.String("error", err.Error()))
+			}
+		})
+	}
+	if h.opts.TLS != nil {
+		all.Go(func() {
+			if err := h.opts.TLS.Run(background); err != nil {
+				h.opts.Logger.LogAttrs(background, slog.LevelError, "certificates are not kept fresh any more", slog.String("error", err.Error()))
 			}
 		})
 	}

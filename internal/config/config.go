@@ -35,6 +35,7 @@ type Config struct {
 	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
 	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
 	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	TLS            TLS       `yaml:"tls" doc:"Encryption of what is served over HTTP."`
 	Auth           Auth      `yaml:"auth" doc:"Who may call."`
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
@@ -51,6 +52,37 @@ type Server struct {
 	Title        string `yaml:"title" doc:"Name for people."`
 	Version      string `yaml:"version" default:"0.0.0" doc:"Version of what is served."`
 	Instructions string `yaml:"instructions" doc:"How to use the server: models read this."`
+}
+
+// TLS is the encryption of what is served over HTTP.
+type TLS struct {
+	Certificates []KeyPair `yaml:"certificates" doc:"Certificates, one for each name or group of names; the first is for clients that ask for another name or none. Files are read again when they change."`
+	MinVersion   string    `yaml:"min_version" enum:"1.2,1.3" default:"1.2" doc:"Oldest version of TLS."`
+	Clients      string    `yaml:"client_certificates" enum:"none,optional,required,optional_any" default:"none" doc:"Whether clients show a certificate. optional: one that is shown must be of client_ca. required: every client shows one of client_ca. optional_any: any may be shown, for access tokens bound to certificates (RFC 8705)."`
+	ClientCA     string    `yaml:"client_ca" doc:"File of the authorities of clients' certificates, in PEM form."`
+	ACME         ACME      `yaml:"acme" doc:"An authority that is asked for certificates (RFC 8555, challenge tls-alpn-01); it has to reach this server on port 443."`
+	Terminated   bool      `yaml:"terminated_by_proxy" doc:"Whether a proxy in front speaks TLS with clients, and plain HTTP with this server; trusted_proxies names it."`
+	Proxies      []string  `yaml:"trusted_proxies" doc:"Addresses of that proxy, such as 10.0.3.0/24. From others but this machine only /health, /ready and /metrics are answered."`
+}
+
+// On reports whether TLS is spoken here.
+func (t *TLS) On() bool { return len(t.Certificates) > 0 || len(t.ACME.Domains) > 0 }
+
+// KeyPair names the files of a certificate and its key.
+type KeyPair struct {
+	Certificate string `yaml:"certificate" required:"true" doc:"File of the certificate, followed by those between it and its authority, in PEM form."`
+	Key         string `yaml:"key" required:"true" doc:"File of its private key, in PEM form."`
+}
+
+// ACME is an authority that is asked for certificates.
+type ACME struct {
+	Directory string   `yaml:"directory" default:"https://acme-v02.api.letsencrypt.org/directory" doc:"Address of its directory."`
+	Domains   []string `yaml:"domains" doc:"Names that certificates are asked for, without wildcards."`
+	Email     string   `yaml:"email" doc:"Where the authority may write to."`
+	Cache     string   `yaml:"cache" doc:"Folder for the account, certificates and keys; needed. Several servers may share it."`
+	Terms     bool     `yaml:"accept_terms" doc:"Whether you accept the terms of the authority; it issues nothing otherwise."`
+	CA        string   `yaml:"ca" doc:"File of the authorities trusted for the address of a private ACME server; default: the system's."`
+	Private   []string `yaml:"private_ranges" doc:"Private address ranges in which that server may be, such as 10.0.0.0/8."`
 }
 
 // Auth is who may call.

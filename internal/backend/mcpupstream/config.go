@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"path"
 	"slices"
@@ -27,6 +28,9 @@ type Config struct {
 	URL       string                   `yaml:"url" doc:"Address of a server that speaks Streamable HTTP. Redirects are not followed."`
 	Transport string                   `yaml:"transport" enum:"stdio,http,streamable-http,streamableHttp,sse" doc:"How it is spoken to, as some clients write it. Only sse needs to be said: the HTTP+SSE of revision 2024-11-05."`
 	Headers   map[string]secret.String `yaml:"headers" doc:"Headers sent with every request. Plain text, or a reference such as ${env:NAME}."`
+
+	TLS     TLS      `yaml:"tls" doc:"What is shown to the server, and expected of it."`
+	Private []string `yaml:"private_ranges" doc:"Private address ranges in which the server may be, such as 10.0.0.0/8. Not needed for localhost, nor for a private address that is written in url."`
 
 	Revision string   `yaml:"revision" enum:"auto,2026-07-28,2025-11-25" default:"auto" doc:"Protocol revision to speak: the stateless one, one with sessions, or whatever the server speaks."`
 	Prefix   string   `yaml:"prefix" doc:"Put before the names of its tools and prompts, such as files_."`
@@ -50,6 +54,19 @@ type Config struct {
 	IdleTimeout        time.Duration `yaml:"idle_timeout" default:"5m" doc:"A session or process that nobody uses ends after this long."`
 	MaxParked          int           `yaml:"max_parked" default:"100" doc:"Most calls that wait for input of a caller who has to come back with it."`
 	ParkTimeout        time.Duration `yaml:"park_timeout" default:"5m" doc:"How long such a call waits."`
+}
+
+// TLS is what is shown to a server over https, and expected of it.
+type TLS struct {
+	Certificate string   `yaml:"client_certificate" doc:"File of the certificate shown to the server, in PEM form; read again when it changes."`
+	Key         string   `yaml:"client_key" doc:"File of its private key."`
+	CA          string   `yaml:"ca" doc:"File of the authorities trusted instead of the system's, in PEM form."`
+	ServerName  string   `yaml:"server_name" doc:"Name in the server's certificate; default: that in url."`
+	Pins        []string `yaml:"pins" doc:"Keys of which the server's certificate, or an authority above it, must have one: sha256/ and the SHA-256 of the public key (SPKI) in base64. Several let keys rotate."`
+}
+
+func (t *TLS) empty() bool {
+	return t.Certificate == "" && t.Key == "" && t.CA == "" && t.ServerName == "" && len(t.Pins) == 0
 }
 
 // Tool is how one tool is published.
@@ -111,6 +128,16 @@ func (c *Config) check(at func(setting string) string) error {
 			bad("url", "must be an http or https address")
 		case u.User != nil:
 			bad("url", "must not hold a password; put it into headers, as a reference")
+		case u.Scheme == "http" && !c.TLS.empty():
+			bad("tls", "the address is http, where nothing is shown or expected; write https")
+		}
+	}
+	if c.URL == "" && (!c.TLS.empty() || len(c.Private) > 0) {
+		bad("tls", "tls and private_ranges are for servers with a url")
+	}
+	for i, p := range c.Private {
+		if _, err := netip.ParsePrefix(p); err != nil {
+			bad(fmt.Sprintf("private_ranges[%d]", i), "%q is not a range of addresses, such as 10.0.0.0/8", p)
 		}
 	}
 	for name, v := range c.Headers {
