@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"newel.dev/newel/internal/guard/quota"
-	"newel.dev/newel/internal/guard/quota/quotatest"
+	"newel.dev/newel/internal/store/quotatest"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/test/engines"
 )
