@@ -19,9 +19,9 @@ import (
 // endpoint is an upstream over Streamable HTTP. It is safe for concurrent use.
 type endpoint struct {
 	url     *url.URL
-	header  http.Header     // as configured
-	trip    *http.Transport // follows no redirects: where an address leads is for the operator to say
-	maxSize int             // bytes of one message
+	header  http.Header       // as configured
+	trip    http.RoundTripper // follows no redirects: where an address leads is for the operator to say
+	maxSize int               // bytes of one message
 }
 
 func newEndpoint(address string, header http.Header, o *Config) (*endpoint, error) {
@@ -30,7 +30,7 @@ func newEndpoint(address string, header http.Header, o *Config) (*endpoint, erro
 		return nil, err
 	}
 	dialer := &net.Dialer{Timeout: o.ConnectTimeout, KeepAlive: 30 * time.Second}
-	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: &http.Transport{
+	var trip http.RoundTripper = &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            dialer.DialContext,
 		TLSHandshakeTimeout:    o.ConnectTimeout,
@@ -40,7 +40,11 @@ func newEndpoint(address string, header http.Header, o *Config) (*endpoint, erro
 		MaxResponseHeaderBytes: 64 << 10,
 		ForceAttemptHTTP2:      true,
 		DisableCompression:     true, // what was compressed to nothing would be unpacked without bound
-	}}, nil
+	}
+	if o.Access != nil {
+		trip = o.Access(trip)
+	}
+	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: trip}, nil
 }
 
 // do sends one request. Nothing is followed, nothing stored: a transport is all that is needed.
