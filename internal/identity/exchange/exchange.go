@@ -294,10 +294,11 @@ func (c *Client) obtain(ctx context.Context, ch *challenge, used *Token) (*Token
 	if failure != nil && time.Now().Before(until) {
 		return nil, failure
 	}
-	if c.o.Grant == AuthorizationCode && known.Refresh == "" {
+	refused := ch != nil && used != nil && time.Since(used.Since) < pauseRefused // another one would fare no better
+	switch {
+	case c.o.Grant == AuthorizationCode && (known.Refresh == "" || refused):
 		return nil, c.needsLogin(nil)
-	}
-	if ch != nil && used != nil && time.Since(used.Since) < pauseRefused && c.o.Grant != AuthorizationCode {
+	case refused:
 		return nil, c.failed(fmt.Errorf("%s refuses the token that %s has just given", c.o.Server, known.Issuer), pauseRefused)
 	}
 	if ch == nil {
@@ -378,8 +379,13 @@ func (c *Client) renew(ctx context.Context, p *place, known *state) (*Token, err
 	var said *statusError
 	switch {
 	case errors.As(err, &said) && said.status < 500:
-		c.Forget() // a refresh token works once: asking again may end the whole login
-		return nil, c.needsLogin(err)
+		forgotten := c.keep(func(s *state) error {
+			if s.Refresh == known.Refresh {
+				s.set(nil) // a refresh token works once: asking again may end more than this login
+			}
+			return nil
+		})
+		return nil, c.needsLogin(errors.Join(err, forgotten))
 	case err != nil:
 		return nil, c.failedBy(err)
 	}
@@ -390,7 +396,9 @@ func (c *Client) renew(ctx context.Context, p *place, known *state) (*Token, err
 		t.Scope = known.Scope
 	}
 	return t, c.keep(func(s *state) error {
-		s.set(t)
+		if s.Refresh == known.Refresh {
+			s.set(t)
+		} // else somebody has logged in meanwhile: that counts
 		return nil
 	})
 }
@@ -415,7 +423,7 @@ func (c *Client) stepUp(ctx context.Context, ch *challenge, used *Token) (*Token
 	switch {
 	case len(c.o.Scopes) > 0 && !within(ch.scopes, c.o.Scopes):
 		return nil, c.refusal("needs the scopes %s, and its configuration here does not ask for them", wants)
-	case within(ch.scopes, known.Asked):
+	case len(union(known.Asked, ch.scopes)) == len(known.Asked): // nothing new, or too much already
 		return nil, c.refusal("needs the scopes %s, which its authorization server was asked for and did not give", wants)
 	case c.o.Grant != AuthorizationCode && p != nil:
 		return c.grant(ctx, p, ch, &known)
@@ -465,10 +473,14 @@ func (c *Client) reread() error {
 	return nil
 }
 
-// keep changes the state, and the file if there is one.
+// keep changes the state, and the file if there is one: what another process wrote there is taken
+// over first.
 func (c *Client) keep(change func(*state) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.reread(); err != nil {
+		return err
+	}
 	next := c.state
 	if err := change(&next); err != nil {
 		return err

@@ -29,6 +29,7 @@ type Flow struct {
 	client   *credentials
 	made     *registration // or nil
 	key      *ecdsa.PrivateKey
+	named    string // where the server said it describes itself, or ""
 	redirect string
 	state    string
 	verifier string
@@ -69,7 +70,7 @@ func (c *Client) Begin(ctx context.Context, redirect string) (*Flow, error) {
 	case !slices.Contains(p.as.PKCE, "S256"):
 		return nil, fmt.Errorf("the authorization server %s does not support PKCE with S256", p.as.Issuer)
 	}
-	f := &Flow{c: c, place: p, redirect: redirect, state: rand.Text(), verifier: rand.Text() + rand.Text(), scopes: c.scopes(p, &ch, &known)}
+	f := &Flow{c: c, place: p, named: at, redirect: redirect, state: rand.Text(), verifier: rand.Text() + rand.Text(), scopes: c.scopes(p, &ch, &known)}
 	if p.bound(&ch) || known.Bound && known.Issuer == p.as.Issuer {
 		if !p.as.proves() {
 			return nil, fmt.Errorf("%s wants tokens bound to a key, which the authorization server %s does not give", c.o.Server, p.as.Issuer)
@@ -218,7 +219,7 @@ func (f *Flow) Finish(ctx context.Context, q url.Values) (*Token, error) {
 		return nil, err
 	}
 	return t, f.c.keep(func(s *state) error {
-		*s = state{Server: s.Server, Issuer: m.Issuer, ClientID: f.client.id, Client: f.made, Asked: f.scopes, Metadata: s.Metadata}
+		*s = state{Server: s.Server, Issuer: m.Issuer, ClientID: f.client.id, Client: f.made, Asked: f.scopes, Metadata: f.named}
 		s.set(t)
 		return s.setKey(f.key)
 	})

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -109,7 +110,7 @@ func read(file, server string) (*state, time.Time, error) {
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	if info.Mode().Perm()&0o077 != 0 {
+	if info.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows" { // where permissions are another matter
 		return nil, time.Time{}, fmt.Errorf("%s holds tokens and others may read it; chmod 600 it, or remove it and log in again", file)
 	}
 	raw, err := os.ReadFile(file)
