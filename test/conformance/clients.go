@@ -67,9 +67,7 @@ func clientScenarios(ctx context.Context, here string) ([]clientScenario, error)
 	for _, m := range listed.FindAllStringSubmatch(string(text), -1) {
 		at := strings.Split(strings.ReplaceAll(m[2], "extension", strings.Join(revisions, ",")), ",")
 		for _, revision := range at {
-			if revision != "2025-06-18" { // the same as at 2025-11-25, with a check less
-				out = append(out, clientScenario{m[1], revision})
-			}
+			out = append(out, clientScenario{m[1], revision})
 		}
 	}
 	if len(out) == 0 {

@@ -75,12 +75,16 @@ type Client struct {
 	mu      sync.Mutex // guards what is below
 	state   state
 	written time.Time // of the file, when it was read
+	looked  time.Time // when the file was looked at
 	last    challenge // of the server's last refusal
 	place   *place    // where the last token came from
 	nonce   string    // of the server, for proofs
 	failure error     // why there is no access
 	until   time.Time // no sooner is it tried again
 }
+
+// lookEvery is how soon a login counts that somebody makes while another one is good.
+const lookEvery = time.Second
 
 // Pauses after a failure, so that a server that refuses does not make its authorization server busy.
 const (
@@ -229,11 +233,19 @@ func (c *Client) Forget() {
 
 // current returns the token to send, or nil to see what the server says.
 func (c *Client) current(ctx context.Context) (*Token, error) {
+	now := time.Now()
 	c.mu.Lock()
+	var err error
+	if now.Sub(c.looked) >= lookEvery {
+		c.looked = now
+		err = c.reread()
+	}
 	t, found := c.state.token(), c.place != nil
 	c.mu.Unlock()
 	switch {
-	case t != nil && t.fresh(time.Now()):
+	case err != nil:
+		return nil, err
+	case t != nil && t.fresh(now):
 		return t, nil
 	case t == nil && c.o.Grant == AuthorizationCode:
 		return c.newer("")

@@ -85,7 +85,7 @@ func (w *world) authorize(rw http.ResponseWriter, r *http.Request) {
 	case "/.well-known/oauth-authorization-server":
 		reply(rw, w.metadata != nil, w.metadata)
 	case "/register":
-		reply(rw, true, map[string]any{"client_id": "made"})
+		reply(rw, true, map[string]any{"client_id": "made at " + w.as.URL})
 	case "/token":
 		if err := r.ParseForm(); err != nil {
 			w.t.Error(err)
@@ -275,7 +275,7 @@ func TestRenewedOnce(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if len(w.requests) != 2 || w.requests[1].Get("refresh_token") != "refresh-1" || w.requests[1].Get("resource") == "" || w.requests[1].Get("client_id") != "made" {
+	if len(w.requests) != 2 || w.requests[1].Get("refresh_token") != "refresh-1" || w.requests[1].Get("resource") == "" || w.requests[1].Get("client_id") != "made at "+w.as.URL {
 		t.Errorf("the token endpoint was asked %v", w.requests)
 	}
 }
@@ -444,8 +444,8 @@ func TestMigration(t *testing.T) {
 	if len(w.requests) != 1 || len(next.requests) != 0 {
 		t.Error("a refresh token went somewhere")
 	}
-	if err := w.login(w.client(Options{File: file})); err != nil || next.requests[0].Get("code") == "" {
-		t.Fatal(err)
+	if err := w.login(w.client(Options{File: file})); err != nil || next.requests[0].Get("code") == "" || next.requests[0].Get("client_id") != "made at "+next.as.URL {
+		t.Fatal(err, next.requests)
 	}
 	if status, err := w.call(c); status != http.StatusOK {
 		t.Error(status, err)
