@@ -209,7 +209,7 @@ func (c *Client) authorize(r *http.Request, token *Token) error {
 	key, nonce := c.state.key, c.nonce
 	c.mu.Unlock()
 	if key == nil {
-		return errors.New("the key that the token is bound to is lost; log in again")
+		return c.noAccess(errors.New("the key that the token is bound to is lost; log in again"))
 	}
 	p, err := proof(key, r.Method, r.URL, token.Access.Reveal(), nonce)
 	if err != nil {
@@ -479,14 +479,14 @@ func (c *Client) reread() error {
 	}
 	s, written, err := read(c.o.File, c.o.Server)
 	if err != nil {
-		return err
+		return c.noAccess(err)
 	}
 	c.state, c.written, c.failure = *s, written, nil
 	return nil
 }
 
 // keep changes the state, and the file if there is one: what another process wrote there is taken
-// over first.
+// over first. What cannot be written counts until this process ends.
 func (c *Client) keep(change func(*state) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -497,15 +497,15 @@ func (c *Client) keep(change func(*state) error) error {
 	if err := change(&next); err != nil {
 		return err
 	}
-	c.failure = nil
-	if c.o.File != "" {
-		written, err := next.write(c.o.File)
-		if err != nil {
-			return fmt.Errorf("the login cannot be kept: %w", err)
-		}
-		c.written = written
+	c.state, c.failure = next, nil
+	if c.o.File == "" {
+		return nil
 	}
-	c.state = next
+	written, err := next.write(c.o.File)
+	if err != nil {
+		return c.noAccess(fmt.Errorf("the login cannot be kept: %w", err))
+	}
+	c.written = written
 	return nil
 }
 
@@ -531,9 +531,14 @@ func (c *Client) failedBy(err error) error {
 	return c.failed(err, pauseAway)
 }
 
+// noAccess says so; the cause is for the log.
+func (c *Client) noAccess(cause error) *call.Error {
+	return call.Errorf(call.Unavailable, "%s gives no access", c.o.Name).Because(cause)
+}
+
 // failed says that there is no access and remembers it for a while.
 func (c *Client) failed(cause error, pause time.Duration) error {
-	e := call.Errorf(call.Unavailable, "%s gives no access", c.o.Name).Because(cause)
+	e := c.noAccess(cause)
 	e.RetryAfter = pause
 	c.mu.Lock()
 	defer c.mu.Unlock()
