@@ -67,7 +67,7 @@ type Auth struct {
 	Scopes         []string      `yaml:"scopes" doc:"Scopes to ask for, and no others; default: what the server asks for."`
 	AssertionFile  string        `yaml:"assertion_file" doc:"File with the identity token (enterprise) or the platform's token (workload); it is read every time."`
 	Provider       Provider      `yaml:"identity_provider" doc:"Identity provider, with enterprise."`
-	Private        []string      `yaml:"private_ranges" doc:"Private address ranges in which authorization servers may be, such as 10.0.0.0/8; others are not asked."`
+	Private        []string      `yaml:"private_ranges" doc:"Private address ranges in which authorization servers, and the server's own metadata, may be, such as 10.0.0.0/8; others are not asked."`
 	Legacy         bool          `yaml:"legacy" doc:"Whether a server of revision 2025-03-26, which describes no access, is its own authorization server."`
 }
 

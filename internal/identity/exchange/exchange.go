@@ -141,6 +141,9 @@ type transport struct {
 
 // RoundTrip implements http.RoundTripper.
 func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body != nil && r.GetBody != nil {
+		defer r.Body.Close() // each attempt has its own
+	}
 	if !sameOrigin(r.URL, t.c.url) {
 		return nil, fmt.Errorf("%s is not of the server %s: it gets no token", r.URL.Redacted(), t.c.o.Server)
 	}
@@ -176,6 +179,7 @@ func (t *transport) send(r *http.Request, token *Token) (*http.Response, error) 
 	if r.Header == nil {
 		r.Header = http.Header{}
 	}
+	r.Header.Del("Authorization") // there is one way to get in
 	if r.GetBody != nil {
 		body, err := r.GetBody()
 		if err != nil {

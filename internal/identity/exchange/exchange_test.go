@@ -138,9 +138,13 @@ func (w *world) call(c *Client) (int, error) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	r.Header.Set("Authorization", "Bearer of-the-caller")
 	resp, err := c.Transport(http.DefaultTransport).RoundTrip(r)
 	if err != nil {
 		return 0, err
+	}
+	if got := r.Header.Get("Authorization"); got != "Bearer of-the-caller" {
+		w.t.Errorf("the request was changed: %s", got)
 	}
 	return resp.StatusCode, resp.Body.Close()
 }
