@@ -45,7 +45,7 @@ conformance: ## the official suite, both revisions on one URL (needs npm)
 conformance-gateway: ## the same suite through the gateway, in front of six servers (needs npm)
 	@go run ./test/conformance -gateway
 
-conformance-auth: ## the suite's scenarios for authorization servers, against the one for development (needs npm)
+conformance-auth: ## the suite's scenarios for authorization servers and their clients: the one for development, the gateway (needs npm)
 	@go run ./test/conformance -auth
 
 bench: ## what a call costs, against the floor and other libraries (three minutes, Linux, two CPUs)

@@ -88,6 +88,10 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	var problems []error
 	for i := range c.Backends {
 		b := &c.Backends[i]
+		if _, err := e.giveAccess(f, b); err != nil {
+			problems = append(problems, err)
+			continue
+		}
 		backend, err := b.Module.Open(ctx, b.Name, b.Settings, module.Env{
 			Dir: f.Dir, Logger: t.logger, Progress: bar.report,
 			Position: func(path string) string { return f.BackendPosition(b, path) },

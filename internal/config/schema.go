@@ -141,6 +141,9 @@ func rows(b *strings.Builder, t reflect.Type, prefix string) {
 		if inner.Kind() == reflect.Slice {
 			inner, suffix = inner.Elem(), "[]"
 		}
+		if inner.Kind() == reflect.Pointer {
+			inner = inner.Elem() // a mapping that may be left out
+		}
 		initial := "–"
 		switch {
 		case f.required:

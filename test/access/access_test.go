@@ -19,7 +19,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/identity/devserver"
-	"newel.dev/newel/internal/identity/login"
+	"newel.dev/newel/internal/identity/exchange"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
 )
@@ -118,7 +118,11 @@ func startSet(t *testing.T, further []verify.Issuer, set policy.Set, servers ...
 // token logs a user in, the whole way.
 func (w *world) token(user string, scopes ...string) string {
 	w.t.Helper()
-	f, err := login.Begin(w.t.Context(), login.Options{Server: w.base + "/mcp", Redirect: "http://127.0.0.1:1/callback", Scopes: scopes})
+	c, err := exchange.New(exchange.Options{Server: w.base + "/mcp", Scopes: scopes, HTTP: http.DefaultClient})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	f, err := c.Begin(w.t.Context(), "http://127.0.0.1:1/callback")
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -136,7 +140,7 @@ func (w *world) token(user string, scopes ...string) string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return tok.Access
+	return tok.Access.Reveal()
 }
 
 type response struct {

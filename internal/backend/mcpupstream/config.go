@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -28,6 +29,9 @@ type Config struct {
 	URL       string                   `yaml:"url" doc:"Address of a server that speaks Streamable HTTP. Redirects are not followed."`
 	Transport string                   `yaml:"transport" enum:"stdio,http,streamable-http,streamableHttp,sse" doc:"How it is spoken to, as some clients write it. Only sse needs to be said: the HTTP+SSE of revision 2024-11-05."`
 	Headers   map[string]secret.String `yaml:"headers" doc:"Headers sent with every request. Plain text, or a reference such as ${env:NAME}."`
+	Auth      *Auth                    `yaml:"auth" doc:"How the gateway gets access to a server that asks for access tokens."`
+	// Access adds that to requests. It is needed where there is Auth: this package gets no tokens.
+	Access func(next http.RoundTripper) http.RoundTripper `yaml:"-"`
 
 	TLS     TLS      `yaml:"tls" doc:"What is shown to the server, and expected of it."`
 	Private []string `yaml:"private_ranges" doc:"Private address ranges in which the server may be, such as 10.0.0.0/8. Not needed for localhost, nor for a private address that is written in url."`
@@ -67,6 +71,28 @@ type TLS struct {
 
 func (t *TLS) empty() bool {
 	return t.Certificate == "" && t.Key == "" && t.CA == "" && t.ServerName == "" && len(t.Pins) == 0
+}
+
+// Auth is how the gateway gets access tokens for a server.
+type Auth struct {
+	Grant          string        `yaml:"grant" enum:"authorization_code,client_credentials,enterprise,workload" default:"authorization_code" doc:"authorization_code: a person logs in, with newel login --upstream. client_credentials: the gateway has access of its own. enterprise: the company's identity provider vouches for this server (ID-JAG). workload: the platform's token is exchanged (RFC 7523)."`
+	Issuer         string        `yaml:"issuer" doc:"Authorization server that the client is registered at; required with a secret, enterprise and workload. Default: what the server names."`
+	ClientID       string        `yaml:"client_id" doc:"Id of the client there; default: client_metadata_url, or one is registered at login."`
+	ClientSecret   secret.String `yaml:"client_secret" doc:"Its secret."`
+	PrivateKeyFile string        `yaml:"private_key_file" doc:"Its private key (PEM) for private_key_jwt."`
+	MetadataURL    string        `yaml:"client_metadata_url" doc:"Address of the client's metadata document, where authorization servers take one instead of a registration."`
+	Scopes         []string      `yaml:"scopes" doc:"Scopes to ask for, and no others; default: what the server asks for."`
+	AssertionFile  string        `yaml:"assertion_file" doc:"File with the identity token (enterprise) or the platform's token (workload); it is read every time."`
+	Provider       Provider      `yaml:"identity_provider" doc:"Identity provider, with enterprise."`
+	Private        []string      `yaml:"private_ranges" doc:"Private address ranges in which authorization servers, and the server's own metadata, may be, such as 10.0.0.0/8; others are not asked."`
+	Legacy         bool          `yaml:"legacy" doc:"Whether a server of revision 2025-03-26, which describes no access, is its own authorization server."`
+}
+
+// Provider is an identity provider.
+type Provider struct {
+	Issuer       string        `yaml:"issuer" doc:"Its issuer."`
+	ClientID     string        `yaml:"client_id" doc:"Id of the gateway there."`
+	ClientSecret secret.String `yaml:"client_secret" doc:"Its secret there."`
 }
 
 // Tool is how one tool is published.
@@ -120,6 +146,16 @@ func (c *Config) check(at func(setting string) string) error {
 		bad("revision", "HTTP+SSE is older than 2026-07-28; leave one of transport and revision out")
 	case c.MaxProcessCPU != 0 && c.MaxProcessCPU < time.Second:
 		bad("max_process_cpu", "must be at least 1s")
+	}
+	if c.Auth != nil {
+		switch {
+		case c.URL == "":
+			bad("auth", "only a server with a url asks for access tokens")
+		case c.Access == nil:
+			bad("auth", "this program gets no access tokens")
+		case slices.ContainsFunc(slices.Collect(maps.Keys(c.Headers)), func(name string) bool { return strings.EqualFold(name, "Authorization") }):
+			bad("headers", "Authorization comes from auth here; leave one of the two out")
+		}
 	}
 	if c.URL != "" {
 		u, err := url.Parse(c.URL)

@@ -25,9 +25,9 @@ import (
 // endpoint is an upstream over Streamable HTTP. It is safe for concurrent use.
 type endpoint struct {
 	url     *url.URL
-	header  http.Header     // as configured
-	trip    *http.Transport // follows no redirects: where an address leads is for the operator to say
-	maxSize int             // bytes of one message
+	header  http.Header       // as configured
+	trip    http.RoundTripper // follows no redirects: where an address leads is for the operator to say
+	maxSize int               // bytes of one message
 }
 
 // newEndpoint checks the address and reads the files of TLS. Relative paths start at env.Dir.
@@ -61,8 +61,12 @@ func newEndpoint(o *Config, env module.Env, where func(string) string) (*endpoin
 		}
 		allow = append(allow[:len(allow):len(allow)], prefix)
 	}
-	trip := egress.Transport(egress.Options{Allow: allow, Timeout: o.ConnectTimeout, TLS: shown})
-	trip.MaxIdleConns, trip.MaxIdleConnsPerHost, trip.IdleConnTimeout = o.MaxConcurrentCalls, o.MaxConcurrentCalls, 90*time.Second
+	transport := egress.Transport(egress.Options{Allow: allow, Timeout: o.ConnectTimeout, TLS: shown})
+	transport.MaxIdleConns, transport.MaxIdleConnsPerHost, transport.IdleConnTimeout = o.MaxConcurrentCalls, o.MaxConcurrentCalls, 90*time.Second
+	var trip http.RoundTripper = transport
+	if o.Access != nil {
+		trip = o.Access(trip)
+	}
 	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: trip}, nil
 }
 

@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"newel.dev/newel/internal/guard/quota"
-	"newel.dev/newel/internal/store/quotatest"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/quotatest"
 	"newel.dev/newel/test/engines"
 )
 
