@@ -123,6 +123,10 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}
+	counted, err := limiter(f, o, t.logger)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -145,7 +149,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Identity: identity, Access: access, Login: authorization, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
+		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,
 		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,

@@ -32,6 +32,7 @@ import (
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
@@ -52,6 +53,7 @@ type Options struct {
 	Identity authenticate.Verifier // who is calling; nil: nobody is known, and only loopback is served
 	Access   *Access               // how callers get a token for this server; nil: not told
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
+	Quota    *quota.Limiter        // nil: nothing is counted
 	Policy   *policy.Policy        // nil: what is published needs its scopes and no more
 	Shadow   *policy.Policy        // asked too, for the log alone; nil: none
 	Explicit bool                  // say that something is denied although its caller may not see it

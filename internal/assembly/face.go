@@ -83,6 +83,11 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	if o.Identity != nil {
 		shared.Authenticate = authenticate.New(f.identity(o))
 	}
+	if o.Quota != nil {
+		gate := shared.Admit
+		counted := o.Quota.Guard(f.knows)
+		shared.Admit = func(next call.Handler) call.Handler { return counted(gate(next)) } // who is over a limit does not wait for a turn
+	}
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
 	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
 	if err != nil {
@@ -125,6 +130,21 @@ func (s *Server) keep(backend string, c *call.Capability) bool {
 		return matches(s.Prompts, c.Name)
 	}
 	return matches(s.Resources, cmp.Or(c.URI, c.Template)) || backend == artifactBackend
+}
+
+// knows reports whether a name is that of something published.
+func (f *face) knows(kind call.Kind, name string) bool {
+	s := f.catalog.Load()
+	switch kind {
+	case call.Tool:
+		return s.Tool(name) != nil
+	case call.Prompt:
+		return s.Prompt(name) != nil
+	case call.Resource:
+		c := s.Resource(name)
+		return c != nil && c.URI != "" // what fits a template has too many names
+	}
+	return false
 }
 
 // artifactBackend is where large results of any tool are read from.

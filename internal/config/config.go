@@ -39,6 +39,8 @@ type Config struct {
 	Auth           Auth      `yaml:"auth" doc:"Who may call."`
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
+	Quotas         Quotas    `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
+	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
 	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
@@ -183,6 +185,47 @@ type Limits struct {
 	SessionIdleTimeout time.Duration `yaml:"session_idle_timeout" default:"30m" doc:"A session ends after this long without a message."`
 	MaxResultBytes     Size          `yaml:"max_result_bytes" default:"256KiB" doc:"Largest result; larger ones are kept as artifacts and linked."`
 	MaxResultTokens    int           `yaml:"max_result_tokens" default:"64000" doc:"Most estimated tokens of a result."`
+}
+
+// Quotas are how much each may use.
+type Quotas struct {
+	Rules       []Quota     `yaml:"rules" doc:"Limits. A call has to be within all that are about it."`
+	Costs       []QuotaCost `yaml:"costs" doc:"Units that calls of tools cost; the first that fits counts, others cost one."`
+	NotCritical []string    `yaml:"not_critical" doc:"Names of tools that are refused first when a budget runs out; * stands for any text."`
+	Share       float64     `yaml:"share_without_redis" default:"0.5" doc:"Share of each limit that a node grants by itself while Redis is away, above 0 and at most 1."`
+}
+
+// Quota is one limit.
+type Quota struct {
+	Name       string   `yaml:"name" required:"true" doc:"Name of the limit, as those who are over it are told."`
+	Per        []string `yaml:"per" doc:"What is counted together: of one tenant, principal, client, tool. Empty counts all calls together."`
+	Tools      []string `yaml:"tools" doc:"Names of the tools, prompts and resources it is about; * stands for any text. Empty is about all."`
+	Tenants    []string `yaml:"tenants" doc:"Tenants it is about; empty is about all."`
+	Rate       string   `yaml:"rate" doc:"Calls per second, minute or hour, such as 20/s, 600/m, 1000/h."`
+	Burst      int      `yaml:"burst" doc:"Calls that may come at once; default: those of one second."`
+	Concurrent int      `yaml:"concurrent" doc:"Calls that run at once."`
+	Budget     Budget   `yaml:"budget" doc:"What may be used in an hour, a day or a month."`
+	AlertAt    float64  `yaml:"alert_at" doc:"Share of the budget at which the log warns, such as 0.8."`
+	DegradeAt  float64  `yaml:"degrade_at" doc:"Share of the budget from which tools that are not critical are refused, such as 0.9."`
+}
+
+// Budget is what may be used in a window.
+type Budget struct {
+	Calls  int64  `yaml:"calls" doc:"Calls."`
+	Tokens int64  `yaml:"tokens" doc:"Estimated tokens of results."`
+	Cost   int64  `yaml:"cost" doc:"Units of cost."`
+	Every  string `yaml:"every" enum:"hour,day,month" default:"day" doc:"How long it lasts; windows begin at full hours, days and months of UTC."`
+}
+
+// QuotaCost is what calls of some tools cost.
+type QuotaCost struct {
+	Tools []string `yaml:"tools" required:"true" doc:"Names of the tools; * stands for any text."`
+	Units int64    `yaml:"units" doc:"Units that one call costs."`
+}
+
+// Redis is what nodes share.
+type Redis struct {
+	URL secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
 }
 
 // Telemetry is logs, traces and metrics.

@@ -174,10 +174,10 @@ func New(o Options) (*Limiter, error) {
 	for i := range o.Rules {
 		r := rule{Rule: o.Rules[i], lease: holdLease}
 		if err := r.check(); err != nil {
-			return nil, fmt.Errorf("limit %q: %w", r.Name, err)
+			return nil, fmt.Errorf("quota %q: %w", r.Name, err)
 		}
 		if names[r.Name] {
-			return nil, fmt.Errorf("limit %q: the name is taken", r.Name)
+			return nil, fmt.Errorf("quota %q: the name is taken", r.Name)
 		}
 		names[r.Name] = true
 		l.rules = append(l.rules, r)
@@ -188,6 +188,12 @@ func New(o Options) (*Limiter, error) {
 		}
 	}
 	return l, nil
+}
+
+// Check reports what about a rule makes no sense.
+func (r Rule) Check() error {
+	one := rule{Rule: r}
+	return one.check()
 }
 
 func (r *rule) check() error {
@@ -262,7 +268,7 @@ func (l *Limiter) admit(ctx context.Context, c *call.Call, known bool) ([]Claim,
 
 func refusal(r *rule, cl *Claim, after time.Duration) error {
 	why := map[Kind]string{KindRate: "too many calls in a short time", KindConcurrent: "too many calls at once", KindBudget: "the budget of " + cl.What + " is used up"}[cl.Kind]
-	e := call.Errorf(call.Exhausted, "over the limit %q: %s; try again later", r.Name, why)
+	e := call.Errorf(call.Exhausted, "over the quota %q: %s; try again later", r.Name, why)
 	e.RetryAfter = max(after, time.Millisecond)
 	return e
 }
@@ -297,7 +303,7 @@ func (l *Limiter) claims(c *call.Call, known bool, now time.Time) ([]Claim, []*r
 			limit  int64
 			amount int64
 		}{{"calls", r.Budget.Calls, 1}, {"tokens", r.Budget.Tokens, 0}, {"cost", r.Budget.Cost, l.cost(c)}} {
-			if b.limit == 0 {
+			if b.limit == 0 || b.what == "cost" && b.amount == 0 {
 				continue
 			}
 			limit := b.limit
