@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -197,7 +198,7 @@ func (k *keySet) ask(ctx context.Context) ([]jose.JSONWebKey, error) {
 	var keys []jose.JSONWebKey
 	for _, raw := range set.Keys { // one that is not understood is no reason to lose the others
 		var key jose.JSONWebKey
-		if key.UnmarshalJSON(raw) == nil && usable(&key) {
+		if key.UnmarshalJSON(raw) == nil && usable(&key) && verifies(raw) {
 			keys = append(keys, key)
 		}
 	}
@@ -219,6 +220,15 @@ func usable(k *jose.JSONWebKey) bool {
 		return true
 	}
 	return false
+}
+
+// verifies reports whether a key is published for signatures, as far as it says (RFC 7517, section
+// 4.3; go-jose does not read it).
+func verifies(raw jsontext.Value) bool {
+	var key struct {
+		Operations []string `json:"key_ops"`
+	}
+	return json.Unmarshal(raw, &key) == nil && (key.Operations == nil || slices.Contains(key.Operations, "verify"))
 }
 
 // discover finds the key set in the issuer's metadata (RFC 8414, then OpenID Connect Discovery).
