@@ -71,8 +71,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// serveConfig starts the real program in a folder with these files and returns its origin.
-func serveConfig(t *testing.T, files map[string]string, more ...string) string {
+// program returns the path of the built program.
+func program(t *testing.T) string {
 	t.Helper()
 	built.once.Do(func() {
 		if built.dir, built.err = os.MkdirTemp("", "newel-access-"); built.err != nil {
@@ -85,16 +85,26 @@ func serveConfig(t *testing.T, files map[string]string, more ...string) string {
 	if built.err != nil {
 		t.Fatalf("building newel: %v", built.err)
 	}
-	dir := t.TempDir()
+	return filepath.Join(built.dir, "newel")
+}
+
+// serveNotes starts the real program with this part of a configuration, and notes to read and change.
+func serveNotes(t *testing.T, auth string) *world {
+	t.Helper()
+	binary, dir := program(t), t.TempDir()
+	files := map[string]string{"schema.sql": notesSchema, "newel.yaml": auth + notesConfig}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	cmd := exec.Command(filepath.Join(built.dir, "newel"), append([]string{"serve", "--listen", "127.0.0.1:0"}, more...)...)
-	cmd.Dir, cmd.Env = dir, append(os.Environ(), "IDP_SECRET="+machineSecret, "NO_COLOR=1")
-	var log bytes.Buffer
-	cmd.Stderr = &log
+	w := &world{t: t, log: filepath.Join(dir, "log")}
+	log, err := os.Create(w.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary, "serve", "--listen", "127.0.0.1:0")
+	cmd.Dir, cmd.Env, cmd.Stderr = dir, append(os.Environ(), "IDP_SECRET="+machineSecret, "NO_COLOR=1"), log
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -103,23 +113,34 @@ func serveConfig(t *testing.T, files map[string]string, more ...string) string {
 		t.Fatal(err)
 	}
 	lines := bufio.NewScanner(out)
-	var origin string
-	for origin == "" && lines.Scan() {
+	for w.base == "" && lines.Scan() {
 		if _, at, ok := strings.Cut(lines.Text(), "Serving MCP at "); ok {
-			origin = strings.TrimSuffix(strings.TrimSpace(at), "/mcp")
+			w.base = strings.TrimSuffix(strings.TrimSpace(at), "/mcp")
 		}
 	}
-	go func() { _, _ = io.Copy(io.Discard, out) }() // until it ends
+	read := make(chan struct{})
+	go func() { defer close(read); _, _ = io.Copy(io.Discard, out) }() // until it ends
 	t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM) // if it is gone, Wait says so
-		if err := cmd.Wait(); err != nil || t.Failed() {
-			t.Errorf("the server ended: %v\n%s", err, log.Bytes())
+		<-read
+		if err := errors.Join(cmd.Wait(), log.Close()); err != nil || t.Failed() {
+			t.Errorf("the server ended: %v\n%s", err, w.logged())
 		}
 	})
-	if origin == "" {
+	if w.base == "" {
 		t.Fatal("the server did not say where it is")
 	}
-	return origin
+	return w
+}
+
+// logged returns what a server in a process of its own logged.
+func (w *world) logged() string {
+	w.t.Helper()
+	raw, err := os.ReadFile(w.log)
+	if err != nil {
+		w.t.Error(err)
+	}
+	return string(raw)
 }
 
 // idp is oidc-provider in a process of its own.
@@ -214,19 +235,23 @@ func (p *idp) machineToken(resource, scope string, headers ...string) string {
 // notes is a server that takes tokens of the provider.
 func (p *idp) notes() *world {
 	p.t.Helper()
-	origin := serveConfig(p.t, map[string]string{"schema.sql": notesSchema, "newel.yaml": fmt.Sprintf(notesConfig, p.issuer, p.issuer)})
-	return &world{p.t, origin}
+	return serveNotes(p.t, tokensOf(p.issuer))
 }
 
 const notesSchema = `CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT NOT NULL) STRICT;
 INSERT INTO notes VALUES (1, 'first');`
 
-const notesConfig = `
+// tokensOf configures an issuer that is also asked about opaque tokens.
+func tokensOf(issuer string) string {
+	return fmt.Sprintf(`
 auth:
   mode: tokens
   scopes: ["a:read"]
   issuers:
-    - {url: %q, skew: 1s, introspection: "%s/token/introspection", client_id: newel, client_secret: "${env:IDP_SECRET}"}
+    - {url: %q, skew: 1s, introspection: "%s/token/introspection", client_id: newel, client_secret: "${env:IDP_SECRET}"}`, issuer, issuer)
+}
+
+const notesConfig = `
 backends:
   - type: sql
     name: notes

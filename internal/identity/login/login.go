@@ -197,7 +197,7 @@ func discover(ctx context.Context, issuer string) (*metadata, error) {
 			return nil, fmt.Errorf("%s is of the issuer %q, not %q", at, m.Issuer, issuer)
 		case !slices.Contains(m.PKCE, "S256"):
 			return nil, fmt.Errorf("the authorization server %s does not support PKCE with S256", issuer)
-		case !secure(m.Authorize) || !secure(m.Token):
+		case !secure(m.Authorize) || !secure(m.Token) || m.Register != "" && !secure(m.Register):
 			return nil, fmt.Errorf("the authorization server %s names addresses that are not https", issuer)
 		}
 		return m, nil

@@ -46,14 +46,23 @@ type keySet struct {
 	fetched time.Time     // last success
 	next    time.Time     // no fetch before this
 	pause   time.Duration // after the last failure
+	problem error         // that failure, until a success
 	flight  chan struct{} // closed when the fetch under way is done
 }
 
 // errUnknownKey is a key that the issuer may have, but that cannot be asked for now.
-type errUnknownKey struct{ after time.Duration }
+type errUnknownKey struct {
+	after   time.Duration
+	problem error // why the last time brought no keys, or nil
+}
 
 // Error implements error.
-func (e errUnknownKey) Error() string { return "no key of this id is known yet" }
+func (e errUnknownKey) Error() string {
+	if e.problem != nil {
+		return "no key of this id is known yet: " + e.problem.Error()
+	}
+	return "no key of this id is known yet"
+}
 
 var errNoKey = errors.New("the issuer has no such key")
 
@@ -82,8 +91,9 @@ func (k *keySet) find(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 			}
 		}
 		if left := k.next.Sub(now); left > 0 {
+			problem := k.problem
 			k.mu.Unlock()
-			return nil, errUnknownKey{left}
+			return nil, errUnknownKey{left, problem}
 		}
 		done := make(chan struct{})
 		k.flight = done
@@ -149,8 +159,10 @@ func (k *keySet) fetch(ctx context.Context) error {
 	if err != nil {
 		k.pause = min(max(2*k.pause, retryFirst), retryMost)
 		k.next = now.Add(k.pause)
+		k.problem = fmt.Errorf("the keys of %s: %w", k.issuer, err)
+		err = k.problem
 		k.mu.Unlock()
-		return fmt.Errorf("the keys of %s: %w", k.issuer, err)
+		return err
 	}
 	removed := false
 	for _, old := range k.keys {
@@ -160,7 +172,7 @@ func (k *keySet) fetch(ctx context.Context) error {
 		}
 		removed = removed || !kept
 	}
-	k.keys, k.fetched, k.pause, k.next = keys, now, 0, now.Add(unknownEvery)
+	k.keys, k.fetched, k.pause, k.problem, k.next = keys, now, 0, nil, now.Add(unknownEvery)
 	k.mu.Unlock()
 	if removed {
 		k.lost()
