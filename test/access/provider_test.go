@@ -28,9 +28,13 @@ import (
 // nodeDir is where the parts are that run on Node.
 const nodeDir = "idp"
 
+var installing sync.Mutex // tests run side by side
+
 // installNode runs npm ci, unless what is installed already is what the lock file says.
 func installNode(t *testing.T) {
 	t.Helper()
+	installing.Lock()
+	defer installing.Unlock()
 	lock, err := os.ReadFile(filepath.Join(nodeDir, "package-lock.json"))
 	if err != nil {
 		t.Fatal(err)
