@@ -77,6 +77,11 @@ type Call struct {
 	Sink  Sink  // progress and log messages to the caller; never nil
 	Asker Asker // asks the caller's side for input; never nil
 
+	// Restore opens what the caller brought of an earlier round of this call, which is sealed for
+	// its principal: authenticate calls it as soon as Principal is known. It sets Resume and what
+	// Asker knows. Nil: the caller brought nothing.
+	Restore func(*Call) error
+
 	// ---- set along the path ----
 
 	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)

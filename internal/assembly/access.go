@@ -149,7 +149,7 @@ func origin(address string) string {
 
 // serveMetadata serves the protected resource metadata of every server, and at the root that of
 // the main one.
-func (h *House) serveMetadata(mux *http.ServeMux) {
+func (h *House) serveMetadata(mux *routes) {
 	a := h.opts.Access
 	if a == nil {
 		return

@@ -39,8 +39,11 @@ type ready struct{ running atomic.Bool }
 
 // Handler serves /mcp, /health, /ready and /metrics. It works without Run, but then watched
 // backends do not notice changes and sessions do not expire.
-func (h *House) Handler() http.Handler {
-	mux := http.NewServeMux()
+func (h *House) Handler() http.Handler { return h.behindProxy(h.routes()) }
+
+// routes is all that is served over HTTP. A test asks every pattern without a token.
+func (h *House) routes() *routes {
+	mux := &routes{mux: http.NewServeMux()}
 	for _, f := range h.faces {
 		mux.Handle(f.server.Host+f.server.Path, f.door)
 	}
@@ -69,8 +72,26 @@ func (h *House) Handler() http.Handler {
 	if h.opts.Metrics != nil {
 		mux.Handle("GET /metrics", h.opts.Metrics)
 	}
-	return h.behindProxy(mux)
+	return mux
 }
+
+// A routes is a mux that knows its patterns.
+type routes struct {
+	mux      *http.ServeMux
+	patterns []string
+}
+
+// ServeHTTP implements http.Handler.
+func (m *routes) ServeHTTP(w http.ResponseWriter, r *http.Request) { m.mux.ServeHTTP(w, r) }
+
+// Handle adds a route, as http.ServeMux does.
+func (m *routes) Handle(pattern string, h http.Handler) {
+	m.patterns = append(m.patterns, pattern)
+	m.mux.Handle(pattern, h)
+}
+
+// HandleFunc adds a route, as http.ServeMux does.
+func (m *routes) HandleFunc(pattern string, h http.HandlerFunc) { m.Handle(pattern, h) }
 
 func status(w http.ResponseWriter, code int, body string) {
 	w.Header().Set("Content-Type", "application/json")

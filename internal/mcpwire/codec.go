@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -177,26 +178,32 @@ func (c *Codec) fill(cl *call.Call, m *Message) *Failure {
 	default:
 		return nil
 	}
-	answers := p.InputResponses
+	a := &asker{client: &cl.Client, answers: p.InputResponses}
+	cl.Asker = a
 	if p.RequestState != "" {
-		st, err := c.sealer.open(cl, p.RequestState)
-		if err != nil {
-			return badParams(m, "requestState is not valid for this call, or has expired; start the call again without it")
-		}
-		for k := range answers { // answers to questions that were not asked are ignored
-			if !slices.Contains(st.Pending, k) {
-				delete(answers, k)
-			}
-		}
-		if answers == nil {
-			answers = map[string]jsontext.Value{}
-		}
-		for k, v := range st.Answers {
-			answers[k] = v
-		}
-		m.round, cl.Resume = st.Round, st.State
+		a.answers = nil // until it is known which questions were asked
+		cl.Restore = func(known *call.Call) error { return c.restore(m, cl, a, known) }
 	}
-	cl.Asker = &asker{client: &cl.Client, answers: answers}
+	return nil
+}
+
+// restore opens the state that came with cl, now that it is known who is calling. Another call may
+// run in place of cl by then, with the same asker.
+func (c *Codec) restore(m *Message, cl *call.Call, a *asker, known *call.Call) error {
+	came := *cl
+	came.Principal = known.Principal
+	st, err := c.sealer.open(&came, m.Params.RequestState)
+	if err != nil {
+		return call.Errorf(call.Malformed, "requestState is not valid for this call, or has expired; start the call again without it").Because(err)
+	}
+	a.answers = map[string]jsontext.Value{}
+	for k, v := range m.Params.InputResponses { // answers to questions that were not asked are ignored
+		if slices.Contains(st.Pending, k) {
+			a.answers[k] = v
+		}
+	}
+	maps.Copy(a.answers, st.Answers)
+	m.round, known.Resume = st.Round, st.State
 	return nil
 }
 

@@ -28,6 +28,7 @@ import (
 type world struct {
 	t    *testing.T
 	base string
+	log  string // file, of a server in a process of its own
 }
 
 type tools []*call.Capability
@@ -112,7 +113,7 @@ func startSet(t *testing.T, further []verify.Issuer, set policy.Set, servers ...
 			t.Error(err)
 		}
 	})
-	return &world{t, base}
+	return &world{t: t, base: base}
 }
 
 // token logs a user in, the whole way.
@@ -164,6 +165,9 @@ func (w *world) send(token, body string, more ...string) response {
 		r.Header.Set("Authorization", "Bearer "+token)
 	}
 	for i := 0; i < len(more); i += 2 {
+		if more[i] == "Host" {
+			r.Host = more[i+1]
+		}
 		r.Header.Set(more[i], more[i+1])
 	}
 	resp, err := http.DefaultClient.Do(r)

@@ -45,7 +45,7 @@ func (w *world) gateway(file string) *world {
 			t.Error(err)
 		}
 	})
-	return &world{t, "http://" + l.Addr().String()}
+	return &world{t: t, base: "http://" + l.Addr().String()}
 }
 
 // access is what newel login and the gateway make of the same configuration.
@@ -92,8 +92,8 @@ func (w *world) operator(file, user string) {
 	}
 }
 
-// eventually calls a tool until its answer holds want.
-func (w *world) eventually(name, want string) {
+// answers calls a tool until its answer holds want.
+func (w *world) answers(name, want string) {
 	w.t.Helper()
 	ctx, stop := context.WithTimeout(w.t.Context(), 20*time.Second)
 	defer stop()
@@ -125,11 +125,11 @@ func TestGatewayAsClient(t *testing.T) {
 		t.Errorf("the list: %s", r.body)
 	}
 	w.operator(file, "alice")
-	g.eventually("read", "alice")
+	g.answers("read", "alice")
 	stranger := w.token("eve", "a:read")
 	if r := g.stateless(stranger, "tools/call", "read", "{}"); !strings.Contains(r.body, "alice") || strings.Contains(r.body, "eve") {
 		t.Errorf("the caller's token went through: %+v", r)
 	}
 	w.operator(file, "bob")
-	g.eventually("read", "bob")
+	g.answers("read", "bob")
 }

@@ -23,6 +23,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
@@ -87,7 +88,7 @@ func newWorld(t *testing.T) *world {
 	}
 	cat := catalog.New(snapshot)
 	pass := func(next call.Handler) call.Handler { return next }
-	path, err := guard.Compile(guard.Path(guard.Set{Observe: pass, Authenticate: pass, Admit: pass, Resolve: resolve.New(cat, nil), Validate: validate.Guard, Authorize: pass, Bound: pass}), guard.End(cat, w.hub))
+	path, err := guard.Compile(guard.Path(guard.Set{Observe: pass, Authenticate: authenticate.Nobody, Admit: pass, Resolve: resolve.New(cat, nil), Validate: validate.Guard, Authorize: pass, Bound: pass}), guard.End(cat, w.hub))
 	if err != nil {
 		t.Fatal(err)
 	}

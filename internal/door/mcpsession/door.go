@@ -19,6 +19,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"strconv"
 	"sync"
 	"time"
 
@@ -125,7 +126,7 @@ func New(o Options) (*Door, error) {
 			if p == nil {
 				return nil, auth.ErrInvalidToken
 			}
-			return &auth.TokenInfo{UserID: p.Tenant + " " + p.ID, Expiration: time.Now().Add(time.Hour), Extra: map[string]any{known: p}}, nil
+			return &auth.TokenInfo{UserID: strconv.Quote(p.Tenant) + strconv.Quote(p.ID), Expiration: time.Now().Add(time.Hour), Extra: map[string]any{known: p}}, nil
 		}, nil)(d.handler)
 	}
 	return d, nil

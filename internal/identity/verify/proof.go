@@ -98,7 +98,10 @@ func (v *Verifier) prove(p *Presented, thumbprint string, now time.Time) error {
 	if k, ok := key.Key.(*rsa.PublicKey); ok && k.N.BitLen() < 2048 {
 		return errors.New("the proof's RSA key is too small")
 	}
-	payload, err := jws.Verify(key.Key)
+	if head.ExtraHeaders["crit"] != nil {
+		return errors.New("the proof uses extensions")
+	}
+	payload, err := check(p.Proofs[0], strings.Split(p.Proofs[0], "."), head.Algorithm, []jose.JSONWebKey{*key})
 	if err != nil {
 		return fmt.Errorf("the proof: %w", err)
 	}

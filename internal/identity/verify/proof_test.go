@@ -2,6 +2,7 @@ package verify
 
 import (
 	"crypto"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -115,6 +116,16 @@ func TestBadProofs(t *testing.T) {
 		t.Fatal(err)
 	}
 	head := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"ES256","typ":"dpop+jwt","jwk":` + string(raw) + `}`))
+	ed := &prover{t: t, w: w, key: newKey(t, "", "EdDSA")}
+	toEd := sign(t, k, "at+jwt", w.claimsOf(map[string]any{"jti": "5", "cnf": map[string]any{"jkt": ed.thumbprint()}}))
+	public := ed.key.Public()
+	rawEd, err := public.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	extended := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"EdDSA","typ":"dpop+jwt","crit":["x"],"x":1,"jwk":`+string(rawEd)+`}`)) +
+		"." + strings.Split(ed.proof(toEd, v.Nonce(), "dpop+jwt", nil), ".")[1]
+	extended += "." + base64.RawURLEncoding.EncodeToString(ed25519.Sign(ed.key.Key.(ed25519.PrivateKey), []byte(extended)))
 	none := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none","typ":"dpop+jwt"}`))
 	for name, one := range map[string]*Presented{
 		"as Bearer":           {Token: token, Method: "POST", URL: resource},
@@ -126,6 +137,7 @@ func TestBadProofs(t *testing.T) {
 		"a stranger's":        presented(token, stranger.proof(token, v.Nonce(), "dpop+jwt", nil)),
 		"a weak key":          presented(toSmall, small.proof(toSmall, v.Nonce(), "dpop+jwt", nil)),
 		"a private key in it": presented(token, head+"."+parts[1]+"."+parts[2]),
+		"extensions":          presented(toEd, extended),
 		"alg none":            presented(token, none+"."+parts[1]+"."),
 		"for another token":   presented(other, signed),
 		"no hash":             presented(token, good(map[string]any{"ath": nil})),

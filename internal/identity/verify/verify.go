@@ -13,9 +13,12 @@ package verify
 
 import (
 	"context"
+	"crypto"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
+	_ "crypto/sha512" // saltHash
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -328,37 +331,17 @@ func (v *Verifier) signed(ctx context.Context, token string) (remembered, error)
 	if len(parts) != 3 {
 		return v.introspect(ctx, token)
 	}
-	var head struct {
-		Algorithm string   `json:"alg"`
-		KeyID     string   `json:"kid"`
-		Type      string   `json:"typ"`
-		Critical  []string `json:"crit"`
-		Encoding  string   `json:"zip"`
-	}
 	var from struct {
 		Issuer string `json:"iss"`
 	}
-	if err := errors.Join(decode(parts[0], &head), decode(parts[1], &from)); err != nil {
+	if err := decode(parts[1], &from); err != nil {
 		return remembered{}, err
 	}
 	is := v.issuers[from.Issuer]
-	switch {
-	case is == nil:
+	if is == nil {
 		return remembered{}, fmt.Errorf("the issuer %.100q is not configured", from.Issuer)
-	case !slices.Contains(is.Algorithms, head.Algorithm):
-		return remembered{}, fmt.Errorf("the algorithm %.20q is not allowed", head.Algorithm)
-	case len(head.Critical) > 0 || head.Encoding != "":
-		return remembered{}, errors.New("the token uses extensions")
 	}
-	keys, err := is.keys.find(ctx, head.KeyID)
-	if err != nil {
-		var unknown errUnknownKey
-		if !errors.Is(err, errNoKey) && !errors.As(err, &unknown) && ctx.Err() == nil {
-			err = &unavailableError{err}
-		}
-		return remembered{}, err
-	}
-	payload, err := check(token, parts, head.Algorithm, keys)
+	payload, typ, err := is.open(ctx, token, parts)
 	if err != nil {
 		return remembered{}, err
 	}
@@ -366,37 +349,81 @@ func (v *Verifier) signed(ctx context.Context, token string) (remembered, error)
 	if err := json.Unmarshal(payload, c); err != nil {
 		return remembered{}, fmt.Errorf("the claims: %w", err)
 	}
-	c.typ = head.Type
+	c.typ = typ
 	return remembered{issuer: is, claims: c, until: v.now().Add(rememberFor)}, nil
+}
+
+// open checks the header and signature of a token in compact form, and returns its payload and type.
+func (is *issuer) open(ctx context.Context, token string, parts []string) (payload []byte, typ string, err error) {
+	var head struct {
+		Algorithm string   `json:"alg"`
+		KeyID     string   `json:"kid"`
+		Type      string   `json:"typ"`
+		Critical  []string `json:"crit"`
+		Encoding  string   `json:"zip"`
+	}
+	if err := decode(parts[0], &head); err != nil {
+		return nil, "", err
+	}
+	switch {
+	case !slices.Contains(is.Algorithms, head.Algorithm):
+		return nil, "", fmt.Errorf("the algorithm %.20q is not allowed", head.Algorithm)
+	case len(head.Critical) > 0 || head.Encoding != "":
+		return nil, "", errors.New("the token uses extensions")
+	}
+	keys, err := is.keys.find(ctx, head.KeyID)
+	if err != nil {
+		var unknown errUnknownKey
+		if !errors.Is(err, errNoKey) && !errors.As(err, &unknown) && ctx.Err() == nil {
+			err = &unavailableError{err}
+		}
+		return nil, "", err
+	}
+	payload, err = check(token, parts, head.Algorithm, keys)
+	return payload, head.Type, err
 }
 
 // check verifies the signature with any of the keys.
 func check(token string, parts []string, algorithm string, keys []jose.JSONWebKey) ([]byte, error) {
+	// Strictly: one signature is written in one way.
+	sig, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
+	if err != nil {
+		return nil, err
+	}
 	for _, k := range keys {
 		if k.Algorithm != "" && k.Algorithm != algorithm && !(isEd(k.Algorithm) && isEd(algorithm)) {
 			continue // a key that says what it is for is for nothing else
 		}
-		if pub, ok := k.Key.(ed25519.PublicKey); ok {
+		hash, pss := saltHash[algorithm]
+		ed, isEdKey := k.Key.(ed25519.PublicKey)
+		switch pub, isRSA := k.Key.(*rsa.PublicKey); {
+		case isEdKey || isEd(algorithm):
 			// go-jose does not know the name of RFC 9864.
-			sig, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
-			if isEd(algorithm) && err == nil && ed25519.Verify(pub, []byte(parts[0]+"."+parts[1]), sig) {
+			if isEdKey && isEd(algorithm) && ed25519.Verify(ed, []byte(parts[0]+"."+parts[1]), sig) {
 				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
 			}
-			continue
-		}
-		if isEd(algorithm) {
-			continue
-		}
-		jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
-		if err != nil {
-			return nil, err
-		}
-		if payload, err := jws.Verify(k.Key); err == nil {
-			return payload, nil
+		case isRSA && pss:
+			// go-jose takes a salt of any length. It is as long as the hash (RFC 7518, section 3.5).
+			h := hash.New()
+			h.Write([]byte(parts[0] + "." + parts[1]))
+			if rsa.VerifyPSS(pub, hash, h.Sum(nil), sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil {
+				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
+			}
+		default:
+			jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
+			if err != nil {
+				return nil, err
+			}
+			if payload, err := jws.Verify(k.Key); err == nil {
+				return payload, nil
+			}
 		}
 	}
-	return nil, errors.New("the signature is of none of the issuer's keys")
+	return nil, errors.New("the signature is of none of these keys")
 }
+
+// saltHash is the hash of each algorithm with a salt.
+var saltHash = map[string]crypto.Hash{"PS256": crypto.SHA256, "PS384": crypto.SHA384, "PS512": crypto.SHA512}
 
 func isEd(algorithm string) bool { return algorithm == "EdDSA" || algorithm == "Ed25519" }
 
