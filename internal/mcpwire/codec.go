@@ -245,6 +245,9 @@ func (c *Codec) Serve(ctx context.Context, m *Message, cl *call.Call, buf []byte
 			}
 			return Frame{}, fail(m.ID, err)
 		}
+		if cl.Event.Step == "authenticate" { // not about the call, but about whoever sends it
+			return Frame{}, FailStranger(m.ID, err)
+		}
 		if cl.Kind == call.Tool {
 			if r = ToolError(err); r != nil {
 				return c.frame(buf, m.ID, cl.Kind, r), nil

@@ -150,6 +150,7 @@ type response struct {
 	session   string
 	body      string
 	nonce     string // for the next proof
+	retry     string // Retry-After
 }
 
 // send posts a message; more are headers.
@@ -179,7 +180,7 @@ func (w *world) send(token, body string, more ...string) response {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return response{resp.StatusCode, resp.Header.Get("WWW-Authenticate"), resp.Header.Get("Mcp-Session-Id"), string(raw), resp.Header.Get("DPoP-Nonce")}
+	return response{resp.StatusCode, resp.Header.Get("WWW-Authenticate"), resp.Header.Get("Mcp-Session-Id"), string(raw), resp.Header.Get("DPoP-Nonce"), resp.Header.Get("Retry-After")}
 }
 
 const meta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}`
@@ -344,5 +345,21 @@ func TestForeignTokens(t *testing.T) {
 	}
 	if r := a.stateless(token[:len(token)-2]+"AA", "tools/call", "open", "{}"); r.status != http.StatusUnauthorized {
 		t.Errorf("a changed token: %+v", r)
+	}
+}
+
+// While an issuer cannot be asked, nobody is told that their token is bad: they are to come back.
+func TestIssuerAway(t *testing.T) {
+	is := newBoundIssuer(t)
+	w := startWith(t, []verify.Issuer{{URL: is.url, JWKS: is.url + "/jwks-is-not-here"}})
+	h := is.hold(w)
+	for name, r := range map[string]response{
+		"stateless": w.stateless(h.token, "tools/call", "open", "{}"),
+		"list":      w.stateless(h.token, "tools/list", "", ""),
+		"session":   w.send(h.token, `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`),
+	} {
+		if r.status != http.StatusServiceUnavailable || r.retry == "" || r.challenge != "" || !strings.Contains(r.body, `"retryable":true`) {
+			t.Errorf("%s: %+v", name, r)
+		}
 	}
 }

@@ -77,11 +77,7 @@ func (d *Door) session(w http.ResponseWriter, r *http.Request, body []byte) {
 	}
 	who, err := d.opts.Check(r.Context(), d.credential(r), kinds[m.Method], name)
 	if err != nil {
-		f := mcpwire.Fail(m.ID, err)
-		if f.Cause == call.Unavailable {
-			f.Status = http.StatusServiceUnavailable
-		}
-		d.refuse(w, r, f, len(body))
+		d.refuse(w, r, mcpwire.FailStranger(m.ID, err), len(body))
 		return
 	}
 	r.Header.Del("Authorization")

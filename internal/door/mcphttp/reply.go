@@ -1,6 +1,7 @@
 package mcphttp
 
 import (
+	"math"
 	"net/http"
 	"strconv"
 	"sync"
@@ -94,6 +95,9 @@ func (p *reply) failure(f *mcpwire.Failure) {
 	}
 	if p.access != nil && (f.Status == http.StatusUnauthorized || len(f.Scopes) > 0) {
 		p.access.challenge(p.w.Header(), f, p.given)
+	}
+	if f.RetryAfter > 0 {
+		p.w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(f.RetryAfter.Seconds()))))
 	}
 	p.json(f.Status, len(body), body)
 }
