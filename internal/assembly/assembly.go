@@ -53,10 +53,12 @@ type Options struct {
 	Identity authenticate.Verifier // who is calling; nil: nobody is known, and only loopback is served
 	Access   *Access               // how callers get a token for this server; nil: not told
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
-	Quota    *quota.Limiter        // nil: nothing is counted
-	Policy   *policy.Policy        // nil: what is published needs its scopes and no more
-	Shadow   *policy.Policy        // asked too, for the log alone; nil: none
-	Explicit bool                  // say that something is denied although its caller may not see it
+	// Compatibility names what is put up with of clients that do not keep to the protocol.
+	Compatibility []string
+	Quota         *quota.Limiter // nil: nothing is counted
+	Policy        *policy.Policy // nil: what is published needs its scopes and no more
+	Shadow        *policy.Policy // asked too, for the log alone; nil: none
+	Explicit      bool           // say that something is denied although its caller may not see it
 
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
@@ -81,6 +83,9 @@ type Access struct {
 	Nonce        func() string // makes one for the next proof of a client (RFC 9449); nil: proofs are not taken
 	DPoPRequired bool          // tokens that are bound to no key of their client are refused (RFC 9449)
 }
+
+// AbsentHeaders is for clients of revision 2026-07-28 that leave out headers which mirror the body.
+const AbsentHeaders = "absent-headers"
 
 // Limits bound what one server does at once. Zero means the default in brackets.
 type Limits struct {

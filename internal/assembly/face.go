@@ -224,8 +224,8 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 		},
 		MaxMessageBytes: o.Limits.MessageBytes,
 		AllowedHosts:    hosts, AllowedOrigins: o.AllowedOrigins,
-		Draining: h.drain.begun,
-		Check:    f.check(o), Access: f.access(o),
+		Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
+		Check: f.check(o), Access: f.access(o),
 	})
 	return err
 }

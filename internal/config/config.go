@@ -35,6 +35,7 @@ type Config struct {
 	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
 	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
 	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	Compatibility  []string  `yaml:"compatibility" enum:"absent-headers" doc:"What is put up with of clients that do not keep to the protocol. absent-headers: clients of revision 2026-07-28 may leave out headers that mirror the body; those that are there have to agree with it."`
 	TLS            TLS       `yaml:"tls" doc:"Encryption of what is served over HTTP."`
 	Auth           Auth      `yaml:"auth" doc:"Who may call."`
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
@@ -198,7 +199,7 @@ type Quotas struct {
 // Quota is one limit.
 type Quota struct {
 	Name       string   `yaml:"name" required:"true" doc:"Name of the limit, as those who are over it are told."`
-	Per        []string `yaml:"per" doc:"What is counted together: of one tenant, principal, client, tool. Empty counts all calls together."`
+	Per        []string `yaml:"per" enum:"tenant,principal,client,tool" doc:"What is counted together: of one tenant, principal, client or tool. Empty counts all calls together."`
 	Tools      []string `yaml:"tools" doc:"Names of the tools, prompts and resources it is about; * stands for any text. Empty is about all."`
 	Tenants    []string `yaml:"tenants" doc:"Tenants it is about; empty is about all."`
 	Rate       string   `yaml:"rate" doc:"Calls per second, minute or hour, such as 20/s, 600/m, 1000/h."`

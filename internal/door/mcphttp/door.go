@@ -37,6 +37,9 @@ type Options struct {
 	WriteTimeout    time.Duration // for one event, or a large answer; default 30 s
 	AllowedHosts    []string      // Host names beside loopback ones; "*" allows any
 	AllowedOrigins  []string      // Origins beside the server's own; never "*"
+	// AbsentHeaders puts up with clients of revision 2026-07-28 that leave out headers which mirror the
+	// body; those that are there have to agree with it.
+	AbsentHeaders bool
 	// Check says who presents a credential, and refuses what that one lacks a scope for, before a
 	// session sees it; kind is 0 for what is no call. Nil: identities are not configured.
 	Check  func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error)
