@@ -97,7 +97,7 @@ func (s *Server) Serve(ctx context.Context, addr string) error {
 	if err != nil {
 		return err
 	}
-	l, err := assembly.Listen(ctx, addr, false)
+	l, err := assembly.Listen(ctx, addr, assembly.Exposure{})
 	if err != nil {
 		return err
 	}

@@ -77,6 +77,11 @@ type Call struct {
 	Sink  Sink  // progress and log messages to the caller; never nil
 	Asker Asker // asks the caller's side for input; never nil
 
+	// Restore opens what the caller brought of an earlier round of this call, which is sealed for
+	// its principal: authenticate calls it as soon as Principal is known. It sets Resume and what
+	// Asker knows. Nil: the caller brought nothing.
+	Restore func(*Call) error
+
 	// ---- set along the path ----
 
 	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)
@@ -116,8 +121,14 @@ type Filter struct {
 
 // Credential is what the caller presented, unverified. It prints as nothing.
 type Credential struct {
-	Bearer string // access token, or ""
-	Peer   string // remote address, or "stdio"
+	Bearer      string   // access token, or ""
+	Proofs      []string // DPoP headers, if the token was presented with that scheme (RFC 9449)
+	Method, URL string   // of the request, for the proof
+	Certificate string   // SHA-256 of the client's TLS certificate, base64url (RFC 8705), or ""
+	Peer        string   // remote address, or "stdio"
+	// Known is who a door found out that this is, because it had to ask before the path could: a
+	// proof is good for one time. Nil otherwise.
+	Known *Principal
 }
 
 // String keeps tokens out of logs.

@@ -59,6 +59,7 @@ type Error struct {
 	RetryAfter time.Duration  // when to try again; 0 means no advice
 	Data       jsontext.Value // further public facts, or nil
 	Scopes     []string       // what the access token would need: the caller may ask for more (step-up)
+	OAuth      string         // error code of the challenge (RFC 6750, RFC 9449); "": that of the Code
 	RPC        int            // JSON-RPC code of the server behind, sent on as it is; 0: the code's own
 	cause      error
 }

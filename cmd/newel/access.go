@@ -7,7 +7,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"os/user"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -15,9 +17,12 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/policy/cedar"
+	"newel.dev/newel/internal/policy/opa"
 )
 
 // publicURL is the address of the server as clients write it, without path.
@@ -26,9 +31,9 @@ func publicURL(c *config.Config, listen net.Addr) string {
 	case c.Auth.PublicURL != "":
 		return strings.TrimSuffix(c.Auth.PublicURL, "/")
 	case listen != nil:
-		return "http://" + listen.String()
+		return scheme(c) + "://" + listen.String()
 	}
-	return "http://" + c.Listen
+	return scheme(c) + "://" + c.Listen
 }
 
 // identities makes what tells who is calling; nil means that nobody is asked. Positions of what is
@@ -51,7 +56,7 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 	var urls []string
 	for _, is := range a.Issuers {
 		one := verify.Issuer{
-			URL: is.URL, Audiences: is.Audiences, Algorithms: is.Algorithms, Profile: is.Profile, JWKS: is.JWKS, TenantClaim: is.TenantClaim,
+			URL: is.URL, Audiences: is.Audiences, Algorithms: is.Algorithms, Profile: is.Profile, JWKS: is.JWKS, TenantClaim: is.TenantClaim, Tenant: is.Tenant,
 			RolesClaim: is.RolesClaim, Scopes: is.Scopes, Skew: is.Skew, Introspect: is.Introspect, ClientID: is.ClientID, ClientSecret: is.ClientSecret,
 		}
 		if len(one.Audiences) == 0 {
@@ -66,19 +71,28 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 		issuers = []verify.Issuer{{URL: base, Audiences: resources, JWKS: base + "/oauth/jwks", TenantClaim: "tenant"}}
 		urls = []string{base}
 	}
-	var private []netip.Prefix
-	for i, p := range a.Private {
-		prefix, err := netip.ParsePrefix(p)
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %q is not a range of addresses, such as 10.0.0.0/8", f.Position(fmt.Sprintf("auth.private_ranges[%d]", i)), p)
-		}
-		private = append(private, prefix)
+	private, err := ranges(f, a.Private, "auth.private_ranges")
+	if err != nil {
+		return nil, nil, err
 	}
-	tokens, err := verify.New(verify.Options{Resource: resources[0], Issuers: issuers, Private: private})
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Tenants: tenantsOf(c, resources[0]), Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required"})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}
-	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes}, nil
+	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes, Nonce: tokens.Nonce, DPoPRequired: a.DPoP == "required"}, nil
+}
+
+// ranges reads ranges of addresses; at is where they stand in the configuration.
+func ranges(f *config.File, texts []string, at string) ([]netip.Prefix, error) {
+	var all []netip.Prefix
+	for i, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %q is not a range of addresses, such as 10.0.0.0/8", f.Position(fmt.Sprintf("%s[%d]", at, i)), text)
+		}
+		all = append(all, p)
+	}
+	return all, nil
 }
 
 // developers are who can log in when nobody else is configured.
@@ -110,7 +124,18 @@ func loginServer(c *config.Config, base string, scopes []string) (http.Handler, 
 func resourcesOf(c *config.Config, base string) []string {
 	out := []string{base + "/mcp"}
 	for _, s := range c.Servers {
-		out = append(out, base+s.Path)
+		out = append(out, (&assembly.Server{Host: s.Host, Path: s.Path}).Resource(out[0]))
+	}
+	return out
+}
+
+// tenantsOf are the tenants that have servers of their own, by the address of the server.
+func tenantsOf(c *config.Config, main string) map[string]string {
+	out := map[string]string{}
+	for _, s := range c.Servers {
+		if s.Tenant != "" {
+			out[(&assembly.Server{Host: s.Host, Path: s.Path}).Resource(main)] = s.Tenant
+		}
 	}
 	return out
 }
@@ -134,8 +159,12 @@ func localCaller(l *config.LocalCaller) (*call.Principal, error) {
 // policies compiles the rules and runs their tests.
 func policies(ctx context.Context, f *config.File) (rules, shadow *policy.Policy, err error) {
 	c := &f.Config.Policy
-	compile := func(list []policy.Rule, at string) *policy.Policy {
-		p, problems := policy.Compile(policy.Set{Environment: c.Environment, ReadOnly: c.ReadOnly, Rules: list})
+	others, err := deciders(f)
+	if err != nil {
+		return nil, nil, err
+	}
+	compile := func(list []policy.Rule, at string, also ...policy.Decider) *policy.Policy {
+		p, problems := policy.Compile(policy.Set{Environment: c.Environment, ReadOnly: c.ReadOnly, Rules: list, Also: also})
 		for _, problem := range problems {
 			var one *policy.Problem
 			if errors.As(problem, &one) {
@@ -145,7 +174,7 @@ func policies(ctx context.Context, f *config.File) (rules, shadow *policy.Policy
 		}
 		return p
 	}
-	rules = compile(c.Rules, "rules")
+	rules = compile(c.Rules, "rules", others...)
 	if len(c.Shadow) > 0 {
 		shadow = compile(c.Shadow, "shadow")
 	}
@@ -158,6 +187,45 @@ func policies(ctx context.Context, f *config.File) (rules, shadow *policy.Policy
 		}
 	}
 	return rules, shadow, err
+}
+
+// deciders are the policies in other languages.
+func deciders(f *config.File) ([]policy.Decider, error) {
+	c := &f.Config.Policy
+	var all []policy.Decider
+	var files []cedar.File
+	for i, name := range c.Cedar {
+		if !filepath.IsAbs(name) {
+			name = filepath.Join(f.Dir, name)
+		}
+		text, err := os.ReadFile(name)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Position(fmt.Sprintf("policy.cedar[%d]", i)), err)
+		}
+		files = append(files, cedar.File{Name: c.Cedar[i], Text: text})
+	}
+	if len(files) > 0 {
+		p, err := cedar.Parse(c.Environment, files...)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Position("policy.cedar"), err)
+		}
+		all = append(all, p)
+	}
+	if c.OPA.URL == "" {
+		return all, nil
+	}
+	private, err := ranges(f, c.OPA.Private, "policy.opa.private_ranges")
+	if err != nil {
+		return nil, err
+	}
+	agent, err := opa.New(opa.Options{
+		URL: c.OPA.URL, Document: c.OPA.Document, ListDocument: c.OPA.ListDocument, Token: c.OPA.Token, Timeout: c.OPA.Timeout,
+		Environment: c.Environment, HTTP: egress.Client(egress.Options{Allow: private, Loopback: true, Timeout: c.OPA.Timeout}),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("policy.opa"), err)
+	}
+	return append(all, agent), nil
 }
 
 // production refuses what has no place there.

@@ -16,6 +16,8 @@ import (
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 	"github.com/spf13/cobra"
+
+	"newel.dev/newel/call"
 )
 
 // target is the server that a client verb talks to.
@@ -63,6 +65,9 @@ func (t *target) with(ctx context.Context, env *environment, f func(context.Cont
 	if err != nil && strings.Contains(err.Error(), "Unauthorized") {
 		return exit(exitFailed, fmt.Errorf("%s asks who is calling; newel login --server %s logs in", t.name(), t.url))
 	}
+	if said, ok := errors.AsType[*call.Error](err); ok {
+		return exit(exitFailed, said)
+	}
 	if err != nil {
 		return exit(exitConnection, fmt.Errorf("%s cannot be reached: %w; newel serve starts a server here, --server names another", t.name(), err))
 	}
@@ -89,12 +94,12 @@ func (t *target) transport(ctx context.Context, env *environment) (mcp.Transport
 		return &mcp.CommandTransport{Command: cmd}, nil
 	}
 	out := &mcp.StreamableClientTransport{Endpoint: t.url}
-	token, err := env.token(ctx, t.url)
+	client, token, err := env.token(ctx, t.url)
 	if err != nil {
 		return nil, err
 	}
 	if token != nil {
-		out.HTTPClient = &http.Client{Transport: bearer{token.Access, &http.Transport{Proxy: http.ProxyFromEnvironment}}}
+		out.HTTPClient = &http.Client{Transport: client.Transport(&http.Transport{Proxy: http.ProxyFromEnvironment})}
 	}
 	return out, nil
 }

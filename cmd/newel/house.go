@@ -73,12 +73,26 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			err = errors.Join(err, o.close(ctx))
 		}
 	}()
+	var shown assembly.Certificates
+	if listen != nil { // over stdio nobody sees them
+		if shown, err = certificates(f, t.logger); err != nil {
+			return nil, exit(exitFailed, err)
+		}
+	}
+	proxies, err := ranges(f, c.TLS.Proxies, "tls.trusted_proxies")
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	bar := newBar(e.err)
 	defer bar.done()
 	var backends []call.Backend
 	var problems []error
 	for i := range c.Backends {
 		b := &c.Backends[i]
+		if _, err := e.giveAccess(f, b); err != nil {
+			problems = append(problems, err)
+			continue
+		}
 		backend, err := b.Module.Open(ctx, b.Name, b.Settings, module.Env{
 			Dir: f.Dir, Logger: t.logger, Progress: bar.report,
 			Position: func(path string) string { return f.BackendPosition(b, path) },
@@ -97,13 +111,16 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	}
 	var servers []assembly.Server
 	for i, v := range c.Servers {
+		if v.Tenant != "" && who == nil {
+			return nil, exit(exitFailed, fmt.Errorf("%s: callers have tenants only if they say who they are; write auth.mode", f.Position(fmt.Sprintf("servers[%d].tenant", i))))
+		}
 		for j, name := range v.Backends {
 			if !slices.ContainsFunc(c.Backends, func(b config.Backend) bool { return b.Name == name }) {
 				return nil, exit(exitFailed, fmt.Errorf("%s: there is no backend %q", f.Position(fmt.Sprintf("servers[%d].backends[%d]", i, j)), name))
 			}
 		}
 		servers = append(servers, assembly.Server{
-			Path: v.Path, Name: v.Name, Title: v.Title, Instructions: v.Instructions, Backends: v.Backends,
+			Path: v.Path, Host: v.Host, Tenant: v.Tenant, Name: v.Name, Title: v.Title, Instructions: v.Instructions, Backends: v.Backends,
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}
@@ -118,6 +135,10 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
 		}
 		store = st.store
+	}
+	counted, err := limiter(f, o, t.logger)
+	if err != nil {
+		return nil, exit(exitFailed, err)
 	}
 	l := &c.Limits
 	var identity authenticate.Verifier
@@ -141,10 +162,11 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Identity: identity, Access: access, Login: authorization, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		State: store, Key: st.key, Effects: effects(&c.Effects),
+		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
-		AllowedHosts: c.AllowedHosts, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
+		TLS: shown, Proxies: proxies,
+		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})
 	if err != nil {
 		return nil, exit(exitFailed, err)

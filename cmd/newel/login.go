@@ -2,12 +2,13 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -18,35 +19,53 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"newel.dev/newel/internal/identity/login"
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/egress"
+	"newel.dev/newel/internal/identity/exchange"
 )
 
 func loginCommand(env *environment) *cobra.Command {
-	var server, as, clientID string
+	var server, upstream, path, as, clientID string
 	var scopes []string
 	c := &cobra.Command{
 		Use:   "login",
-		Short: "Log in to a server in the browser; the other verbs use the token",
+		Short: "Log in to a server in the browser; the other verbs use the token, the gateway that of its servers",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 5*time.Minute)
 			defer cancel()
-			t, err := env.login(ctx, server, as, clientID, scopes)
+			where, begin := server, env.beginServer
+			if upstream != "" {
+				if cmd.Flags().Changed("server") || clientID != "" {
+					return errors.New("--upstream takes the server and the client from the configuration; leave --server and --client-id out")
+				}
+				where, begin = upstream, env.beginUpstream
+			}
+			client, err := begin(ctx, &asked{where: where, config: path, clientID: clientID, scopes: scopes})
 			if err != nil {
 				return exit(exitFailed, err)
 			}
-			if err := env.remember(server, t); err != nil {
+			t, err := env.login(ctx, client, as)
+			if err != nil {
 				return exit(exitFailed, err)
 			}
-			fmt.Fprintf(env.err, "%s %s\n", env.style(green, "Logged in to "+server), env.style(dim, "with "+t.Scope))
+			fmt.Fprintf(env.err, "%s %s\n", env.style(green, "Logged in to "+where), env.style(dim, "with "+t.Scope))
 			return nil
 		},
 	}
 	c.Flags().StringVarP(&server, "server", "s", defaultURL, "URL of the server")
+	c.Flags().StringVar(&upstream, "upstream", "", "name of a server behind the gateway, from the configuration, instead")
+	c.Flags().StringVarP(&path, "config", "c", defaultConfig, "configuration file of --upstream")
 	c.Flags().StringSliceVar(&scopes, "scope", nil, "scopes to ask for; default: what the server asks for")
 	c.Flags().StringVar(&clientID, "client-id", "", "id of a client that is registered; default: one is registered now")
 	c.Flags().StringVar(&as, "as", "", "user of newel's authorization server for development, instead of the browser")
 	return c
+}
+
+// asked is what the command line says about a login.
+type asked struct {
+	where, config, clientID string
+	scopes                  []string
 }
 
 func tokenCommand(env *environment) *cobra.Command {
@@ -56,7 +75,7 @@ func tokenCommand(env *environment) *cobra.Command {
 		Short: "Print the access token of a login, renewed if need be",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			t, err := env.token(cmd.Context(), server)
+			_, t, err := env.token(cmd.Context(), server)
 			if err != nil {
 				return exit(exitFailed, err)
 			}
@@ -64,9 +83,9 @@ func tokenCommand(env *environment) *cobra.Command {
 				return exit(exitFailed, fmt.Errorf("there is no login to %s; newel login makes one", server))
 			}
 			if output == "json" {
-				return env.print(map[string]any{"access_token": t.Access, "expires": t.Expires, "scope": t.Scope})
+				return env.print(map[string]any{"access_token": t.Access.Reveal(), "expires": t.Expires, "scope": t.Scope})
 			}
-			_, err = fmt.Fprintln(env.out, t.Access)
+			_, err = fmt.Fprintln(env.out, t.Access.Reveal())
 			return err
 		},
 	}
@@ -75,11 +94,75 @@ func tokenCommand(env *environment) *cobra.Command {
 	return c
 }
 
-// login goes the whole way: the browser comes back to a port of ours.
-func (e *environment) login(ctx context.Context, server, as, clientID string, scopes []string) (*login.Token, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+// token returns the token of a login to a server, renewed if it has expired; nil: there is none.
+func (e *environment) token(ctx context.Context, server string) (*exchange.Client, *exchange.Token, error) {
+	if !exchange.Secure(server) {
+		return nil, nil, nil // nobody can be logged in there
+	}
+	c, err := e.client(&asked{where: server})
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := c.Token(ctx)
+	if said, ok := errors.AsType[*call.Error](err); ok {
+		err = fmt.Errorf("the login to %s has expired: %w; newel login makes a new one", server, said)
+	}
+	return c, t, err
+}
+
+// homes are the private ranges where a person's own servers are. A person chose the server; the
+// addresses that it names in turn are held against this.
+var homes = []netip.Prefix{
+	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("172.16.0.0/12"), netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("fc00::/7"),
+}
+
+// client returns what has access to a server that a person talks to.
+func (e *environment) client(a *asked) (*exchange.Client, error) {
+	file, err := e.file("logins", a.where)
 	if err != nil {
 		return nil, err
+	}
+	return exchange.New(exchange.Options{
+		Name: a.where, Server: a.where, ClientID: a.clientID, Scopes: a.scopes, File: file, Login: "newel login --server " + a.where,
+		HTTP: egress.Client(egress.Options{Timeout: 15 * time.Second, Allow: homes, Loopback: exchange.OnLoopback(a.where)}),
+	})
+}
+
+// beginServer asks a server without a token what it wants.
+func (e *environment) beginServer(ctx context.Context, a *asked) (*exchange.Client, error) {
+	c, err := e.client(a)
+	if err != nil {
+		return nil, err
+	}
+	c.Forget()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, a.where, nil)
+	if err != nil {
+		return nil, err
+	}
+	r.Header.Set("Accept", "text/event-stream")
+	resp, err := c.Transport(&http.Transport{Proxy: http.ProxyFromEnvironment}).RoundTrip(r)
+	if _, refused := errors.AsType[*call.Error](err); err != nil && !refused {
+		return nil, err
+	}
+	if resp != nil {
+		resp.Body.Close()
+	}
+	return c, nil
+}
+
+// login goes the whole way: the browser comes back to a port of ours, that of the last time if it
+// is free.
+func (e *environment) login(ctx context.Context, c *exchange.Client, as string) (*exchange.Token, error) {
+	var lc net.ListenConfig
+	var l net.Listener
+	err := errors.New("there was no login yet")
+	if before, parsed := url.Parse(c.Redirect()); parsed == nil && before.Host != "" {
+		l, err = lc.Listen(ctx, "tcp", before.Host)
+	}
+	if err != nil {
+		if l, err = lc.Listen(ctx, "tcp", "127.0.0.1:0"); err != nil {
+			return nil, err
+		}
 	}
 	defer l.Close()
 	back := make(chan url.Values, 1)
@@ -97,7 +180,7 @@ func (e *environment) login(ctx context.Context, server, as, clientID string, sc
 	go func() { _ = srv.Serve(l) }() // ends with Close
 	defer srv.Close()
 
-	f, err := login.Begin(ctx, login.Options{Server: server, Redirect: "http://" + l.Addr().String() + "/callback", Scopes: scopes, ClientID: clientID})
+	f, err := c.Begin(ctx, "http://"+l.Addr().String()+"/callback")
 	if err != nil {
 		return nil, err
 	}
@@ -147,95 +230,16 @@ func openBrowser(ctx context.Context, address string) {
 	}
 }
 
-// tokens is the file of logins: for its owner alone.
-func (e *environment) tokens() (string, error) {
-	if dir, ok := e.getenv("NEWEL_CONFIG_DIR"); ok && dir != "" {
-		return filepath.Join(dir, "tokens.json"), nil
+// file is where a login is kept: for its owner alone.
+func (e *environment) file(kind, key string) (string, error) {
+	dir, ok := e.getenv("NEWEL_CONFIG_DIR")
+	if !ok || dir == "" {
+		base, err := os.UserConfigDir()
+		if err != nil {
+			return "", fmt.Errorf("there is no folder to keep logins in (%w); set NEWEL_CONFIG_DIR", err)
+		}
+		dir = filepath.Join(base, "newel")
 	}
-	dir, err := os.UserConfigDir()
-	if err != nil {
-		return "", err
-	}
-	return filepath.Join(dir, "newel", "tokens.json"), nil
-}
-
-func (e *environment) logins() (map[string]*login.Token, error) {
-	path, err := e.tokens()
-	if err != nil {
-		return nil, err
-	}
-	raw, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return map[string]*login.Token{}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]*login.Token{}
-	if err := json.Unmarshal(raw, &all); err != nil {
-		return nil, fmt.Errorf("%s is damaged (%w); remove it and log in again", path, err)
-	}
-	return all, nil
-}
-
-// remember writes a login whole, or not at all.
-func (e *environment) remember(server string, t *login.Token) error {
-	all, err := e.logins()
-	if err != nil {
-		return err
-	}
-	all[server] = t
-	path, err := e.tokens()
-	if err != nil {
-		return err
-	}
-	raw, err := json.Marshal(all)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	part, err := os.CreateTemp(filepath.Dir(path), ".tokens-") // made for its owner alone
-	if err != nil {
-		return err
-	}
-	_, err = part.Write(raw)
-	if err = errors.Join(err, part.Sync(), part.Close()); err == nil {
-		err = os.Rename(part.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(part.Name()))
-	}
-	return nil
-}
-
-// token returns the token of a login, renewed if it has expired; nil: there is none.
-func (e *environment) token(ctx context.Context, server string) (*login.Token, error) {
-	all, err := e.logins()
-	if err != nil {
-		return nil, err
-	}
-	t := all[server]
-	if t == nil || t.Fresh(time.Now()) {
-		return t, nil
-	}
-	next, err := login.Renew(ctx, t)
-	if err != nil {
-		return nil, fmt.Errorf("the login to %s has expired: %w; newel login makes a new one", server, err)
-	}
-	return next, e.remember(server, next)
-}
-
-// bearer adds the token of a login to requests to its server.
-type bearer struct {
-	token string
-	next  http.RoundTripper
-}
-
-// RoundTrip implements http.RoundTripper.
-func (b bearer) RoundTrip(r *http.Request) (*http.Response, error) {
-	r = r.Clone(r.Context())
-	r.Header.Set("Authorization", "Bearer "+b.token)
-	return b.next.RoundTrip(r)
+	sum := sha256.Sum256([]byte(key))
+	return filepath.Join(dir, kind, hex.EncodeToString(sum[:16])+".json"), nil
 }

@@ -82,10 +82,10 @@ func (e *environment) serve(ctx context.Context, f *config.File, path, listen st
 		listen = f.Config.Listen
 	}
 	// The port first: it tells soonest that something is wrong, and what connects waits.
-	if err := production(f); err != nil {
+	if err := errors.Join(production(f), checkTLS(f)); err != nil {
 		return exit(exitFailed, err)
 	}
-	l, err := assembly.Listen(ctx, listen, f.Config.Auth.Mode == "tokens")
+	l, err := assembly.Listen(ctx, listen, exposure(&f.Config))
 	if err != nil {
 		return exit(exitFailed, err)
 	}
@@ -93,7 +93,7 @@ func (e *environment) serve(ctx context.Context, f *config.File, path, listen st
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	e.announce(house.Summary(), "http://"+l.Addr().String()+"/mcp", path)
+	e.announce(house.Summary(), address(&f.Config, l.Addr()), path)
 	err = house.Serve(ctx, l)
 	if err = errors.Join(err, house.close(ctx)); err != nil {
 		return exit(exitFailed, err)

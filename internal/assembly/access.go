@@ -3,6 +3,7 @@ package assembly
 import (
 	"context"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -30,15 +31,17 @@ func (i *Identities) Verify(ctx context.Context, c call.Credential) (*call.Princ
 		}
 		return i.Local, nil
 	}
+	if c.Known != nil {
+		return c.Known, nil
+	}
 	if c.Bearer == "" || i.Tokens == nil {
 		return nil, call.Errorf(call.Unauthenticated, "authentication is required")
 	}
-	id, err := i.Tokens.Verify(ctx, c.Bearer)
+	id, err := i.Tokens.VerifyPresented(ctx, &verify.Presented{Token: c.Bearer, Proofs: c.Proofs, Method: c.Method, URL: c.URL, Certificate: c.Certificate})
 	if err != nil {
 		return nil, err
 	}
-	// A subject is unique at its issuer only.
-	return &call.Principal{ID: id.Issuer + "#" + id.Subject, Tenant: id.Tenant, Client: id.Client, Scopes: id.Scopes, Roles: id.Roles}, nil
+	return &id.Principal, nil
 }
 
 // Run keeps the keys of issuers fresh until ctx ends.
@@ -50,14 +53,15 @@ func (i *Identities) Run(ctx context.Context) error {
 }
 
 // check is asked before a session sees a request: see mcphttp.Options.
-func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kind, string) (string, error) {
+func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kind, string) (*call.Principal, error) {
 	if o.Identity == nil {
 		return nil
 	}
-	return func(ctx context.Context, c call.Credential, kind call.Kind, name string) (string, error) {
-		p, err := o.Identity.Verify(ctx, c)
+	identity := f.identity(o)
+	return func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error) {
+		p, err := identity.Verify(ctx, c)
 		if err != nil {
-			return "", err
+			return nil, err
 		}
 		var target *call.Capability
 		switch s := f.catalog.Load(); kind {
@@ -73,19 +77,51 @@ func (f *face) check(o *Options) func(context.Context, call.Credential, call.Kin
 				if !slices.Contains(p.Scopes, scope) {
 					e := call.Errorf(call.Denied, "the access token lacks the scope %s", scope)
 					e.Scopes = target.Scopes
-					return "", e
+					return nil, e
 				}
 			}
 		}
-		return p.Tenant + " " + p.ID, nil
+		return p, nil
 	}
 }
 
-func (f *face) userHeader(o *Options) string {
-	if o.Identity == nil {
-		return ""
+// identity is who tells who calls this server.
+func (f *face) identity(o *Options) authenticate.Verifier {
+	if f.server.Tenant == "" {
+		return o.Identity
 	}
-	return mcphttp.UserHeader
+	return ofTenant{o.Identity, f.server.Tenant}
+}
+
+// ofTenant knows the callers of one tenant. To all others the server is one that their token is not
+// valid at.
+type ofTenant struct {
+	authenticate.Verifier
+	tenant string
+}
+
+// Verify implements authenticate.Verifier.
+func (v ofTenant) Verify(ctx context.Context, c call.Credential) (*call.Principal, error) {
+	p, err := v.Verifier.Verify(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if p == nil || p.Tenant != v.tenant {
+		return nil, call.Errorf(call.Unauthenticated, "the access token is not valid")
+	}
+	return p, nil
+}
+
+// Resource is the canonical address of the server (RFC 8707), if that of the main one is given.
+func (s *Server) Resource(main string) string {
+	base := origin(main)
+	if u, err := url.Parse(base); err == nil && s.Host != "" {
+		base = u.Scheme + "://" + s.Host
+		if u.Port() != "" {
+			base += ":" + u.Port()
+		}
+	}
+	return base + s.Path
 }
 
 // access is what this server tells clients without a token.
@@ -93,7 +129,12 @@ func (f *face) access(o *Options) *mcphttp.Access {
 	if o.Access == nil {
 		return nil
 	}
-	return &mcphttp.Access{Metadata: origin(o.Access.Resource) + wellKnown + f.server.Path, Scopes: o.Access.Scopes}
+	resource := f.server.Resource(o.Access.Resource)
+	base := origin(resource)
+	return &mcphttp.Access{
+		Resource: resource, Metadata: base + wellKnown + f.server.Path, Scopes: o.Access.Scopes,
+		ProofAlgorithms: verify.ProofAlgorithms, Nonce: o.Access.Nonce,
+	}
 }
 
 // wellKnown is where protected resource metadata stands (RFC 9728, section 3.1).
@@ -108,15 +149,16 @@ func origin(address string) string {
 
 // serveMetadata serves the protected resource metadata of every server, and at the root that of
 // the main one.
-func (h *House) serveMetadata(mux *http.ServeMux) {
+func (h *House) serveMetadata(mux *routes) {
 	a := h.opts.Access
 	if a == nil {
 		return
 	}
 	for i, f := range h.faces {
 		doc, err := json.Marshal(map[string]any{
-			"resource": origin(a.Resource) + f.server.Path, "resource_name": f.server.Name,
+			"resource": f.server.Resource(a.Resource), "resource_name": f.server.Name,
 			"authorization_servers": a.Issuers, "scopes_supported": h.scopes(f), "bearer_methods_supported": []string{"header"},
+			"dpop_signing_alg_values_supported": verify.ProofAlgorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
 		}, json.Deterministic(true))
 		if err != nil {
 			continue // text and lists of it can be encoded
@@ -127,9 +169,9 @@ func (h *House) serveMetadata(mux *http.ServeMux) {
 			w.Header().Set("Access-Control-Allow-Origin", "*") // public by its nature: browsers' clients read it
 			_, _ = w.Write(doc)                                // the client is gone if this fails
 		}
-		mux.HandleFunc("GET "+wellKnown+f.server.Path, serve)
-		if i == 0 {
-			mux.HandleFunc("GET "+wellKnown, serve)
+		mux.HandleFunc("GET "+f.server.Host+wellKnown+f.server.Path, serve)
+		if i == 0 || f.server.Host != "" && f.server.Path == "/mcp" {
+			mux.HandleFunc("GET "+f.server.Host+wellKnown, serve)
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,6 +33,7 @@ import (
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
@@ -53,9 +55,12 @@ type Options struct {
 	Identity authenticate.Verifier // who is calling; nil: nobody is known, and only loopback is served
 	Access   *Access               // how callers get a token for this server; nil: not told
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
-	Policy   *policy.Policy        // nil: what is published needs its scopes and no more
-	Shadow   *policy.Policy        // asked too, for the log alone; nil: none
-	Explicit bool                  // say that something is denied although its caller may not see it
+	// Compatibility names what is put up with of clients that do not keep to the protocol.
+	Compatibility []string
+	Quota         *quota.Limiter // nil: nothing is counted
+	Policy        *policy.Policy // nil: what is published needs its scopes and no more
+	Shadow        *policy.Policy // asked too, for the log alone; nil: none
+	Explicit      bool           // say that something is denied although its caller may not see it
 
 	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
 	Key     secret.Key   // seals what State holds; with State nil it is not used
@@ -65,6 +70,9 @@ type Options struct {
 	Tracer  trace.TracerProvider // nil: no spans
 	Meter   metric.MeterProvider // nil: no metrics
 	Metrics http.Handler         // serves /metrics; nil: 404
+
+	TLS     Certificates   // what the listener shows its clients; nil: plain HTTP
+	Proxies []netip.Prefix // of plain HTTP: other peers but this machine are refused; nil: none are
 
 	StateKey       []byte   // 32 bytes that seal requestState; nil: random, states end with the process
 	AllowedHosts   []string // beside loopback names
@@ -84,7 +92,13 @@ type Access struct {
 	Resource string   // canonical address of the server, the audience of tokens (RFC 8707)
 	Issuers  []string // authorization servers
 	Scopes   []string // that a client may ask for first
+
+	Nonce        func() string // makes one for the next proof of a client (RFC 9449); nil: proofs are not taken
+	DPoPRequired bool          // tokens that are bound to no key of their client are refused (RFC 9449)
 }
+
+// AbsentHeaders is for clients of revision 2026-07-28 that leave out headers which mirror the body.
+const AbsentHeaders = "absent-headers"
 
 // Limits bound what one server does at once. Zero means the default in brackets.
 type Limits struct {
@@ -152,6 +166,9 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := h.expiryMetric(); err != nil {
+		return nil, err
+	}
 	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts, CheckOutput: catalog.CheckOutput})
 	if err != nil {
 		return nil, err
@@ -160,9 +177,6 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		return nil, err
 	}
 	shared := guard.Set{Observe: observer.Guard, Authenticate: authenticate.Nobody, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
-	if o.Identity != nil {
-		shared.Authenticate = authenticate.New(o.Identity)
-	}
 	if o.Policy == nil {
 		var problems []error
 		if o.Policy, problems = policy.Compile(policy.Set{}); problems != nil {
@@ -171,7 +185,12 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		h.opts.Policy = o.Policy
 	}
 	main := Server{Path: "/mcp", Name: o.Name, Title: o.Title, Instructions: o.Instructions, Search: o.Search}
+	taken := map[string]bool{}
 	for _, s := range append([]Server{main}, o.Servers...) {
+		if taken[s.Host+s.Path] {
+			return nil, fmt.Errorf("server %s: the address is taken by another server", s.Host+s.Path)
+		}
+		taken[s.Host+s.Path] = true
 		f, err := h.newFace(s, snapshot, shared, observer)
 		if err != nil {
 			return nil, fmt.Errorf("server %s: %w", s.Path, err)

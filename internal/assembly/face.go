@@ -17,6 +17,7 @@ import (
 	"newel.dev/newel/internal/door/mcphttp"
 	"newel.dev/newel/internal/door/mcpsession"
 	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/authorize"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/resolve"
@@ -30,6 +31,8 @@ import (
 // the part cannot be called there either. Empty lists choose everything.
 type Server struct {
 	Path         string   // below /mcp/, such as /mcp/finance
+	Host         string   // name that it is reached by, without port; default: any
+	Tenant       string   // whose callers alone are served; default: those of all
 	Name         string   // default: that of the house
 	Title        string   // for people
 	Instructions string   // for models
@@ -77,6 +80,14 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 				slog.String("shadow_verdict", would.Verdict.String()), slog.String("shadow_rule", would.Rule))
 		},
 	})
+	if o.Identity != nil {
+		shared.Authenticate = authenticate.New(f.identity(o))
+	}
+	if o.Quota != nil {
+		gate := shared.Admit
+		counted := o.Quota.Guard(f.knows)
+		shared.Admit = func(next call.Handler) call.Handler { return counted(gate(next)) } // who is over a limit does not wait for a turn
+	}
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
 	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
 	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
@@ -93,6 +104,9 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 func (s *Server) check() error {
 	if s.Path != "/mcp" && !strings.HasPrefix(s.Path, "/mcp/") || strings.ContainsAny(s.Path, " ?#{}%") || path.Clean(s.Path) != s.Path {
 		return errors.New("its path must be /mcp/ and a name")
+	}
+	if strings.ContainsAny(s.Host, "/:{} ") {
+		return fmt.Errorf("its host must be a name such as acme.example.com, without port, not %q", s.Host)
 	}
 	if !slices.Contains([]string{"", "off", "on", "auto"}, s.Search) {
 		return fmt.Errorf("tool search must be auto, on or off, not %q", s.Search)
@@ -117,6 +131,21 @@ func (s *Server) keep(backend string, c *call.Capability) bool {
 		return matches(s.Prompts, c.Name)
 	}
 	return matches(s.Resources, cmp.Or(c.URI, c.Template)) || backend == artifactBackend
+}
+
+// knows reports whether a name is that of something published.
+func (f *face) knows(kind call.Kind, name string) bool {
+	s := f.catalog.Load()
+	switch kind {
+	case call.Tool:
+		return s.Tool(name) != nil
+	case call.Prompt:
+		return s.Prompt(name) != nil
+	case call.Resource:
+		c := s.Resource(name)
+		return c != nil && c.URI != "" // what fits a template has too many names
+	}
+	return false
 }
 
 // artifactBackend is where large results of any tool are read from.
@@ -179,10 +208,14 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Hub: f.hub, Has: f.has(), Readable: f.readable,
 		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
-		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, UserHeader: f.userHeader(o),
+		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: o.Identity != nil,
 	})
 	if err != nil {
 		return err
+	}
+	hosts := o.AllowedHosts
+	if f.server.Host != "" {
+		hosts = []string{f.server.Host}
 	}
 	f.door, err = mcphttp.New(mcphttp.Options{
 		Codec: f.codec, Sessions: f.sessions,
@@ -191,9 +224,9 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 			observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
 		},
 		MaxMessageBytes: o.Limits.MessageBytes,
-		AllowedHosts:    o.AllowedHosts, AllowedOrigins: o.AllowedOrigins,
-		Draining: h.drain.begun,
-		Check:    f.check(o), Access: f.access(o),
+		AllowedHosts:    hosts, AllowedOrigins: o.AllowedOrigins,
+		Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
+		Check: f.check(o), Access: f.access(o),
 	})
 	return err
 }
@@ -225,7 +258,7 @@ func (f *face) statelessLine(ctx context.Context, line []byte, send func([]byte)
 	}
 	var c *call.Call
 	if failure == nil {
-		c, failure = f.codec.Call(m, mcpwire.From{Door: "stdio", Peer: "stdio"}, send)
+		c, failure = f.codec.Call(m, mcpwire.From{Door: "stdio", Credential: call.Credential{Peer: "stdio"}}, send)
 	}
 	var frame mcpwire.Frame
 	if failure == nil {

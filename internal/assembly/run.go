@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,10 +39,13 @@ type ready struct{ running atomic.Bool }
 
 // Handler serves /mcp, /health, /ready and /metrics. It works without Run, but then watched
 // backends do not notice changes and sessions do not expire.
-func (h *House) Handler() http.Handler {
-	mux := http.NewServeMux()
+func (h *House) Handler() http.Handler { return h.behindProxy(h.routes()) }
+
+// routes is all that is served over HTTP. A test asks every pattern without a token.
+func (h *House) routes() *routes {
+	mux := &routes{mux: http.NewServeMux()}
 	for _, f := range h.faces {
-		mux.Handle(f.server.Path, f.door)
+		mux.Handle(f.server.Host+f.server.Path, f.door)
 	}
 	h.serveMetadata(mux)
 	if h.opts.Login != nil {
@@ -63,13 +67,31 @@ func (h *House) Handler() http.Handler {
 			status(w, http.StatusServiceUnavailable, `{"status":"starting"}`)
 			return
 		}
-		status(w, http.StatusOK, `{"status":"ready"}`)
+		h.answerReady(w)
 	})
 	if h.opts.Metrics != nil {
 		mux.Handle("GET /metrics", h.opts.Metrics)
 	}
 	return mux
 }
+
+// A routes is a mux that knows its patterns.
+type routes struct {
+	mux      *http.ServeMux
+	patterns []string
+}
+
+// ServeHTTP implements http.Handler.
+func (m *routes) ServeHTTP(w http.ResponseWriter, r *http.Request) { m.mux.ServeHTTP(w, r) }
+
+// Handle adds a route, as http.ServeMux does.
+func (m *routes) Handle(pattern string, h http.Handler) {
+	m.patterns = append(m.patterns, pattern)
+	m.mux.Handle(pattern, h)
+}
+
+// HandleFunc adds a route, as http.ServeMux does.
+func (m *routes) HandleFunc(pattern string, h http.HandlerFunc) { m.Handle(pattern, h) }
 
 func status(w http.ResponseWriter, code int, body string) {
 	w.Header().Set("Content-Type", "application/json")
@@ -78,10 +100,17 @@ func status(w http.ResponseWriter, code int, body string) {
 	_, _ = w.Write([]byte(body + "\n")) // the prober is gone if this fails
 }
 
+// heapFloor is memory that nobody touches, so that it costs no page. The collector runs whenever the
+// heap has doubled; without a floor that is every few milliseconds under load, because a server
+// without large data has a heap of a few MiB.
+const heapFloor = 16 << 20
+
 // Serve serves HTTP on l until ctx ends. Then, in this order: /ready says no and open
 // subscriptions end with their result; no connection is accepted any more and running calls
 // finish (at most 15 seconds, after that they are cut); sessions close; watchers stop.
 func (h *House) Serve(ctx context.Context, l net.Listener) error {
+	floor := make([]byte, heapFloor)
+	defer runtime.KeepAlive(floor)
 	return h.whileRunning(ctx, func(ctx context.Context) error {
 		srv := &http.Server{
 			Handler:           h.Handler(),
@@ -106,7 +135,12 @@ func (h *House) Serve(ctx context.Context, l net.Listener) error {
 			}
 			stopped <- err
 		}()
-		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		serve := srv.Serve
+		if h.opts.TLS != nil {
+			srv.TLSConfig = h.opts.TLS.Config()
+			serve = func(l net.Listener) error { return srv.ServeTLS(l, "", "") }
+		}
+		if err := serve(l); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("http: %w", err)
 		}
 		return <-stopped
@@ -141,6 +175,13 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 		all.Go(func() {
 			if err := r.Run(background); err != nil {
 				h.opts.Logger.LogAttrs(background, slog.LevelError, "the keys of issuers are not kept fresh any more", slog.String("error", err.Error()))
+			}
+		})
+	}
+	if h.opts.TLS != nil {
+		all.Go(func() {
+			if err := h.opts.TLS.Run(background); err != nil {
+				h.opts.Logger.LogAttrs(background, slog.LevelError, "certificates are not kept fresh any more", slog.String("error", err.Error()))
 			}
 		})
 	}

@@ -35,9 +35,13 @@ type Config struct {
 	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
 	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
 	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	Compatibility  []string  `yaml:"compatibility" enum:"absent-headers" doc:"What is put up with of clients that do not keep to the protocol. absent-headers: clients of revision 2026-07-28 may leave out headers that mirror the body; those that are there have to agree with it."`
+	TLS            TLS       `yaml:"tls" doc:"Encryption of what is served over HTTP."`
 	Auth           Auth      `yaml:"auth" doc:"Who may call."`
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
+	Quotas         Quotas    `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
+	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
 	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
@@ -55,12 +59,44 @@ type Server struct {
 	Instructions string `yaml:"instructions" doc:"How to use the server: models read this."`
 }
 
+// TLS is the encryption of what is served over HTTP.
+type TLS struct {
+	Certificates []KeyPair `yaml:"certificates" doc:"Certificates, one for each name or group of names; the first is for clients that ask for another name or none. Files are read again when they change."`
+	MinVersion   string    `yaml:"min_version" enum:"1.2,1.3" default:"1.2" doc:"Oldest version of TLS."`
+	Clients      string    `yaml:"client_certificates" enum:"none,optional,required,optional_any" default:"none" doc:"Whether clients show a certificate. optional: one that is shown must be of client_ca. required: every client shows one of client_ca. optional_any: any may be shown, for access tokens bound to certificates (RFC 8705)."`
+	ClientCA     string    `yaml:"client_ca" doc:"File of the authorities of clients' certificates, in PEM form."`
+	ACME         ACME      `yaml:"acme" doc:"An authority that is asked for certificates (RFC 8555, challenge tls-alpn-01); it has to reach this server on port 443."`
+	Terminated   bool      `yaml:"terminated_by_proxy" doc:"Whether a proxy in front speaks TLS with clients, and plain HTTP with this server; trusted_proxies names it."`
+	Proxies      []string  `yaml:"trusted_proxies" doc:"Addresses of that proxy, such as 10.0.3.0/24. From others but this machine only /health, /ready and /metrics are answered."`
+}
+
+// On reports whether TLS is spoken here.
+func (t *TLS) On() bool { return len(t.Certificates) > 0 || len(t.ACME.Domains) > 0 }
+
+// KeyPair names the files of a certificate and its key.
+type KeyPair struct {
+	Certificate string `yaml:"certificate" required:"true" doc:"File of the certificate, followed by those between it and its authority, in PEM form."`
+	Key         string `yaml:"key" required:"true" doc:"File of its private key, in PEM form."`
+}
+
+// ACME is an authority that is asked for certificates.
+type ACME struct {
+	Directory string   `yaml:"directory" default:"https://acme-v02.api.letsencrypt.org/directory" doc:"Address of its directory."`
+	Domains   []string `yaml:"domains" doc:"Names that certificates are asked for, without wildcards."`
+	Email     string   `yaml:"email" doc:"Where the authority may write to."`
+	Cache     string   `yaml:"cache" doc:"Folder for the account, certificates and keys; needed. Several servers may share it."`
+	Terms     bool     `yaml:"accept_terms" doc:"Whether you accept the terms of the authority; it issues nothing otherwise."`
+	CA        string   `yaml:"ca" doc:"File of the authorities trusted for the address of a private ACME server; default: the system's."`
+	Private   []string `yaml:"private_ranges" doc:"Private address ranges in which that server may be, such as 10.0.0.0/8."`
+}
+
 // Auth is who may call.
 type Auth struct {
 	Mode      string      `yaml:"mode" enum:"none,tokens,dev" default:"none" doc:"none: everybody who can reach the server, which is why it listens on loopback only. tokens: access tokens of the issuers. dev: those of the built-in authorization server for development, on loopback only."`
 	PublicURL string      `yaml:"public_url" doc:"Address of the server as clients write it, such as https://mcp.example.com; default: http and the address it listens on. With /mcp behind it, it is the audience of tokens."`
 	Scopes    []string    `yaml:"scopes" doc:"Scopes that clients are told to ask for first."`
 	Issuers   []Issuer    `yaml:"issuers" doc:"Authorization servers whose tokens are accepted."`
+	DPoP      string      `yaml:"dpop" enum:"optional,required" default:"optional" doc:"Whether access tokens must be bound to a key of their client (RFC 9449). Bound ones always need its proof."`
 	Private   []string    `yaml:"private_ranges" doc:"Private address ranges in which issuers may be, such as 10.0.0.0/8; others are not asked."`
 	Stdio     LocalCaller `yaml:"stdio" doc:"Who calls over stdio: whoever started the program."`
 	Users     []User      `yaml:"users" doc:"People who can log in to the authorization server for development; default: alice, who may everything, and bob, who may read."`
@@ -74,6 +110,7 @@ type Issuer struct {
 	Algorithms   []string      `yaml:"algorithms" doc:"Signature algorithms; default: RS256, PS256, ES256, ES384, EdDSA, Ed25519."`
 	JWKS         string        `yaml:"jwks" doc:"Address of its keys; default: found in its metadata."`
 	TenantClaim  string        `yaml:"tenant_claim" doc:"Claim that names the tenant; dots lead into objects."`
+	Tenant       string        `yaml:"tenant" doc:"Tenant of all its tokens; default: what tenant_claim or the address that a token is for says."`
 	RolesClaim   string        `yaml:"roles_claim" default:"roles" doc:"Claim that lists roles; dots lead into objects."`
 	Scopes       []string      `yaml:"scopes" doc:"Scopes of tokens that name none; not with the profile rfc9068."`
 	Skew         time.Duration `yaml:"skew" default:"30s" doc:"Tolerated difference of clocks, at most 2m."`
@@ -103,14 +140,28 @@ type Policy struct {
 	Environment string        `yaml:"environment" default:"development" doc:"Where this runs. In production, destructive tools are denied unless a rule names them."`
 	ReadOnly    bool          `yaml:"read_only" doc:"Whether only tools that read may be called."`
 	Explicit    bool          `yaml:"explicit" doc:"Whether callers are told that something is denied although they may not see it; otherwise it looks as if it did not exist."`
+	Cedar       []string      `yaml:"cedar" doc:"Files with policies in the Cedar language, which have to permit what the rules allow."`
+	OPA         OPA           `yaml:"opa" doc:"An Open Policy Agent, which has to allow what the rules allow."`
 	Rules       []policy.Rule `yaml:"rules" doc:"Rules. Without any, what is published needs its scopes and no more; with some, what none allows is denied."`
 	Shadow      []policy.Rule `yaml:"shadow" doc:"Rules that are tried beside the others: the log says where they would decide otherwise."`
 	Tests       []policy.Test `yaml:"tests" doc:"Cases that the rules must decide as they say: checked before anything is served."`
 }
 
+// OPA is an Open Policy Agent.
+type OPA struct {
+	URL          string        `yaml:"url" doc:"Its address, such as http://127.0.0.1:8181; without one no agent is asked."`
+	Document     string        `yaml:"document" default:"newel/decision" doc:"The document that decides a call: true or false, or an object with verdict, rule and reason."`
+	ListDocument string        `yaml:"list_document" doc:"The document that lists names of what a caller may see; without one, lists show what scopes and rules allow."`
+	Token        secret.String `yaml:"token" doc:"Bearer token for the agent."`
+	Timeout      time.Duration `yaml:"timeout" default:"1s" doc:"Longest wait for an answer; after it, the call is denied."`
+	Private      []string      `yaml:"private_ranges" doc:"Private address ranges in which the agent may be, besides this machine."`
+}
+
 // Virtual is a virtual server.
 type Virtual struct {
 	Path         string   `yaml:"path" required:"true" doc:"Its path, such as /mcp/finance."`
+	Host         string   `yaml:"host" doc:"Name that it is reached by, such as acme.example.com, without port; default: any. A host may have a /mcp of its own."`
+	Tenant       string   `yaml:"tenant" doc:"Tenant whose callers alone are served. Access tokens for the address of this server are of this tenant."`
 	Name         string   `yaml:"name" doc:"Name of the server; default: server.name."`
 	Title        string   `yaml:"title" doc:"Name for people."`
 	Instructions string   `yaml:"instructions" doc:"How to use the server: models read this."`
@@ -137,6 +188,47 @@ type Limits struct {
 	SessionIdleTimeout time.Duration `yaml:"session_idle_timeout" default:"30m" doc:"A session ends after this long without a message."`
 	MaxResultBytes     Size          `yaml:"max_result_bytes" default:"256KiB" doc:"Largest result; larger ones are kept as artifacts and linked."`
 	MaxResultTokens    int           `yaml:"max_result_tokens" default:"64000" doc:"Most estimated tokens of a result."`
+}
+
+// Quotas are how much each may use.
+type Quotas struct {
+	Rules       []Quota     `yaml:"rules" doc:"Limits. A call has to be within all that are about it."`
+	Costs       []QuotaCost `yaml:"costs" doc:"Units that calls of tools cost; the first that fits counts, others cost one."`
+	NotCritical []string    `yaml:"not_critical" doc:"Names of tools that are refused first when a budget runs out; * stands for any text."`
+	Share       float64     `yaml:"share_without_redis" default:"0.5" doc:"Share of each limit that a node grants by itself while Redis is away, above 0 and at most 1."`
+}
+
+// Quota is one limit.
+type Quota struct {
+	Name       string   `yaml:"name" required:"true" doc:"Name of the limit, as those who are over it are told."`
+	Per        []string `yaml:"per" enum:"tenant,principal,client,tool" doc:"What is counted together: of one tenant, principal, client or tool. Empty counts all calls together."`
+	Tools      []string `yaml:"tools" doc:"Names of the tools, prompts and resources it is about; * stands for any text. Empty is about all."`
+	Tenants    []string `yaml:"tenants" doc:"Tenants it is about; empty is about all."`
+	Rate       string   `yaml:"rate" doc:"Calls per second, minute or hour, such as 20/s, 600/m, 1000/h."`
+	Burst      int      `yaml:"burst" doc:"Calls that may come at once; default: those of one second."`
+	Concurrent int      `yaml:"concurrent" doc:"Calls that run at once."`
+	Budget     Budget   `yaml:"budget" doc:"What may be used in an hour, a day or a month."`
+	AlertAt    float64  `yaml:"alert_at" doc:"Share of the budget at which the log warns, such as 0.8."`
+	DegradeAt  float64  `yaml:"degrade_at" doc:"Share of the budget from which tools that are not critical are refused, such as 0.9."`
+}
+
+// Budget is what may be used in a window.
+type Budget struct {
+	Calls  int64  `yaml:"calls" doc:"Calls."`
+	Tokens int64  `yaml:"tokens" doc:"Estimated tokens of results."`
+	Cost   int64  `yaml:"cost" doc:"Units of cost."`
+	Every  string `yaml:"every" enum:"hour,day,month" default:"day" doc:"How long it lasts; windows begin at full hours, days and months of UTC."`
+}
+
+// QuotaCost is what calls of some tools cost.
+type QuotaCost struct {
+	Tools []string `yaml:"tools" required:"true" doc:"Names of the tools; * stands for any text."`
+	Units int64    `yaml:"units" doc:"Units that one call costs."`
+}
+
+// Redis is what nodes share.
+type Redis struct {
+	URL secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
 }
 
 // Telemetry is logs, traces and metrics.

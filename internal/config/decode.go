@@ -238,7 +238,7 @@ func (d *decoder) value(n ast.Node, into reflect.Value, path string, f field) {
 		for i, v := range seq.Values {
 			p := fmt.Sprintf("%s[%d]", path, i)
 			d.file.positions[p] = where(v)
-			d.value(v, out.Index(i), p, field{})
+			d.value(v, out.Index(i), p, field{enum: f.enum})
 		}
 		into.Set(out)
 		return
@@ -394,7 +394,7 @@ func wanted(t reflect.Type) string {
 	switch t.Kind() {
 	case reflect.Bool:
 		return "true or false"
-	case reflect.Int:
+	case reflect.Int, reflect.Int64:
 		return "a whole number"
 	case reflect.Float64:
 		return "a number"
@@ -432,15 +432,15 @@ func scalar(v reflect.Value, text string) error {
 			return wrong
 		}
 		v.SetBool(text == "true")
-	case reflect.Int:
-		n, err := strconv.Atoi(strings.ReplaceAll(text, "_", ""))
+	case reflect.Int, reflect.Int64:
+		n, err := strconv.ParseInt(strings.ReplaceAll(text, "_", ""), 10, 64)
 		if err != nil {
 			return wrong
 		}
 		if n < 0 {
 			return fmt.Errorf("must not be below zero")
 		}
-		v.SetInt(int64(n))
+		v.SetInt(n)
 	case reflect.Float64:
 		f, err := strconv.ParseFloat(text, 64)
 		if err != nil {

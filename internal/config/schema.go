@@ -75,7 +75,8 @@ func schemaOf(t reflect.Type, f field) object {
 				o["required"] = required
 			}
 		case reflect.Slice:
-			o["type"], o["items"] = "array", schemaOf(t.Elem(), field{})
+			o["type"], o["items"] = "array", schemaOf(t.Elem(), field{enum: f.enum})
+			f.enum = nil
 		case reflect.Map:
 			values := schemaOf(t.Elem(), field{})
 			if t.Elem() == reflect.TypeFor[secret.String]() {
@@ -84,7 +85,7 @@ func schemaOf(t reflect.Type, f field) object {
 			o["type"], o["additionalProperties"] = "object", values
 		case reflect.Bool:
 			o["type"] = "boolean"
-		case reflect.Int:
+		case reflect.Int, reflect.Int64:
 			o["type"], o["minimum"] = "integer", 0
 		case reflect.Float64:
 			o["type"] = "number"
@@ -140,6 +141,9 @@ func rows(b *strings.Builder, t reflect.Type, prefix string) {
 		suffix := ""
 		if inner.Kind() == reflect.Slice {
 			inner, suffix = inner.Elem(), "[]"
+		}
+		if inner.Kind() == reflect.Pointer {
+			inner = inner.Elem() // a mapping that may be left out
 		}
 		initial := "–"
 		switch {

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"strings"
 	"testing"
 )
 
@@ -73,5 +74,63 @@ func TestClient(t *testing.T) {
 	resp.Body.Close()
 	if resp.StatusCode != http.StatusFound {
 		t.Errorf("status %d: a redirect was followed", resp.StatusCode)
+	}
+}
+
+// A range does not open the addresses of metadata services in it; each by itself does.
+func TestMetadata(t *testing.T) {
+	for address, within := range map[string]string{"169.254.169.254": "169.254.0.0/16", "100.100.100.200": "100.64.0.0/10", "168.63.129.16": "168.63.0.0/16", "fd00:ec2::254": "fd00::/8"} {
+		ip := netip.MustParseAddr(address)
+		network := "tcp4"
+		if ip.Is6() {
+			network = "tcp6"
+		}
+		to := netip.AddrPortFrom(ip, 80).String()
+		var refused *Refused
+		if err := Control(Options{Allow: []netip.Prefix{netip.MustParsePrefix(within)}})(network, to, nil); !errors.As(err, &refused) {
+			t.Errorf("%s was opened by %s: %v", address, within, err)
+		}
+		if err := Control(Options{Allow: []netip.Prefix{netip.PrefixFrom(ip, ip.BitLen())}})(network, to, nil); err != nil {
+			t.Errorf("%s was allowed by itself: %v", address, err)
+		}
+	}
+}
+
+func TestNamed(t *testing.T) {
+	for host, want := range map[string]string{
+		"localhost": "127.0.0.0/8 ::1/128", "LocalHost.": "127.0.0.0/8 ::1/128", "127.0.0.2": "127.0.0.2/32", "::1": "::1/128", "10.1.2.3": "10.1.2.3/32", "fd00::7": "fd00::7/128",
+		"example.com": "", "8.8.8.8": "", "169.254.169.254": "", "fd00:ec2::254": "", "100.100.100.200": "", "0.0.0.0": "",
+	} {
+		got := ""
+		for _, p := range Named(host) {
+			got += " " + p.String()
+		}
+		if strings.TrimSpace(got) != want {
+			t.Errorf("%s: got%s, want %s", host, got, want)
+		}
+	}
+}
+
+// A proxy of the environment may be at a private address; addresses that are written out are
+// checked in front of it all the same.
+func TestProxy(t *testing.T) {
+	var asked []string
+	proxy := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { asked = append(asked, r.URL.String()) }))
+	t.Cleanup(proxy.Close)
+	t.Setenv("HTTP_PROXY", proxy.URL)
+	t.Setenv("NO_PROXY", "")
+	resp, err := Client(Options{}).Get("http://mcp.example.com/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	for _, hostile := range []string{"http://169.254.169.254/latest", "http://10.0.0.1/", "http://[::ffff:10.0.0.1]/", "http://[64:ff9b::a9fe:a9fe]/"} {
+		var refused *Refused
+		if _, err := Client(Options{}).Get(hostile); !errors.As(err, &refused) {
+			t.Errorf("%s: got %v", hostile, err)
+		}
+	}
+	if len(asked) != 1 || asked[0] != "http://mcp.example.com/x" {
+		t.Errorf("the proxy was asked for %q", asked)
 	}
 }

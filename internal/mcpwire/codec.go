@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -62,8 +63,7 @@ func New(o Options) (*Codec, error) {
 // From says where a message came from, as far as its door knows.
 type From struct {
 	Door           string
-	Peer           string
-	Bearer         string
+	Credential     call.Credential
 	Correlation    string
 	Traceparent    string
 	Tracestate     string
@@ -102,7 +102,7 @@ func (c *Codec) Call(m *Message, from From, send func([]byte) error) (*call.Call
 		Kind:       kind,
 		Args:       p.Arguments,
 		Cursor:     p.Cursor,
-		Credential: call.Credential{Bearer: from.Bearer, Peer: from.Peer},
+		Credential: from.Credential,
 		Key:        p.Meta.IdempotencyKey,
 		Client:     client,
 		Trace: call.Trace{
@@ -192,26 +192,32 @@ func (c *Codec) fill(cl *call.Call, m *Message) *Failure {
 	default:
 		return nil
 	}
-	answers := p.InputResponses
+	a := &asker{client: &cl.Client, answers: p.InputResponses}
+	cl.Asker = a
 	if p.RequestState != "" {
-		st, err := c.sealer.open(cl, p.RequestState)
-		if err != nil {
-			return badParams(m, "requestState is not valid for this call, or has expired; start the call again without it")
-		}
-		for k := range answers { // answers to questions that were not asked are ignored
-			if !slices.Contains(st.Pending, k) {
-				delete(answers, k)
-			}
-		}
-		if answers == nil {
-			answers = map[string]jsontext.Value{}
-		}
-		for k, v := range st.Answers {
-			answers[k] = v
-		}
-		m.round, cl.Resume = st.Round, st.State
+		a.answers = nil // until it is known which questions were asked
+		cl.Restore = func(known *call.Call) error { return c.restore(m, cl, a, known) }
 	}
-	cl.Asker = &asker{client: &cl.Client, answers: answers}
+	return nil
+}
+
+// restore opens the state that came with cl, now that it is known who is calling. Another call may
+// run in place of cl by then, with the same asker.
+func (c *Codec) restore(m *Message, cl *call.Call, a *asker, known *call.Call) error {
+	came := *cl
+	came.Principal = known.Principal
+	st, err := c.sealer.open(&came, m.Params.RequestState)
+	if err != nil {
+		return call.Errorf(call.Malformed, "requestState is not valid for this call, or has expired; start the call again without it").Because(err)
+	}
+	a.answers = map[string]jsontext.Value{}
+	for k, v := range m.Params.InputResponses { // answers to questions that were not asked are ignored
+		if slices.Contains(st.Pending, k) {
+			a.answers[k] = v
+		}
+	}
+	maps.Copy(a.answers, st.Answers)
+	m.round, known.Resume = st.Round, st.State
 	return nil
 }
 
@@ -252,6 +258,9 @@ func (c *Codec) Serve(ctx context.Context, m *Message, cl *call.Call, buf []byte
 				return f, nil
 			}
 			return Frame{}, fail(m.ID, err)
+		}
+		if cl.Event.Step == "authenticate" { // not about the call, but about whoever sends it
+			return Frame{}, FailStranger(m.ID, err)
 		}
 		if cl.Kind == call.Tool {
 			if r = ToolError(err); r != nil {

@@ -3,6 +3,7 @@ package mcpwire
 import (
 	"math"
 	"strconv"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
@@ -33,13 +34,15 @@ const (
 
 // A Failure is an error on its way out: what the sender sees.
 type Failure struct {
-	ID      jsontext.Value // raw, or nil: null
-	Status  int            // HTTP status; stdio ignores it
-	Code    int            // JSON-RPC code
-	Message string
-	Data    jsontext.Value
-	Cause   call.Code // for the record
-	Scopes  []string  // what the access token would need, with status 403
+	ID         jsontext.Value // raw, or nil: null
+	Status     int            // HTTP status; stdio ignores it
+	Code       int            // JSON-RPC code
+	Message    string
+	Data       jsontext.Value
+	Cause      call.Code     // for the record
+	Scopes     []string      // what the access token would need, with status 403
+	RetryAfter time.Duration // for the header of that name; 0: none
+	OAuth      string        // error code of the challenge, with status 401; "": that of the status
 }
 
 // Error makes a Failure an error for records.
@@ -117,14 +120,21 @@ func AppendFailure(dst []byte, f *Failure) []byte {
 	return append(dst, "}}"...)
 }
 
-// Fail returns the failure that an error of the path becomes, for doors that answer by themselves.
-func Fail(id jsontext.Value, err error) *Failure { return fail(id, err) }
+// FailStranger returns the failure of a message from somebody of whom it is not known who they are.
+// Unlike for calls, a client can only act on the HTTP status: 401, or 503 while nobody can tell.
+func FailStranger(id jsontext.Value, err error) *Failure {
+	f := fail(id, err)
+	if f.Cause == call.Unavailable {
+		f.Status, f.RetryAfter = 503, max(call.AsError(err).RetryAfter, time.Second)
+	}
+	return f
+}
 
 // fail turns an error out of the path into a Failure. For tools see [ToolError].
 func fail(id jsontext.Value, err error) *Failure {
 	e := call.AsError(err)
 	row := ErrorTable(e.Code)
-	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data}
+	f := &Failure{ID: id, Status: row.Status, Code: row.Code, Message: e.Message, Cause: e.Code, Data: e.Data, OAuth: e.OAuth}
 	if e.Code == call.Denied && len(e.Scopes) > 0 {
 		f.Status, f.Scopes = 403, e.Scopes // step-up: the one denial that is not HTTP 200
 	}

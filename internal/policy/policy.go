@@ -57,6 +57,11 @@ type Decision struct {
 // Cause returns why a condition could not be evaluated, or nil.
 func (d *Decision) Cause() error { return d.cause }
 
+// Failed is the decision of a policy that could not be evaluated.
+func Failed(rule string, cause error) Decision {
+	return Decision{Rule: rule, Reason: "a condition of the policy could not be evaluated", cause: cause}
+}
+
 // Names of what decides beside the rules.
 const (
 	ByScopes   = "required scopes"
@@ -67,16 +72,58 @@ const (
 // AllScopes is the scope that stands for all.
 const AllScopes = "*"
 
+// A Decider is a policy in another language. It can narrow what the rules allow, and no more. It is
+// safe for concurrent use.
+type Decider interface {
+	// Decide says what becomes of a call. What cannot be evaluated is denied.
+	Decide(ctx context.Context, in *Input) Decision
+	// Visible returns which of all a caller may be allowed to use, whatever the arguments will be.
+	Visible(ctx context.Context, p *call.Principal, all []*call.Capability, now time.Time) (map[*call.Capability]bool, error)
+}
+
 // A Policy is a compiled set of rules. It is immutable.
 type Policy struct {
 	environment string
 	readOnly    bool
 	rules       []*rule
+	also        []Decider
 }
 
-// Decide returns what the policy says.
+// Decide returns what the policy says. When arguments are not known yet, deciders beside the rules
+// are not asked: see [Policy.SeenByOthers].
 func (p *Policy) Decide(ctx context.Context, in *Input) Decision {
-	return p.decide(ctx, in, nil)
+	d := p.decide(ctx, in, nil)
+	for _, other := range p.also {
+		if d.Verdict == Deny || in.Listing {
+			break
+		}
+		if o := other.Decide(ctx, in); o.Verdict <= d.Verdict {
+			d = o
+		}
+	}
+	return d
+}
+
+// AsksOthers reports whether there are deciders beside the rules.
+func (p *Policy) AsksOthers() bool { return len(p.also) > 0 }
+
+// SeenByOthers returns which of all a caller may be allowed to use as far as the deciders beside the
+// rules are concerned.
+func (p *Policy) SeenByOthers(ctx context.Context, who *call.Principal, all []*call.Capability, now time.Time) (map[*call.Capability]bool, error) {
+	var by map[*call.Capability]bool
+	for i, other := range p.also {
+		seen, err := other.Visible(ctx, who, all, now)
+		if err != nil {
+			return nil, err
+		}
+		if i == 0 {
+			by = seen
+		}
+		for c := range by {
+			by[c] = by[c] && seen[c]
+		}
+	}
+	return by, nil
 }
 
 // decide calls looked, if it is not nil, for each rule with how it matched.
@@ -88,17 +135,20 @@ func (p *Policy) decide(ctx context.Context, in *Input, looked func(r *rule, m m
 	if p.readOnly && c.Kind == call.Tool && c.Effect != call.Read {
 		return Decision{Rule: ByReadOnly, Reason: "the server is in read-only mode"}
 	}
+	if len(p.rules) == 0 && p.environment == Production && EffectOf(c) == call.Destructive.String() {
+		return Decision{Rule: ByDefault, Reason: "in production a rule has to name a destructive tool to allow it"}
+	}
 	if len(p.rules) == 0 {
 		return Decision{Verdict: Allow, Rule: ByDefault}
 	}
-	v := view{policy: p, in: in}
+	v := view{policy: p, in: in, name: NameOf(c)}
 	for _, r := range p.rules { // deny first, then approval, then allow: the first that fits decides
 		m, why, err := v.match(ctx, r)
 		if looked != nil {
 			looked(r, m, why)
 		}
 		if err != nil {
-			return Decision{Rule: r.name, Reason: "a condition of the policy could not be evaluated", cause: fmt.Errorf("rule %q: %w", r.name, err)}
+			return Failed(r.name, fmt.Errorf("rule %q: %w", r.name, err))
 		}
 		// What may be denied may also be allowed: the call itself will tell.
 		if m == yes || m == maybe && r.verdict != Deny {
@@ -136,7 +186,7 @@ func (p *Policy) Visible(ctx context.Context, principal *call.Principal, c *call
 // ReadsOnlyIdentity reports whether what a caller sees depends on who it is alone: then it can be
 // remembered for all with the same tenant, scopes and roles.
 func (p *Policy) ReadsOnlyIdentity() bool {
-	return !slices.ContainsFunc(p.rules, func(r *rule) bool { return r.condition != nil })
+	return len(p.also) == 0 && !slices.ContainsFunc(p.rules, func(r *rule) bool { return r.condition != nil })
 }
 
 // A Look is how one rule met an input.
@@ -153,6 +203,16 @@ func (p *Policy) Explain(ctx context.Context, in *Input) (Decision, []Look) {
 	d := p.decide(ctx, in, func(r *rule, m match, why string) {
 		looks = append(looks, Look{Rule: r.name, Verdict: r.verdict.String(), Matched: m.String(), Why: why})
 	})
+	for _, other := range p.also {
+		if d.Verdict == Deny || in.Listing {
+			break
+		}
+		o := other.Decide(ctx, in)
+		looks = append(looks, Look{Rule: o.Rule, Verdict: o.Verdict.String(), Matched: yes.String(), Why: o.Reason})
+		if o.Verdict <= d.Verdict {
+			d = o
+		}
+	}
 	return d, looks
 }
 

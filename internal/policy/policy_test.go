@@ -68,7 +68,7 @@ func TestDecide(t *testing.T) {
 	} {
 		d := p.Decide(t.Context(), &Input{Principal: tt.who, Capability: tt.c, Args: jsontext.Value(tt.args), Now: tt.now})
 		if d.Verdict != tt.want || d.Rule != tt.rule {
-			t.Errorf("%s %s: got %v by %q (%v), want %v by %q", nameOf(tt.c), tt.args, d.Verdict, d.Rule, d.Cause(), tt.want, tt.rule)
+			t.Errorf("%s %s: got %v by %q (%v), want %v by %q", NameOf(tt.c), tt.args, d.Verdict, d.Rule, d.Cause(), tt.want, tt.rule)
 		}
 	}
 	d, looks := p.Explain(t.Context(), &Input{Principal: ada, Capability: tool("refund_payment", call.Write), Args: jsontext.Value(`{"amount":50}`), Now: monday})

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"cel.dev/cel-go/cel"
+	"cel.dev/cel-go/common/cost"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/ext"
 	"github.com/go-json-experiment/json"
@@ -41,6 +42,7 @@ type Set struct {
 	Environment string
 	ReadOnly    bool
 	Rules       []Rule
+	Also        []Decider // asked after the rules about what they do not deny; all have to allow
 }
 
 // Production is the environment in which destructive tools are denied unless a rule names them.
@@ -56,7 +58,58 @@ type rule struct {
 	Rule
 	name, reason string
 	verdict      Verdict
-	condition    cel.Program // nil: always
+	patterns     []pattern       // of Tools
+	condition    cel.Program     // nil: always
+	reads        map[string]bool // variables that the condition looks at
+}
+
+// pattern is a name in which * stands for any text, slashes too.
+type pattern struct {
+	literal string // what stands before anything special
+	exact   bool   // there is nothing else
+	any     bool   // there is one * behind, and nothing else
+	whole   string // for path.Match, to which a slash has a meaning
+}
+
+func newPattern(text string) (pattern, error) {
+	if _, err := path.Match(text, ""); err != nil {
+		return pattern{}, fmt.Errorf("%q is not a pattern", text)
+	}
+	i := strings.IndexAny(text, `*?[\`)
+	if i < 0 {
+		return pattern{literal: text, exact: true}, nil
+	}
+	return pattern{literal: text[:i], any: text[i:] == "*", whole: strings.ReplaceAll(text, "/", "\x00")}, nil
+}
+
+func (p *pattern) fits(name string) bool {
+	switch {
+	case p.exact:
+		return p.literal == name
+	case !strings.HasPrefix(name, p.literal):
+		return false
+	case p.any:
+		return true
+	}
+	ok, _ := path.Match(p.whole, strings.ReplaceAll(name, "/", "\x00")) // checked when compiled
+	return ok
+}
+
+// names reports whether the pattern says anything about the name.
+func (p *pattern) names() bool { return p.exact || strings.Trim(p.whole, "*") != "" }
+
+func (r *rule) fits(name string) bool {
+	for i := range r.patterns {
+		if r.patterns[i].fits(name) {
+			return true
+		}
+	}
+	return len(r.patterns) == 0
+}
+
+// namesTool reports whether a rule names a tool, and does not only mean all.
+func (r *rule) namesTool(name string) bool {
+	return slices.ContainsFunc(r.patterns, func(p pattern) bool { return p.fits(name) && p.names() })
 }
 
 // Principal and Capability are what conditions see.
@@ -96,7 +149,7 @@ func Compile(s Set) (*Policy, []error) {
 	if err != nil {
 		return nil, []error{err}
 	}
-	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly}
+	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also}
 	var problems []error
 	names := map[string]bool{ByScopes: true, ByReadOnly: true, ByDefault: true}
 	for i, given := range s.Rules {
@@ -135,10 +188,12 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 		return nil, fmt.Errorf("then must be allow, deny or require_approval, not %q", given.Then)
 	}
 	r.verdict = Verdict(i) //nolint:gosec // an index of three
-	for _, pattern := range given.Tools {
-		if _, err := path.Match(pattern, ""); err != nil {
-			return nil, fmt.Errorf("%q is not a pattern", pattern)
+	for _, text := range given.Tools {
+		p, err := newPattern(text)
+		if err != nil {
+			return nil, err
 		}
+		r.patterns = append(r.patterns, p)
 	}
 	for _, k := range given.Kinds {
 		if _, ok := kinds[k]; !ok {
@@ -164,8 +219,18 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 	if !ast.OutputType().IsExactType(cel.BoolType) {
 		return nil, fmt.Errorf("when must be true or false, not of type %v", ast.OutputType())
 	}
+	r.reads = map[string]bool{}
+	for _, ref := range ast.NativeRep().ReferenceMap() {
+		if len(ref.OverloadIDs) == 0 { // not a function
+			r.reads[ref.Name] = true
+		}
+	}
+	options := []cel.ProgramOption{cel.EvalOptions(cel.OptPartialEval, cel.OptOptimize), cel.InterruptCheckFrequency(100)}
+	if most, err := env.EstimateCost(ast, unknownSizes{}); err != nil || most.Max > maxCost {
+		options = append(options, cel.CostLimit(maxCost)) // counting has its own cost
+	}
 	var err error
-	r.condition, err = env.Program(ast, cel.EvalOptions(cel.OptPartialEval, cel.OptOptimize), cel.CostLimit(maxCost), cel.InterruptCheckFrequency(100))
+	r.condition, err = env.Program(ast, options...)
 	return r, err
 }
 
@@ -184,7 +249,8 @@ func (m match) String() string { return [...]string{"no", "maybe", "yes"}[m] }
 type view struct {
 	policy *Policy
 	in     *Input
-	vars   map[string]any // for conditions; made when the first is met
+	name   string         // of the capability
+	args   map[string]any // decoded when the first condition looks at them
 }
 
 // match holds a rule against the input. why says what did not fit.
@@ -193,21 +259,20 @@ func (v *view) match(ctx context.Context, r *rule) (m match, why string, err err
 	if p == nil {
 		p = &call.Principal{}
 	}
-	named := len(r.Tools) > 0 && slices.ContainsFunc(r.Tools, func(pattern string) bool { return fits(pattern, nameOf(c)) })
 	switch {
-	case len(r.Tools) > 0 && !named:
+	case !r.fits(v.name):
 		return no, "the name does not fit", nil
 	case len(r.Kinds) > 0 && !slices.ContainsFunc(r.Kinds, func(k string) bool { return kinds[k] == c.Kind }):
 		return no, "the kind does not fit", nil
-	case len(r.Effects) > 0 && !slices.Contains(r.Effects, effectOf(c)):
-		return no, "the effect is " + effectOf(c), nil
+	case len(r.Effects) > 0 && !slices.Contains(r.Effects, EffectOf(c)):
+		return no, "the effect is " + EffectOf(c), nil
 	case len(r.Tenants) > 0 && !slices.Contains(r.Tenants, p.Tenant):
 		return no, "the tenant is another", nil
 	case len(r.Environments) > 0 && !slices.Contains(r.Environments, v.policy.environment):
 		return no, "the environment is " + strconv.Quote(v.policy.environment), nil
 	case len(r.Roles) > 0 && !slices.ContainsFunc(r.Roles, func(role string) bool { return slices.Contains(p.Roles, role) }):
 		return no, "the caller has none of the roles", nil
-	case r.verdict == Allow && v.policy.environment == Production && c.Kind == call.Tool && effectOf(c) == "destructive" && !slices.ContainsFunc(r.Tools, func(pattern string) bool { return fits(pattern, nameOf(c)) && strings.Trim(pattern, "*") != "" }):
+	case r.verdict == Allow && v.policy.environment == Production && c.Kind == call.Tool && EffectOf(c) == "destructive" && !r.namesTool(v.name):
 		return no, "in production a rule has to name a destructive tool to allow it", nil
 	case r.condition == nil:
 		return yes, "", nil
@@ -215,30 +280,16 @@ func (v *view) match(ctx context.Context, r *rule) (m match, why string, err err
 	return v.evaluate(ctx, r)
 }
 
-// fits holds a name against a pattern in which * stands for any text, slashes too.
-func fits(pattern, name string) bool {
-	i := strings.IndexAny(pattern, `*?[\\`)
-	switch {
-	case i < 0:
-		return pattern == name
-	case !strings.HasPrefix(name, pattern[:i]):
-		return false
-	case pattern[i:] == "*":
-		return true
-	}
-	ok, _ := path.Match(strings.ReplaceAll(pattern, "/", "\x00"), strings.ReplaceAll(name, "/", "\x00")) // checked when compiled
-	return ok
-}
-
-func nameOf(c *call.Capability) string {
+// NameOf is the name by which rules know a capability: of resources the URI or template.
+func NameOf(c *call.Capability) string {
 	if c.Kind == call.Resource {
 		return cmp.Or(c.URI, c.Template)
 	}
 	return c.Name
 }
 
-// effectOf is the effect by which rules judge: what is not known is as bad as can be.
-func effectOf(c *call.Capability) string {
+// EffectOf is the effect by which rules judge: what is not known is as bad as can be.
+func EffectOf(c *call.Capability) string {
 	if c.Kind != call.Tool {
 		return "read"
 	}
@@ -250,18 +301,21 @@ func effectOf(c *call.Capability) string {
 
 // evaluate asks a condition.
 func (v *view) evaluate(ctx context.Context, r *rule) (match, string, error) {
-	if v.vars == nil {
-		if err := v.bind(); err != nil {
-			return no, "", err
+	var vars any = cel.Activation(v)
+	if v.in.Listing && r.reads["args"] {
+		if len(r.reads) == 1 {
+			return maybe, "it depends on the arguments", nil
 		}
-	}
-	var vars any = v.vars
-	if v.in.Listing {
-		partial, err := cel.PartialVars(v.vars, cel.AttributePattern("args"))
+		partial, err := cel.PartialVars(vars, cel.AttributePattern("args"))
 		if err != nil {
 			return no, "", err
 		}
 		vars = partial
+	}
+	if r.reads["args"] && v.args == nil {
+		if err := v.decode(); err != nil {
+			return no, "", err
+		}
 	}
 	out, _, err := r.condition.ContextEval(ctx, vars)
 	switch {
@@ -277,33 +331,45 @@ func (v *view) evaluate(ctx context.Context, r *rule) (match, string, error) {
 	return no, "", fmt.Errorf("the condition is of type %v", out.Type())
 }
 
-// bind makes what conditions see.
-func (v *view) bind() error {
-	p, c := v.in.Principal, v.in.Capability
-	if p == nil {
-		p = &call.Principal{}
-	}
-	v.vars = map[string]any{
-		"principal":   &principalView{ID: p.ID, Tenant: p.Tenant, Client: p.Client, Scopes: p.Scopes, Roles: p.Roles},
-		"capability":  &capabilityView{Name: nameOf(c), Kind: c.Kind.String(), Effect: effectOf(c), Owner: c.Owner, Tags: c.Tags},
-		"environment": v.policy.environment,
-		"now":         v.in.Now,
-	}
-	if v.in.Now.IsZero() {
-		v.vars["now"] = time.Unix(0, 0)
-	}
-	args := map[string]any{}
-	if v.in.Args != nil && !v.in.Listing {
-		if err := json.Unmarshal(v.in.Args, &args, json.WithUnmarshalers(json.UnmarshalFromFunc(number))); err != nil {
-			return err
+// Parent implements cel.Activation.
+func (v *view) Parent() cel.Activation { return nil }
+
+// ResolveName implements cel.Activation: what a condition sees under a name.
+func (v *view) ResolveName(name string) (any, bool) {
+	switch name {
+	case "principal":
+		p := v.in.Principal
+		if p == nil {
+			p = &call.Principal{}
 		}
+		return &principalView{ID: p.ID, Tenant: p.Tenant, Client: p.Client, Scopes: p.Scopes, Roles: p.Roles}, true
+	case "capability":
+		c := v.in.Capability
+		return &capabilityView{Name: v.name, Kind: c.Kind.String(), Effect: EffectOf(c), Owner: c.Owner, Tags: c.Tags}, true
+	case "environment":
+		return v.policy.environment, true
+	case "now":
+		if v.in.Now.IsZero() {
+			return time.Unix(0, 0), true
+		}
+		return v.in.Now, true
+	case "args":
+		return v.args, true
 	}
-	v.vars["args"] = args
-	return nil
+	return nil, false
 }
 
-// number decodes whole numbers of 64 bits exactly, others as floating point.
-func number(d *jsontext.Decoder, v *any) error {
+// decode makes values of the arguments.
+func (v *view) decode() error {
+	v.args = map[string]any{}
+	if v.in.Args == nil || v.in.Listing {
+		return nil
+	}
+	return json.Unmarshal(v.in.Args, &v.args, exactNumbers)
+}
+
+// exactNumbers decodes whole numbers of 64 bits exactly, others as floating point.
+var exactNumbers = json.WithUnmarshalers(json.UnmarshalFromFunc(func(d *jsontext.Decoder, v *any) error {
 	if d.PeekKind() != '0' {
 		return errors.ErrUnsupported // as usual
 	}
@@ -318,4 +384,15 @@ func number(d *jsontext.Decoder, v *any) error {
 	f, err := strconv.ParseFloat(string(raw), 64)
 	*v = f
 	return err
+}))
+
+// unknownSizes knows no sizes beforehand: whatever depends on them counts as without bound.
+type unknownSizes struct{}
+
+// EstimateSize implements the estimator of CEL.
+func (unknownSizes) EstimateSize(cost.AstNode) *cost.SizeEstimate { return nil }
+
+// EstimateCallCost implements the estimator of CEL.
+func (unknownSizes) EstimateCallCost(string, string, *cost.AstNode, []cost.AstNode) *cost.CallEstimate {
+	return nil
 }

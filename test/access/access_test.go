@@ -19,7 +19,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/identity/devserver"
-	"newel.dev/newel/internal/identity/login"
+	"newel.dev/newel/internal/identity/exchange"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
 )
@@ -28,6 +28,7 @@ import (
 type world struct {
 	t    *testing.T
 	base string
+	log  string // file, of a server in a process of its own
 }
 
 type tools []*call.Capability
@@ -54,6 +55,18 @@ func tool(name string, effect call.Effect, scopes ...string) *call.Capability {
 
 func start(t *testing.T, rules ...policy.Rule) *world {
 	t.Helper()
+	return startWith(t, nil, rules...)
+}
+
+// startWith starts a server that takes tokens of further issuers too.
+func startWith(t *testing.T, further []verify.Issuer, rules ...policy.Rule) *world {
+	t.Helper()
+	return startSet(t, further, policy.Set{Rules: rules})
+}
+
+// startSet starts a server with a whole policy.
+func startSet(t *testing.T, further []verify.Issuer, set policy.Set, servers ...assembly.Server) *world {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -70,17 +83,22 @@ func start(t *testing.T, rules ...policy.Rule) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokens, err := verify.New(verify.Options{Resource: base + "/mcp", Issuers: []verify.Issuer{{URL: base, TenantClaim: "tenant"}}})
+	resources, tenants := []string{base + "/mcp"}, map[string]string{}
+	for _, s := range servers {
+		resources = append(resources, s.Resource(base))
+		tenants[s.Resource(base)] = s.Tenant
+	}
+	tokens, err := verify.New(verify.Options{Resource: base + "/mcp", Tenants: tenants, Issuers: append(further, verify.Issuer{URL: base, TenantClaim: "tenant", Audiences: resources})})
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, problems := policy.Compile(policy.Set{Rules: rules})
+	p, problems := policy.Compile(set)
 	if len(problems) > 0 {
 		t.Fatal(problems)
 	}
 	h, err := assembly.Build(t.Context(), &assembly.Options{
-		Name: "access", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p,
-		Access:   &assembly.Access{Resource: base + "/mcp", Issuers: []string{base}, Scopes: []string{"a:read"}},
+		Name: "access", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p, Servers: servers,
+		Access:   &assembly.Access{Resource: base + "/mcp", Issuers: []string{base}, Scopes: []string{"a:read"}, Nonce: tokens.Nonce},
 		Backends: []call.Backend{tools{tool("open", call.Read), tool("read", call.Read, "a:read"), tool("admin", call.Write, "a:read", "a:admin")}},
 	})
 	if err != nil {
@@ -95,13 +113,17 @@ func start(t *testing.T, rules ...policy.Rule) *world {
 			t.Error(err)
 		}
 	})
-	return &world{t, base}
+	return &world{t: t, base: base}
 }
 
 // token logs a user in, the whole way.
 func (w *world) token(user string, scopes ...string) string {
 	w.t.Helper()
-	f, err := login.Begin(w.t.Context(), login.Options{Server: w.base + "/mcp", Redirect: "http://127.0.0.1:1/callback", Scopes: scopes})
+	c, err := exchange.New(exchange.Options{Server: w.base + "/mcp", Scopes: scopes, HTTP: http.DefaultClient})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	f, err := c.Begin(w.t.Context(), "http://127.0.0.1:1/callback")
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -119,7 +141,7 @@ func (w *world) token(user string, scopes ...string) string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return tok.Access
+	return tok.Access.Reveal()
 }
 
 type response struct {
@@ -127,6 +149,8 @@ type response struct {
 	challenge string
 	session   string
 	body      string
+	nonce     string // for the next proof
+	retry     string // Retry-After
 }
 
 // send posts a message; more are headers.
@@ -142,6 +166,9 @@ func (w *world) send(token, body string, more ...string) response {
 		r.Header.Set("Authorization", "Bearer "+token)
 	}
 	for i := 0; i < len(more); i += 2 {
+		if more[i] == "Host" {
+			r.Host = more[i+1]
+		}
 		r.Header.Set(more[i], more[i+1])
 	}
 	resp, err := http.DefaultClient.Do(r)
@@ -153,7 +180,7 @@ func (w *world) send(token, body string, more ...string) response {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return response{resp.StatusCode, resp.Header.Get("WWW-Authenticate"), resp.Header.Get("Mcp-Session-Id"), string(raw)}
+	return response{resp.StatusCode, resp.Header.Get("WWW-Authenticate"), resp.Header.Get("Mcp-Session-Id"), string(raw), resp.Header.Get("DPoP-Nonce"), resp.Header.Get("Retry-After")}
 }
 
 const meta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}`
@@ -318,5 +345,21 @@ func TestForeignTokens(t *testing.T) {
 	}
 	if r := a.stateless(token[:len(token)-2]+"AA", "tools/call", "open", "{}"); r.status != http.StatusUnauthorized {
 		t.Errorf("a changed token: %+v", r)
+	}
+}
+
+// While an issuer cannot be asked, nobody is told that their token is bad: they are to come back.
+func TestIssuerAway(t *testing.T) {
+	is := newBoundIssuer(t)
+	w := startWith(t, []verify.Issuer{{URL: is.url, JWKS: is.url + "/jwks-is-not-here"}})
+	h := is.hold(w)
+	for name, r := range map[string]response{
+		"stateless": w.stateless(h.token, "tools/call", "open", "{}"),
+		"list":      w.stateless(h.token, "tools/list", "", ""),
+		"session":   w.send(h.token, `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`),
+	} {
+		if r.status != http.StatusServiceUnavailable || r.retry == "" || r.challenge != "" || !strings.Contains(r.body, `"retryable":true`) {
+			t.Errorf("%s: %+v", name, r)
+		}
 	}
 }

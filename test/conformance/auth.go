@@ -20,7 +20,7 @@ import (
 )
 
 // authorization runs the suite's scenarios for authorization servers against the one for
-// development, and stands in for the person at the browser.
+// development, and stands in for the person at the browser; then those for clients.
 func authorization(ctx context.Context, here, root, temp string, got Report) error {
 	newel := filepath.Join(temp, "newel")
 	build := exec.CommandContext(ctx, "go", "build", "-o", newel, "./cmd/newel")
@@ -88,7 +88,7 @@ func authorization(ctx context.Context, here, root, temp string, got Report) err
 	if err := got.Read("authorization-server", results); err != nil {
 		return fmt.Errorf("%w; the suite said: %s", err, log.String())
 	}
-	return nil
+	return upstreams(ctx, here, root, temp, newel, got)
 }
 
 func registerClient(ctx context.Context, endpoint string, redirects ...string) (string, error) {

@@ -4,7 +4,8 @@
 //	go run ./test/conformance           # or: make conformance
 //	go run ./test/conformance -update   # after a new suite: rewrite scenarios.txt, review the diff
 //	go run ./test/conformance -gateway  # or: make conformance-gateway: the same through the gateway
-//	go run ./test/conformance -auth     # or: make conformance-auth: the authorization server for development
+//	go run ./test/conformance -auth     # or: make conformance-auth: the authorization server for development,
+//	                                    # and the gateway as a client of servers that ask for access tokens
 //
 // Start reading at [run]. Which scenarios must run, and with how many checks, is written in
 // scenarios.txt: a scenario that silently stops checking fails like one that checks and fails.
@@ -34,10 +35,19 @@ var revisions = []string{"2025-11-25", "2026-07-28"}
 func main() {
 	update := flag.Bool("update", false, "write scenarios.txt from this run instead of comparing with it")
 	gateway := flag.Bool("gateway", false, "run the suite through the gateway, in front of servers of every era and transport")
-	auth := flag.Bool("auth", false, "run the scenarios of authorization servers")
+	auth := flag.Bool("auth", false, "run the scenarios of authorization servers, and those of their clients")
+	driven := flag.String("drive", "", "be the client under test, with this gateway: the suite starts it so")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if *driven != "" {
+		if err := drive(ctx, *driven, flag.Arg(0)); err != nil {
+			fmt.Fprintln(os.Stderr, "drive:", err)
+			stop()
+			os.Exit(1)
+		}
+		return
+	}
 	if err := run(ctx, os.Stdout, *update, *gateway, *auth); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
 		stop()

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -64,6 +65,43 @@ func (r Report) Read(revision, dir string) error {
 		}
 		r[key].add(checks)
 	}
+	return nil
+}
+
+// ReadClient adds the results of one scenario for clients. The suite checks each request, and how
+// many there are is for the client to say: every kind of check counts once. said is what the suite
+// had to say about a client that failed.
+func (r Report) ReadClient(revision, scenario, dir, said string) error {
+	var file string
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.Name() == "checks.json" {
+			file = path
+		}
+		return err
+	})
+	if err != nil || file == "" {
+		return fmt.Errorf("the suite left no checks: %w; it said: %s", err, said)
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var checks []check
+	if err := json.Unmarshal(raw, &checks, json.MatchCaseInsensitiveNames(true)); err != nil {
+		return err
+	}
+	seen := map[[2]string]bool{}
+	o := &Outcome{}
+	for _, c := range checks {
+		if kind := [2]string{c.ID, c.Status}; !seen[kind] {
+			seen[kind] = true
+			o.add([]check{c})
+		}
+	}
+	if said != "" && len(o.Failed) == 0 {
+		o.Failed = []string{"the client failed: " + said}
+	}
+	r["client/"+revision+" "+scenario] = o
 	return nil
 }
 

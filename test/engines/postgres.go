@@ -284,8 +284,11 @@ func freePort() (int, error) {
 }
 
 // guardian starts the server and stops it when its input ends: so the server dies with us, even if
-// we are killed. INT and QUIT are the server's fast and immediate shutdown.
-const guardian = `"$@" </dev/null & pid=$!; (read -r _; kill -QUIT $pid) <&3 >/dev/null 2>&1 & wait $pid`
+// we are killed. It is told with a signal that the server takes in the background, where the shell
+// has it ignore some.
+func guardian(signal string) string {
+	return `"$@" </dev/null & pid=$!; (read -r _; kill -` + signal + ` $pid) <&3 >/dev/null 2>&1 & wait $pid`
+}
 
 // launch starts the server and returns when it takes connections.
 func (s *Server) launch() error {
@@ -294,7 +297,7 @@ func (s *Server) launch() error {
 		return err
 	}
 	s.output = &output{}
-	args := []string{"-c", guardian, "sh",
+	args := []string{"-c", guardian("QUIT"), "sh", // immediate shutdown
 		filepath.Join(s.bin, "postgres"), "-D", s.data, "-p", strconv.Itoa(s.port),
 		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=50"}
 	if !s.synced {

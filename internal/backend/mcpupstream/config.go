@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"path"
 	"slices"
@@ -27,6 +29,12 @@ type Config struct {
 	URL       string                   `yaml:"url" doc:"Address of a server that speaks Streamable HTTP. Redirects are not followed."`
 	Transport string                   `yaml:"transport" enum:"stdio,http,streamable-http,streamableHttp,sse" doc:"How it is spoken to, as some clients write it. Only sse needs to be said: the HTTP+SSE of revision 2024-11-05."`
 	Headers   map[string]secret.String `yaml:"headers" doc:"Headers sent with every request. Plain text, or a reference such as ${env:NAME}."`
+	Auth      *Auth                    `yaml:"auth" doc:"How the gateway gets access to a server that asks for access tokens."`
+	// Access adds that to requests. It is needed where there is Auth: this package gets no tokens.
+	Access func(next http.RoundTripper) http.RoundTripper `yaml:"-"`
+
+	TLS     TLS      `yaml:"tls" doc:"What is shown to the server, and expected of it."`
+	Private []string `yaml:"private_ranges" doc:"Private address ranges in which the server may be, such as 10.0.0.0/8. Not needed for localhost, nor for a private address that is written in url."`
 
 	Revision string   `yaml:"revision" enum:"auto,2026-07-28,2025-11-25" default:"auto" doc:"Protocol revision to speak: the stateless one, one with sessions, or whatever the server speaks."`
 	Prefix   string   `yaml:"prefix" doc:"Put before the names of its tools and prompts, such as files_."`
@@ -50,6 +58,41 @@ type Config struct {
 	IdleTimeout        time.Duration `yaml:"idle_timeout" default:"5m" doc:"A session or process that nobody uses ends after this long."`
 	MaxParked          int           `yaml:"max_parked" default:"100" doc:"Most calls that wait for input of a caller who has to come back with it."`
 	ParkTimeout        time.Duration `yaml:"park_timeout" default:"5m" doc:"How long such a call waits."`
+}
+
+// TLS is what is shown to a server over https, and expected of it.
+type TLS struct {
+	Certificate string   `yaml:"client_certificate" doc:"File of the certificate shown to the server, in PEM form; read again when it changes."`
+	Key         string   `yaml:"client_key" doc:"File of its private key."`
+	CA          string   `yaml:"ca" doc:"File of the authorities trusted instead of the system's, in PEM form."`
+	ServerName  string   `yaml:"server_name" doc:"Name in the server's certificate; default: that in url."`
+	Pins        []string `yaml:"pins" doc:"Keys of which the server's certificate, or an authority above it, must have one: sha256/ and the SHA-256 of the public key (SPKI) in base64. Several let keys rotate."`
+}
+
+func (t *TLS) empty() bool {
+	return t.Certificate == "" && t.Key == "" && t.CA == "" && t.ServerName == "" && len(t.Pins) == 0
+}
+
+// Auth is how the gateway gets access tokens for a server.
+type Auth struct {
+	Grant          string        `yaml:"grant" enum:"authorization_code,client_credentials,enterprise,workload" default:"authorization_code" doc:"authorization_code: a person logs in, with newel login --upstream. client_credentials: the gateway has access of its own. enterprise: the company's identity provider vouches for this server (ID-JAG). workload: the platform's token is exchanged (RFC 7523)."`
+	Issuer         string        `yaml:"issuer" doc:"Authorization server that the client is registered at; required with a secret, enterprise and workload. Default: what the server names."`
+	ClientID       string        `yaml:"client_id" doc:"Id of the client there; default: client_metadata_url, or one is registered at login."`
+	ClientSecret   secret.String `yaml:"client_secret" doc:"Its secret."`
+	PrivateKeyFile string        `yaml:"private_key_file" doc:"Its private key (PEM) for private_key_jwt."`
+	MetadataURL    string        `yaml:"client_metadata_url" doc:"Address of the client's metadata document, where authorization servers take one instead of a registration."`
+	Scopes         []string      `yaml:"scopes" doc:"Scopes to ask for, and no others; default: what the server asks for."`
+	AssertionFile  string        `yaml:"assertion_file" doc:"File with the identity token (enterprise) or the platform's token (workload); it is read every time."`
+	Provider       Provider      `yaml:"identity_provider" doc:"Identity provider, with enterprise."`
+	Private        []string      `yaml:"private_ranges" doc:"Private address ranges in which authorization servers, and the server's own metadata, may be, such as 10.0.0.0/8; others are not asked."`
+	Legacy         bool          `yaml:"legacy" doc:"Whether a server of revision 2025-03-26, which describes no access, is its own authorization server."`
+}
+
+// Provider is an identity provider.
+type Provider struct {
+	Issuer       string        `yaml:"issuer" doc:"Its issuer."`
+	ClientID     string        `yaml:"client_id" doc:"Id of the gateway there."`
+	ClientSecret secret.String `yaml:"client_secret" doc:"Its secret there."`
 }
 
 // Tool is how one tool is published.
@@ -104,6 +147,16 @@ func (c *Config) check(at func(setting string) string) error {
 	case c.MaxProcessCPU != 0 && c.MaxProcessCPU < time.Second:
 		bad("max_process_cpu", "must be at least 1s")
 	}
+	if c.Auth != nil {
+		switch {
+		case c.URL == "":
+			bad("auth", "only a server with a url asks for access tokens")
+		case c.Access == nil:
+			bad("auth", "this program gets no access tokens")
+		case slices.ContainsFunc(slices.Collect(maps.Keys(c.Headers)), func(name string) bool { return strings.EqualFold(name, "Authorization") }):
+			bad("headers", "Authorization comes from auth here; leave one of the two out")
+		}
+	}
 	if c.URL != "" {
 		u, err := url.Parse(c.URL)
 		switch {
@@ -111,6 +164,16 @@ func (c *Config) check(at func(setting string) string) error {
 			bad("url", "must be an http or https address")
 		case u.User != nil:
 			bad("url", "must not hold a password; put it into headers, as a reference")
+		case u.Scheme == "http" && !c.TLS.empty():
+			bad("tls", "the address is http, where nothing is shown or expected; write https")
+		}
+	}
+	if c.URL == "" && (!c.TLS.empty() || len(c.Private) > 0) {
+		bad("tls", "tls and private_ranges are for servers with a url")
+	}
+	for i, p := range c.Private {
+		if _, err := netip.ParsePrefix(p); err != nil {
+			bad(fmt.Sprintf("private_ranges[%d]", i), "%q is not a range of addresses, such as 10.0.0.0/8", p)
 		}
 	}
 	for name, v := range c.Headers {

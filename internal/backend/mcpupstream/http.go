@@ -4,43 +4,70 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"mime"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"sync"
 	"time"
+
+	"newel.dev/newel/internal/certs"
+	"newel.dev/newel/internal/egress"
+	"newel.dev/newel/internal/module"
 )
 
 // endpoint is an upstream over Streamable HTTP. It is safe for concurrent use.
 type endpoint struct {
 	url     *url.URL
-	header  http.Header     // as configured
-	trip    *http.Transport // follows no redirects: where an address leads is for the operator to say
-	maxSize int             // bytes of one message
+	header  http.Header       // as configured
+	trip    http.RoundTripper // follows no redirects: where an address leads is for the operator to say
+	maxSize int               // bytes of one message
 }
 
-func newEndpoint(address string, header http.Header, o *Config) (*endpoint, error) {
-	to, err := url.Parse(address)
+// newEndpoint checks the address and reads the files of TLS. Relative paths start at env.Dir.
+func newEndpoint(o *Config, env module.Env, where func(string) string) (*endpoint, error) {
+	to, err := url.Parse(o.URL)
 	if err != nil {
 		return nil, err
 	}
-	dialer := &net.Dialer{Timeout: o.ConnectTimeout, KeepAlive: 30 * time.Second}
-	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: &http.Transport{
-		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            dialer.DialContext,
-		TLSHandshakeTimeout:    o.ConnectTimeout,
-		MaxIdleConns:           o.MaxConcurrentCalls,
-		MaxIdleConnsPerHost:    o.MaxConcurrentCalls,
-		IdleConnTimeout:        90 * time.Second,
-		MaxResponseHeaderBytes: 64 << 10,
-		ForceAttemptHTTP2:      true,
-		DisableCompression:     true, // what was compressed to nothing would be unpacked without bound
-	}}, nil
+	header := http.Header{}
+	for k, v := range o.Headers {
+		header.Set(k, v.Reveal())
+	}
+	in := func(path string) string {
+		if path == "" {
+			return ""
+		}
+		return folder(env.Dir, path)
+	}
+	shown, err := certs.Client(certs.ClientOptions{
+		Pair: certs.Pair{Certificate: in(o.TLS.Certificate), Key: in(o.TLS.Key)}, CA: in(o.TLS.CA), ServerName: o.TLS.ServerName,
+		Pins: o.TLS.Pins, Logger: env.Logger, Where: func(setting string) string { return where("tls." + setting) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	allow := egress.Named(to.Hostname())
+	for _, p := range o.Private {
+		prefix, err := netip.ParsePrefix(p)
+		if err != nil {
+			return nil, err // checked before
+		}
+		allow = append(allow[:len(allow):len(allow)], prefix)
+	}
+	transport := egress.Transport(egress.Options{Allow: allow, Timeout: o.ConnectTimeout, TLS: shown})
+	transport.MaxIdleConns, transport.MaxIdleConnsPerHost, transport.IdleConnTimeout = o.MaxConcurrentCalls, o.MaxConcurrentCalls, 90*time.Second
+	var trip http.RoundTripper = transport
+	if o.Access != nil {
+		trip = o.Access(trip)
+	}
+	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: trip}, nil
 }
 
 // do sends one request. Nothing is followed, nothing stored: a transport is all that is needed.
@@ -69,10 +96,13 @@ type unsentError struct{ error }
 // Unwrap returns the cause.
 func (e unsentError) Unwrap() error { return e.error }
 
-// dialError marks an error before there was a connection.
+// dialError marks an error before there was a connection that could carry a request.
 func dialError(err error) error {
 	var op *net.OpError
-	if errors.As(err, &op) && op.Op == "dial" {
+	var pin *certs.PinError
+	var untrusted *tls.CertificateVerificationError
+	var refused *egress.Refused
+	if errors.As(err, &op) && op.Op == "dial" || errors.As(err, &pin) || errors.As(err, &untrusted) || errors.As(err, &refused) {
 		return unsentError{err}
 	}
 	return err

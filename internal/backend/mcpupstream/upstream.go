@@ -17,7 +17,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -97,12 +96,9 @@ func New(name string, c Config, env module.Env) (*Upstream, error) {
 	u.log = u.log.With(slog.String("upstream", name))
 	u.life, u.end = context.WithCancel(context.Background())
 	if c.URL != "" {
-		header := http.Header{}
-		for k, v := range c.Headers {
-			header.Set(k, v.Reveal())
-		}
+		env.Logger = u.log
 		var err error
-		u.endpoint, err = newEndpoint(c.URL, header, &c)
+		u.endpoint, err = newEndpoint(&c, env, at)
 		return u, err
 	}
 	var err error

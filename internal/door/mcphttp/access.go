@@ -1,6 +1,8 @@
 package mcphttp
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"net/http"
 	"strings"
 
@@ -14,42 +16,49 @@ import (
 // Access is what a client is told that has no token, or one that does not suffice (MCP 2026-07-28,
 // basic/authorization).
 type Access struct {
-	Metadata string   // address of the protected resource metadata (RFC 9728)
-	Scopes   []string // to ask for first
+	Resource        string        // address of this server, to which proofs are made out
+	Metadata        string        // address of the protected resource metadata (RFC 9728)
+	Scopes          []string      // to ask for first
+	ProofAlgorithms []string      // that DPoP proofs may be signed with (RFC 9449)
+	Nonce           func() string // makes one for the next proof; nil: proofs are not taken
 }
 
-// challenge is the WWW-Authenticate header (RFC 6750, RFC 9728). It never says why a token is not
-// valid.
-func (a *Access) challenge(f *mcpwire.Failure, token bool) string {
-	b := `Bearer resource_metadata="` + a.Metadata + `"`
+// challenge sets the WWW-Authenticate header (RFC 6750, RFC 9449, RFC 9728), in the scheme that the
+// client used. It never says why a token is not valid.
+func (a *Access) challenge(h http.Header, f *mcpwire.Failure, given []string) {
+	scheme := "Bearer "
+	proof := len(given) > 0 && isScheme(given[0], "DPoP") && a.Nonce != nil
+	if proof {
+		scheme = `DPoP algs="` + strings.Join(a.ProofAlgorithms, " ") + `", `
+		h.Set("DPoP-Nonce", a.Nonce())
+	}
+	b := scheme + `resource_metadata="` + a.Metadata + `"`
 	scopes := a.Scopes
 	switch {
 	case len(f.Scopes) > 0:
 		b += `, error="insufficient_scope"`
 		scopes = f.Scopes
-	case token:
+	case f.OAuth != "":
+		b += `, error="` + f.OAuth + `"`
+	case len(given) > 0:
 		b += `, error="invalid_token"`
 	}
 	if len(scopes) > 0 {
 		b += `, scope="` + strings.Join(scopes, " ") + `"`
 	}
-	return b
+	h.Set("WWW-Authenticate", b)
 }
-
-// UserHeader is how the sessions behind this door are told whose request it is. What a caller sends
-// under this name is dropped.
-const UserHeader = "X-Newel-User"
 
 // kinds are the methods of session revisions that are calls.
 var kinds = map[string]call.Kind{"tools/call": call.Tool, "resources/read": call.Resource, "prompts/get": call.Prompt, "resources/subscribe": call.Resource}
 
-// admitSession asks who sends a request of a session revision, and whether a call in it lacks a
-// scope, before the sessions answer it: then a status can still be set. It reports whether the
-// request may go on.
-func (d *Door) admitSession(w http.ResponseWriter, r *http.Request, body []byte) bool {
-	r.Header.Del(UserHeader)
+// session asks who sends a request of a session revision, and whether a call in it lacks a scope,
+// before the sessions answer it: then a status can still be set. The sessions learn who it is, and
+// never see the token.
+func (d *Door) session(w http.ResponseWriter, r *http.Request, body []byte) {
 	if d.opts.Check == nil {
-		return true
+		d.opts.Sessions.ServeHTTP(w, r)
+		return
 	}
 	var m struct {
 		ID     jsontext.Value `json:"id"`
@@ -66,24 +75,36 @@ func (d *Door) admitSession(w http.ResponseWriter, r *http.Request, body []byte)
 	if kinds[m.Method] == call.Resource {
 		name = m.Params.URI
 	}
-	user, err := d.opts.Check(r.Context(), credential(r), kinds[m.Method], name)
-	if err == nil {
-		r.Header.Set(UserHeader, user)
-		return true
+	who, err := d.opts.Check(r.Context(), d.credential(r), kinds[m.Method], name)
+	if err != nil {
+		d.refuse(w, r, mcpwire.FailStranger(m.ID, err), len(body))
+		return
 	}
-	f := mcpwire.Fail(m.ID, err)
-	if f.Cause == call.Unavailable {
-		f.Status = http.StatusServiceUnavailable
-	}
-	d.refuse(w, r, f, len(body))
-	return false
+	r.Header.Del("Authorization")
+	r.Header.Del("DPoP")
+	d.opts.Sessions.ServeHTTP(w, r.WithContext(mcpwire.WithPrincipal(r.Context(), who)))
 }
 
 // credential collects what a request presents; nothing is verified here.
-func credential(r *http.Request) call.Credential {
+func (d *Door) credential(r *http.Request) call.Credential {
 	c := call.Credential{Peer: r.RemoteAddr}
-	if scheme, token, ok := strings.Cut(header(r, "Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
-		c.Bearer = strings.TrimSpace(token)
+	given := header(r, "Authorization")
+	switch a := d.opts.Access; {
+	case isScheme(given, "Bearer"):
+		c.Bearer = strings.TrimSpace(given[len("Bearer"):])
+	case isScheme(given, "DPoP") && a != nil:
+		c.Bearer = strings.TrimSpace(given[len("DPoP"):])
+		c.Proofs = append([]string{}, r.Header["Dpop"]...) // not nil: the scheme was used
+		c.Method, c.URL = r.Method, a.Resource
+	}
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		sum := sha256.Sum256(r.TLS.PeerCertificates[0].Raw)
+		c.Certificate = base64.RawURLEncoding.EncodeToString(sum[:])
 	}
 	return c
+}
+
+// isScheme reports whether an Authorization header is of a scheme, whose case does not matter.
+func isScheme(header, scheme string) bool {
+	return len(header) > len(scheme) && header[len(scheme)] == ' ' && strings.EqualFold(header[:len(scheme)], scheme)
 }

@@ -37,9 +37,12 @@ type Options struct {
 	WriteTimeout    time.Duration // for one event, or a large answer; default 30 s
 	AllowedHosts    []string      // Host names beside loopback ones; "*" allows any
 	AllowedOrigins  []string      // Origins beside the server's own; never "*"
+	// AbsentHeaders puts up with clients of revision 2026-07-28 that leave out headers which mirror the
+	// body; those that are there have to agree with it.
+	AbsentHeaders bool
 	// Check says who presents a credential, and refuses what that one lacks a scope for, before a
 	// session sees it; kind is 0 for what is no call. Nil: identities are not configured.
-	Check  func(ctx context.Context, c call.Credential, kind call.Kind, name string) (user string, err error)
+	Check  func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error)
 	Access *Access // nil: clients are not told how to get a token
 	// Draining, when closed, ends open subscriptions with a result.
 	Draining <-chan struct{}
@@ -102,9 +105,7 @@ func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			d.methodNotAllowed(w, r, "POST")
 			return
 		}
-		if d.admitSession(w, r, nil) {
-			d.opts.Sessions.ServeHTTP(w, r)
-		}
+		d.session(w, r, nil)
 	default:
 		d.methodNotAllowed(w, r, "GET, POST, DELETE, OPTIONS")
 	}
@@ -138,12 +139,9 @@ func (d *Door) post(w http.ResponseWriter, r *http.Request) {
 		d.refuse(w, r, f, buf.Len())
 		return
 	}
-	if !d.admitSession(w, r, buf.Bytes()) {
-		return
-	}
-	r.Body = io.NopCloser(buf)
+	r.Body = io.NopCloser(bytes.NewReader(buf.Bytes()))
 	r.ContentLength = int64(buf.Len())
-	d.opts.Sessions.ServeHTTP(w, r)
+	d.session(w, r, buf.Bytes())
 }
 
 // stateless serves one message of revision 2026-07-28, from bytes to bytes.
@@ -161,7 +159,7 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 		d.refuse(w, r, f, len(body))
 		return
 	}
-	out := &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, token: len(r.Header["Authorization"]) > 0}
+	out := d.reply(w, r)
 	send := out.event
 	if !accepts(r, "text/event-stream") {
 		send = nil
@@ -170,7 +168,7 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 		d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "send Accept: application/json, text/event-stream", Cause: call.Malformed}, len(body))
 		return
 	}
-	c, f := d.opts.Codec.Call(m, from(r), send)
+	c, f := d.opts.Codec.Call(m, d.from(r), send)
 	if f != nil {
 		d.refuse(w, r, f, len(body))
 		return
@@ -230,7 +228,7 @@ func (d *Door) follow(ctx context.Context, out *reply) (context.Context, func())
 // refuse answers what did not become a call, with a JSON-RPC body, and has it recorded.
 func (d *Door) refuse(w http.ResponseWriter, r *http.Request, f *mcpwire.Failure, size int) {
 	d.opts.Refused(r.Context(), f.Cause, f.Status, r.RemoteAddr, size, f.Message)
-	(&reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, token: len(r.Header["Authorization"]) > 0}).failure(f)
+	d.reply(w, r).failure(f)
 }
 
 // read reads the body into buf, at most MaxMessageBytes of it.
@@ -295,18 +293,16 @@ func accepts(r *http.Request, mediaType string) bool {
 }
 
 // from collects what the headers say of the caller; nothing is verified here.
-func from(r *http.Request) mcpwire.From {
-	f := mcpwire.From{
+func (d *Door) from(r *http.Request) mcpwire.From {
+	return mcpwire.From{
 		Door:           "http",
-		Peer:           r.RemoteAddr,
+		Credential:     d.credential(r),
 		Correlation:    header(r, "X-Correlation-Id"),
 		Traceparent:    header(r, "Traceparent"),
 		Tracestate:     header(r, "Tracestate"),
 		Baggage:        header(r, "Baggage"),
 		IdempotencyKey: mcpwire.IdempotencyKey(header(r, "Idempotency-Key")),
 	}
-	f.Bearer = credential(r).Bearer
-	return f
 }
 
 // header returns the one value of a header given by its canonical name, or "".

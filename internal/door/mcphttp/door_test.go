@@ -23,6 +23,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/guard"
+	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
@@ -87,7 +88,7 @@ func newWorld(t *testing.T) *world {
 	}
 	cat := catalog.New(snapshot)
 	pass := func(next call.Handler) call.Handler { return next }
-	path, err := guard.Compile(guard.Path(guard.Set{Observe: pass, Authenticate: pass, Admit: pass, Resolve: resolve.New(cat, nil), Validate: validate.Guard, Authorize: pass, Effect: pass, Bound: pass}), guard.End(cat, w.hub))
+	path, err := guard.Compile(guard.Path(guard.Set{Observe: pass, Authenticate: authenticate.Nobody, Admit: pass, Resolve: resolve.New(cat, nil), Validate: validate.Guard, Authorize: pass, Effect: pass, Bound: pass}), guard.End(cat, w.hub))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,4 +440,36 @@ func FuzzHeaders(f *testing.F) {
 			t.Fatalf("%d %q", rec.Code, rec.Body)
 		}
 	})
+}
+
+// Clients that leave out headers are put up with where an operator says so; headers that say
+// something else than the body never are.
+func TestAbsentHeaders(t *testing.T) {
+	w := newWorld(t)
+	body := `{"jsonrpc":"2.0","id":1,"method":"prompts/get","params":{"name":"ask","arguments":{"q":"x"},"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}}}`
+	status := func(headers ...string) int {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "http://mcp.example.com/mcp", strings.NewReader(body))
+		r.Header.Set("Content-Type", "application/json")
+		for i := 0; i < len(headers); i += 2 {
+			r.Header.Set(headers[i], headers[i+1])
+		}
+		rec := httptest.NewRecorder()
+		w.ServeHTTP(rec, r)
+		if rec.Code != http.StatusOK {
+			<-w.refused
+		}
+		return rec.Code
+	}
+	if got := status(); got != http.StatusBadRequest {
+		t.Errorf("without being asked to: %d", got)
+	}
+	w.opts.AbsentHeaders = true
+	if got := status(); got != http.StatusOK {
+		t.Errorf("without headers: %d", got)
+	}
+	for _, headers := range [][]string{{"Mcp-Name", "other"}, {"Mcp-Method", "tools/call"}, {"Mcp-Protocol-Version", "2025-11-25"}, {"Mcp-Name", ""}} {
+		if got := status(headers...); got != http.StatusBadRequest {
+			t.Errorf("%q: %d", headers, got)
+		}
+	}
 }

@@ -62,15 +62,15 @@ func (d *Door) checkHeaders(r *http.Request, m *mcpwire.Message) *mcpwire.Failur
 	if m.Params.Meta.Revision == "" {
 		return nil // the codec refuses it with the better error
 	}
-	if v := strings.TrimSpace(header(r, "Mcp-Protocol-Version")); v != m.Params.Meta.Revision {
+	if v := strings.TrimSpace(header(r, "Mcp-Protocol-Version")); v != m.Params.Meta.Revision && !d.mayLack(r, "Mcp-Protocol-Version") {
 		return mismatch("the MCP-Protocol-Version header must be present once and equal to params._meta[\"io.modelcontextprotocol/protocolVersion\"]")
 	}
-	if v := strings.TrimSpace(header(r, "Mcp-Method")); v != m.Method {
+	if v := strings.TrimSpace(header(r, "Mcp-Method")); v != m.Method && !d.mayLack(r, "Mcp-Method") {
 		return mismatch("the Mcp-Method header must be present once and equal to the method")
 	}
 	if subject, ok := m.Subject(); ok {
 		v, ok := mirrored(r, "Mcp-Name")
-		if !ok || v != subject {
+		if (!ok || v != subject) && !d.mayLack(r, "Mcp-Name") {
 			return mismatch("the Mcp-Name header must be present once and equal to params.name or params.uri (=?base64?…?= for values that are not plain ASCII)")
 		}
 	}
@@ -81,11 +81,17 @@ func (d *Door) checkHeaders(r *http.Request, m *mcpwire.Message) *mcpwire.Failur
 		return nil
 	}
 	for _, h := range d.opts.ParamHeaders(m.Params.Name) {
-		if why := checkParam(r, h, m.Params.Arguments); why != "" {
+		if why := checkParam(r, h, m.Params.Arguments); why != "" && !d.mayLack(r, http.CanonicalHeaderKey("Mcp-Param-"+h.Header)) {
 			return mismatch("the Mcp-Param-%s header %s", h.Header, why)
 		}
 	}
 	return nil
+}
+
+// mayLack reports whether a header is missing and that is put up with. What is decided here never
+// rests on headers: those that are there still have to say what the body says.
+func (d *Door) mayLack(r *http.Request, canonical string) bool {
+	return d.opts.AbsentHeaders && len(r.Header[canonical]) == 0
 }
 
 // mirrored returns the decoded value of a header that mirrors a string.

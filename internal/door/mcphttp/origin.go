@@ -45,7 +45,7 @@ func (d *Door) checkOrigin(w http.ResponseWriter, r *http.Request) *mcpwire.Fail
 	h := w.Header()
 	h.Set("Access-Control-Allow-Origin", values[0])
 	h.Add("Vary", "Origin")
-	h.Set("Access-Control-Expose-Headers", "Mcp-Session-Id, WWW-Authenticate, X-Correlation-Id, Retry-After")
+	h.Set("Access-Control-Expose-Headers", "Mcp-Session-Id, WWW-Authenticate, DPoP-Nonce, X-Correlation-Id, Retry-After")
 	return nil
 }
 
@@ -82,7 +82,7 @@ func (d *Door) preflight(w http.ResponseWriter, r *http.Request) {
 }
 
 const (
-	allowedHeaders = "Content-Type, Accept, Authorization, Last-Event-ID, Mcp-Protocol-Version, Mcp-Method, Mcp-Name, Mcp-Session-Id, X-Correlation-Id, Idempotency-Key, Traceparent, Tracestate, Baggage"
+	allowedHeaders = "Content-Type, Accept, Authorization, DPoP, Last-Event-ID, Mcp-Protocol-Version, Mcp-Method, Mcp-Name, Mcp-Session-Id, X-Correlation-Id, Idempotency-Key, Traceparent, Tracestate, Baggage"
 	// maxAllowedHeaders bounds how many bytes of what was asked are echoed.
 	maxAllowedHeaders = 4 << 10
 )

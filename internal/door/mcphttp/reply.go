@@ -1,6 +1,7 @@
 package mcphttp
 
 import (
+	"math"
 	"net/http"
 	"strconv"
 	"sync"
@@ -15,9 +16,13 @@ type reply struct {
 	w       http.ResponseWriter
 	timeout time.Duration
 	access  *Access    // what a client without a sufficient token is told; nil: nothing
-	token   bool       // a token was presented
+	given   []string   // Authorization headers: in which way a token was presented
 	mu      sync.Mutex // one event at a time
 	stream  bool       // guarded by mu: the event stream has begun
+}
+
+func (d *Door) reply(w http.ResponseWriter, r *http.Request) *reply {
+	return &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, given: r.Header["Authorization"]}
 }
 
 // largeAnswer is what a kernel's socket buffer may not take at once: such writes get a deadline.
@@ -89,7 +94,10 @@ func (p *reply) failure(f *mcpwire.Failure) {
 		return
 	}
 	if p.access != nil && (f.Status == http.StatusUnauthorized || len(f.Scopes) > 0) {
-		p.w.Header().Set("WWW-Authenticate", p.access.challenge(f, p.token))
+		p.access.challenge(p.w.Header(), f, p.given)
+	}
+	if f.RetryAfter > 0 {
+		p.w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(f.RetryAfter.Seconds()))))
 	}
 	p.json(f.Status, len(body), body)
 }

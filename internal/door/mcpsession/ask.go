@@ -8,7 +8,6 @@ import (
 	"maps"
 	"net/http"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -50,9 +49,6 @@ func origin(c *call.Call, h http.Header) {
 	c.Size, _ = strconv.Atoi(h.Get(headerSize)) // set by ServeHTTP
 	c.Key = mcpwire.IdempotencyKey(h.Get("Idempotency-Key"))
 	c.Trace = call.Trace{Correlation: h.Get("X-Correlation-Id"), Parent: h.Get("Traceparent"), State: h.Get("Tracestate"), Baggage: h.Get("Baggage")}
-	if scheme, token, ok := strings.Cut(h.Get("Authorization"), " "); ok && strings.EqualFold(scheme, "Bearer") {
-		c.Credential.Bearer = token
-	}
 }
 
 func progressToken(p mcp.Params) any {

@@ -19,6 +19,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"strconv"
 	"sync"
 	"time"
 
@@ -40,9 +41,9 @@ type Options struct {
 	Has      mcpwire.Has                                 // what is served
 	Readable func(ctx context.Context, uri string) error // whether a resource may be subscribed to; nil: any
 
-	// UserHeader names the header in which the door in front says whose request it is: a session
-	// is its user's alone (2025-11-25, security best practices). "": nobody is known.
-	UserHeader string
+	// Identified says that the door in front knows whose request it is (mcpwire.PrincipalOf), and
+	// that others are refused: a session is its user's alone (2025-11-25, security best practices).
+	Identified bool
 
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
@@ -118,18 +119,21 @@ func New(o Options) (*Door, error) {
 		MaxRequestBodyBytes:        int64(o.MaxMessageBytes),
 		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
 	})
-	if o.UserHeader != "" {
+	if o.Identified {
 		// The SDK binds sessions to the user that this tells it of; the token itself was verified before.
-		d.handler = auth.RequireBearerToken(func(_ context.Context, _ string, r *http.Request) (*auth.TokenInfo, error) {
-			user := r.Header.Get(o.UserHeader)
-			if user == "" {
+		d.handler = auth.RequireBearerToken(func(ctx context.Context, _ string, _ *http.Request) (*auth.TokenInfo, error) {
+			p := mcpwire.PrincipalOf(ctx)
+			if p == nil {
 				return nil, auth.ErrInvalidToken
 			}
-			return &auth.TokenInfo{UserID: user, Expiration: time.Now().Add(time.Hour)}, nil
+			return &auth.TokenInfo{UserID: strconv.Quote(p.Tenant) + strconv.Quote(p.ID), Expiration: time.Now().Add(time.Hour), Extra: map[string]any{known: p}}, nil
 		}, nil)(d.handler)
 	}
 	return d, nil
 }
+
+// known is under what the SDK hands on who sends a request.
+const known = "principal"
 
 func capabilities(has mcpwire.Has) *mcp.ServerCapabilities {
 	c := &mcp.ServerCapabilities{Logging: &mcp.LoggingCapabilities{}}
@@ -260,6 +264,9 @@ func (d *Door) decode(ctx context.Context, req mcp.Request) (*call.Call, error) 
 	}
 	if extra != nil && extra.Header != nil {
 		origin(c, extra.Header)
+		if extra.TokenInfo != nil {
+			c.Credential.Known, _ = extra.TokenInfo.Extra[known].(*call.Principal)
+		}
 	} else {
 		c.Door, c.Credential.Peer = "stdio", "stdio"
 	}

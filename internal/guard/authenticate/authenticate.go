@@ -1,6 +1,7 @@
 // Package authenticate finds out who is calling and sets Call.Principal.
 //
-// Refuses: callers who present nothing, or nothing that is valid, always with the same words.
+// Refuses: callers who present nothing, or nothing that is valid, always with the same words; and
+// what of an earlier round of a call was sealed for somebody else.
 // Needs: somebody who knows, see [Verifier]. Fails closed when that one is away. Records: nothing
 // of its own. Costs: half a microsecond for a token that was seen before.
 package authenticate
@@ -32,7 +33,7 @@ func New(v Verifier) call.Guard {
 				return nil, call.Errorf(call.Unauthenticated, "authentication is required")
 			}
 			c.Principal = p
-			return next(ctx, c)
+			return restored(ctx, c, next)
 		}
 	}
 }
@@ -44,6 +45,16 @@ func Nobody(next call.Handler) call.Handler {
 		if c.Principal != nil {
 			return nil, call.Errorf(call.Internal, "internal error")
 		}
-		return next(ctx, c)
+		return restored(ctx, c, next)
 	}
+}
+
+// restored goes on with a call whose principal is known.
+func restored(ctx context.Context, c *call.Call, next call.Handler) (*call.Result, error) {
+	if c.Restore != nil {
+		if err := c.Restore(c); err != nil {
+			return nil, err
+		}
+	}
+	return next(ctx, c)
 }

@@ -10,6 +10,7 @@ package authorize
 import (
 	"context"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -53,15 +54,50 @@ func (g *Authorizer) Guard(next call.Handler) call.Handler {
 func (g *Authorizer) See(ctx context.Context, c *call.Call, target *call.Capability) error {
 	now := time.Now()
 	c.Visible = g.visible(ctx, c.Principal, now)
-	if target == nil || g.o.Explicit {
+	if target != nil && !g.o.Explicit {
+		d := g.o.Policy.Decide(ctx, &policy.Input{Principal: c.Principal, Capability: target, Listing: true, Now: now})
+		if len(d.Missing) > 0 {
+			return nil
+		}
+		if d.Verdict == policy.Deny {
+			c.Event.Rule = d.Rule
+			return hidden(c)
+		}
+	}
+	if !g.o.Policy.AsksOthers() {
 		return nil
 	}
-	d := g.o.Policy.Decide(ctx, &policy.Input{Principal: c.Principal, Capability: target, Listing: true, Now: now})
-	if d.Verdict != policy.Deny || len(d.Missing) > 0 {
-		return nil
+	return g.narrow(ctx, c, target, now)
+}
+
+// narrow takes from what the caller may see what the other policies do not show.
+func (g *Authorizer) narrow(ctx context.Context, c *call.Call, target *call.Capability, now time.Time) error {
+	unavailable := func(err error) error {
+		return call.Errorf(call.Unavailable, "the policy cannot be asked now; try again in a moment").Because(err)
 	}
-	c.Event.Rule = d.Rule
-	return hidden(c)
+	if target != nil && !g.o.Explicit {
+		seen, err := g.o.Policy.SeenByOthers(ctx, c.Principal, []*call.Capability{target}, now)
+		if err != nil {
+			return unavailable(err)
+		}
+		if !seen[target] {
+			return hidden(c)
+		}
+	}
+	rules := c.Visible.Shows
+	all := sync.OnceValues(func() (map[*call.Capability]bool, error) {
+		return g.o.Policy.SeenByOthers(context.WithoutCancel(ctx), c.Principal, g.o.Catalog.Load().All(), now)
+	})
+	c.Visible = &call.Visible{Shows: func(t *call.Capability) bool {
+		seen, err := all()
+		return err == nil && seen[t] && rules(t)
+	}}
+	if c.Kind.IsList() { // an empty list would be taken for the truth
+		if _, err := all(); err != nil {
+			return unavailable(err)
+		}
+	}
+	return nil
 }
 
 func (g *Authorizer) check(ctx context.Context, c *call.Call) error {

@@ -24,6 +24,8 @@ type metrics struct {
 	tokens   metric.Int64Counter
 	progress metric.Int64Counter
 	refused  metric.Int64Counter
+	logins   metric.Int64Counter // that failed
+	denials  metric.Int64Counter
 
 	// active is read when metrics are collected, so that a call pays two additions for it.
 	active [len(methods)]paddedCounter
@@ -40,7 +42,7 @@ type paddedCounter struct {
 // open makes the instruments.
 func (m *metrics) open(meter metric.Meter) error {
 	m.meter = meter
-	var errs [7]error
+	var errs [9]error
 	m.duration, errs[0] = meter.Float64Histogram("mcp.server.operation.duration", metric.WithUnit("s"),
 		metric.WithDescription("Duration of one call, from the door to its result."),
 		metric.WithExplicitBucketBoundaries(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
@@ -53,6 +55,8 @@ func (m *metrics) open(meter metric.Meter) error {
 	m.tokens, errs[3] = meter.Int64Counter("newel.result.tokens", metric.WithDescription("Estimated tokens of results."))
 	m.progress, errs[4] = meter.Int64Counter("newel.progress.notifications", metric.WithDescription("Progress notifications sent to callers."))
 	m.refused, errs[5] = meter.Int64Counter("newel.door.refused", metric.WithDescription("Messages refused before they were calls."))
+	m.logins, errs[7] = meter.Int64Counter("newel.auth.failures", metric.WithDescription("Messages from callers who could not say who they are."))
+	m.denials, errs[8] = meter.Int64Counter("newel.policy.denials", metric.WithDescription("Calls that the policy denied or hid, by the rule that decided."))
 	_, errs[6] = meter.Int64ObservableUpDownCounter("newel.calls.active",
 		metric.WithDescription("Calls and subscriptions that are running or waiting to run."),
 		metric.WithInt64Callback(func(_ context.Context, out metric.Int64Observer) error {
@@ -91,6 +95,12 @@ func (m *metrics) measure(ctx context.Context, o *Observer, c *call.Call, took t
 	if c.Event.ResultBytes > 0 {
 		m.size.Record(ctx, int64(c.Event.ResultBytes), l.plain...)
 		m.tokens.Add(ctx, int64(c.Event.Tokens), l.plainAdd...)
+	}
+	switch {
+	case c.Event.Code == call.Unauthenticated:
+		m.logins.Add(ctx, 1, l.plainAdd...)
+	case c.Event.Rule != "" && (c.Event.Step == "authorize" || c.Event.Step == "resolve"):
+		m.denials.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.policy.rule", c.Event.Rule)))
 	}
 	if c.Event.QueueTime > 0 {
 		m.queued.Record(ctx, c.Event.QueueTime.Seconds(), l.plain...)

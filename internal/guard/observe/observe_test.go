@@ -443,3 +443,37 @@ func TestNewRefusesMissing(t *testing.T) {
 		t.Error("no error without a logger, a tracer and a meter")
 	}
 }
+
+func TestDenials(t *testing.T) {
+	w := newWatch(t)
+	denied := w.Guard(func(_ context.Context, c *call.Call) (*call.Result, error) {
+		c.Event.Rule, c.Event.Step = "no refunds", "authorize"
+		return nil, call.Errorf(call.Denied, "not allowed")
+	})
+	if _, err := denied(t.Context(), toolCall(`{}`)); err == nil {
+		t.Fatal("it is not denied")
+	}
+	expect(t, w.record(), map[string]any{"rule": "no refunds", "code": "denied", "step": "authorize"})
+	sum, _ := w.metric("newel.policy.denials").(metricdata.Sum[int64])
+	if len(sum.DataPoints) != 1 || sum.DataPoints[0].Value != 1 {
+		t.Fatalf("denials: %+v", sum)
+	}
+	if rule, _ := sum.DataPoints[0].Attributes.Value("newel.policy.rule"); rule.AsString() != "no refunds" {
+		t.Errorf("the rule is %q", rule.AsString())
+	}
+	stranger := w.Guard(func(context.Context, *call.Call) (*call.Result, error) {
+		return nil, call.Errorf(call.Unauthenticated, "authentication is required")
+	})
+	if _, err := stranger(t.Context(), toolCall(`{}`)); err == nil {
+		t.Fatal("a stranger may call")
+	}
+	w.Refused(t.Context(), observe.Refusal{Door: "http", Code: call.Unauthenticated, Status: 401})
+	logins, _ := w.metric("newel.auth.failures").(metricdata.Sum[int64])
+	n := int64(0)
+	for _, p := range logins.DataPoints {
+		n += p.Value
+	}
+	if n != 2 {
+		t.Errorf("%d failed logins, want 2: %+v", n, logins)
+	}
+}

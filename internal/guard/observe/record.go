@@ -28,6 +28,9 @@ type Refusal struct {
 // Refused records a refusal, so that nothing that arrives goes unseen.
 func (o *Observer) Refused(ctx context.Context, r Refusal) {
 	o.metrics.refused.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.door", r.Door), attribute.String("error.type", r.Code.String())))
+	if r.Code == call.Unauthenticated {
+		o.metrics.logins.Add(ctx, 1)
+	}
 	if !o.log.Enabled(ctx, slog.LevelWarn) {
 		return
 	}
@@ -73,6 +76,7 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 	if sc := trace.SpanContextFromContext(ctx); sc.IsValid() {
 		a = append(a, slog.String("trace_id", sc.TraceID().String()), slog.String("span_id", sc.SpanID().String()))
 	}
+	a = optional(a, "rule", c.Event.Rule)
 	if c.Event.QueueTime > 0 {
 		a = append(a, slog.Int64("queued_us", c.Event.QueueTime.Microseconds()))
 	}

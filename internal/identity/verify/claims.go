@@ -10,6 +10,8 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"newel.dev/newel/call"
 )
 
 // claims are what a token says, by RFC 7519 and RFC 9068 and what providers make of them.
@@ -73,38 +75,46 @@ func first(all ...string) string {
 	return ""
 }
 
-// judge decides whether a token counts now. It is asked on every call.
-func (is *issuer) judge(c *claims, now time.Time) (*Identity, error) {
-	p := profiles[is.Profile]
-	at := func(seconds *float64) time.Time {
-		if seconds == nil || math.IsNaN(*seconds) || *seconds < 0 || *seconds > 1e11 {
-			return time.Time{}
-		}
-		return time.Unix(0, int64(*seconds*1e9))
+// at is a time in seconds since 1970, or zero if there is none or nobody could mean it.
+func at(seconds *float64) time.Time {
+	if seconds == nil || math.IsNaN(*seconds) || *seconds < 0 || *seconds > 9e9 {
+		return time.Time{}
 	}
-	expires := at(c.Expires)
+	return time.Unix(0, int64(*seconds*1e9))
+}
+
+// current decides whether a token counts now. It is asked on every call.
+func (is *issuer) current(c *claims, now time.Time) error {
+	switch expires := at(c.Expires); {
+	case expires.IsZero():
+		return errors.New("it does not say when it expires")
+	case !now.Before(expires.Add(is.Skew)):
+		return fmt.Errorf("it expired at %v", expires.UTC())
+	case c.NotYet != nil && now.Add(is.Skew).Before(at(c.NotYet)):
+		return fmt.Errorf("it is not valid before %v", at(c.NotYet).UTC())
+	case c.Issued != nil && now.Add(is.Skew).Before(at(c.Issued)):
+		return errors.New("it was issued in the future")
+	}
+	return nil
+}
+
+// identify judges what of a token does not change with time, and says whom it names.
+func (is *issuer) identify(c *claims) (*Identity, error) {
+	p := profiles[is.Profile]
 	switch {
 	case c.Issuer != is.URL:
 		return nil, fmt.Errorf("the issuer is %.100q", c.Issuer)
 	case c.Subject == "":
 		return nil, errors.New("it names no subject")
-	case expires.IsZero():
-		return nil, errors.New("it does not say when it expires")
-	case !now.Before(expires.Add(is.Skew)):
-		return nil, fmt.Errorf("it expired at %v", expires.UTC())
-	case c.NotYet != nil && now.Add(is.Skew).Before(at(c.NotYet)):
-		return nil, fmt.Errorf("it is not valid before %v", at(c.NotYet).UTC())
-	case c.Issued != nil && now.Add(is.Skew).Before(at(c.Issued)):
-		return nil, errors.New("it was issued in the future")
 	case !slices.ContainsFunc(is.Audiences, func(a string) bool { return slices.Contains(c.Audience, a) }):
 		return nil, fmt.Errorf("it is for %.200q", c.Audience)
-	case len(c.Bound) > 0 && c.Bound.Kind() != 'n':
-		return nil, errors.New("it is bound to a key, and was presented without a proof (RFC 9449, section 7.2)")
 	}
 	if err := is.form(c, p); err != nil {
 		return nil, err
 	}
-	id := &Identity{Issuer: c.Issuer, Subject: c.Subject, Client: p.client(c), Expires: expires, Scopes: strings.Fields(c.Scope)}
+	id := &Identity{Issuer: c.Issuer, Subject: c.Subject, Expires: at(c.Expires)}
+	// A subject is unique at its issuer only.
+	id.Principal = call.Principal{ID: c.Issuer + "#" + c.Subject, Client: p.client(c), Scopes: strings.Fields(c.Scope)}
 	for _, s := range c.SCP {
 		id.Scopes = append(id.Scopes, strings.Fields(s)...)
 	}
@@ -115,14 +125,34 @@ func (is *issuer) judge(c *claims, now time.Time) (*Identity, error) {
 	if id.Roles, err = texts(c.Other, is.RolesClaim); err != nil {
 		return nil, err
 	}
+	id.Tenant, err = is.tenantOf(c)
+	return id, err
+}
+
+// tenantOf returns the one tenant that a token belongs to, or "" if nothing names one: a claim, the
+// issuer, and the addresses it is for have to agree.
+func (is *issuer) tenantOf(c *claims) (string, error) {
+	tenant := is.Tenant
 	if is.TenantClaim != "" {
-		tenants, err := texts(c.Other, is.TenantClaim)
-		if err != nil || len(tenants) != 1 || tenants[0] == "" {
-			return nil, fmt.Errorf("the claim %q does not name exactly one tenant", is.TenantClaim)
+		named, err := texts(c.Other, is.TenantClaim)
+		if err != nil || len(named) != 1 || named[0] == "" {
+			return "", fmt.Errorf("the claim %q does not name exactly one tenant", is.TenantClaim)
 		}
-		id.Tenant = tenants[0]
+		if tenant != "" && tenant != named[0] {
+			return "", fmt.Errorf("the claim %q names the tenant %.100q, and the issuer is that of %q", is.TenantClaim, named[0], tenant)
+		}
+		tenant = named[0]
 	}
-	return id, nil
+	for _, a := range c.Audience {
+		switch of := is.tenants[a]; {
+		case of == "" || of == tenant:
+		case tenant != "":
+			return "", fmt.Errorf("it is for %.200q, which is that of another tenant than %.100q", a, tenant)
+		default:
+			tenant = of
+		}
+	}
+	return tenant, nil
 }
 
 // form checks that a token is an access token, and not one made for something else.

@@ -61,12 +61,15 @@ func (v *Verifier) about(ctx context.Context, is *issuer, token string) (*claims
 	if err := json.Unmarshal(raw, &active); err != nil {
 		return nil, err
 	}
-	if !active.Active || active.Type != "" && !strings.EqualFold(active.Type, "Bearer") && !strings.EqualFold(active.Type, "access_token") {
+	if !active.Active || active.Type != "" && !strings.EqualFold(active.Type, "Bearer") && !strings.EqualFold(active.Type, "DPoP") && !strings.EqualFold(active.Type, "access_token") {
 		return nil, nil
 	}
 	c := &claims{}
 	if err := json.Unmarshal(raw, c); err != nil {
 		return nil, err
+	}
+	if strings.EqualFold(active.Type, "DPoP") && c.Bound == nil {
+		return nil, nil // bound, and nobody says to what
 	}
 	if c.Issuer == "" { // it is optional here: the one who answers is meant
 		c.Issuer = is.URL

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -45,14 +46,23 @@ type keySet struct {
 	fetched time.Time     // last success
 	next    time.Time     // no fetch before this
 	pause   time.Duration // after the last failure
+	problem error         // that failure, until a success
 	flight  chan struct{} // closed when the fetch under way is done
 }
 
 // errUnknownKey is a key that the issuer may have, but that cannot be asked for now.
-type errUnknownKey struct{ after time.Duration }
+type errUnknownKey struct {
+	after   time.Duration
+	problem error // why the last time brought no keys, or nil
+}
 
 // Error implements error.
-func (e errUnknownKey) Error() string { return "no key of this id is known yet" }
+func (e errUnknownKey) Error() string {
+	if e.problem != nil {
+		return "no key of this id is known yet: " + e.problem.Error()
+	}
+	return "no key of this id is known yet"
+}
 
 var errNoKey = errors.New("the issuer has no such key")
 
@@ -81,8 +91,9 @@ func (k *keySet) find(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 			}
 		}
 		if left := k.next.Sub(now); left > 0 {
+			problem := k.problem
 			k.mu.Unlock()
-			return nil, errUnknownKey{left}
+			return nil, errUnknownKey{left, problem}
 		}
 		done := make(chan struct{})
 		k.flight = done
@@ -148,8 +159,10 @@ func (k *keySet) fetch(ctx context.Context) error {
 	if err != nil {
 		k.pause = min(max(2*k.pause, retryFirst), retryMost)
 		k.next = now.Add(k.pause)
+		k.problem = fmt.Errorf("the keys of %s: %w", k.issuer, err)
+		err = k.problem
 		k.mu.Unlock()
-		return fmt.Errorf("the keys of %s: %w", k.issuer, err)
+		return err
 	}
 	removed := false
 	for _, old := range k.keys {
@@ -159,7 +172,7 @@ func (k *keySet) fetch(ctx context.Context) error {
 		}
 		removed = removed || !kept
 	}
-	k.keys, k.fetched, k.pause, k.next = keys, now, 0, now.Add(unknownEvery)
+	k.keys, k.fetched, k.pause, k.problem, k.next = keys, now, 0, nil, now.Add(unknownEvery)
 	k.mu.Unlock()
 	if removed {
 		k.lost()
@@ -197,7 +210,7 @@ func (k *keySet) ask(ctx context.Context) ([]jose.JSONWebKey, error) {
 	var keys []jose.JSONWebKey
 	for _, raw := range set.Keys { // one that is not understood is no reason to lose the others
 		var key jose.JSONWebKey
-		if key.UnmarshalJSON(raw) == nil && usable(&key) {
+		if key.UnmarshalJSON(raw) == nil && usable(&key) && verifies(raw) {
 			keys = append(keys, key)
 		}
 	}
@@ -219,6 +232,15 @@ func usable(k *jose.JSONWebKey) bool {
 		return true
 	}
 	return false
+}
+
+// verifies reports whether a key is published for signatures, as far as it says (RFC 7517, section
+// 4.3; go-jose does not read it).
+func verifies(raw jsontext.Value) bool {
+	var key struct {
+		Operations []string `json:"key_ops"`
+	}
+	return json.Unmarshal(raw, &key) == nil && (key.Operations == nil || slices.Contains(key.Operations, "verify"))
 }
 
 // discover finds the key set in the issuer's metadata (RFC 8414, then OpenID Connect Discovery).

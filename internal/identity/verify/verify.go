@@ -13,8 +13,12 @@ package verify
 
 import (
 	"context"
+	"crypto"
 	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
+	_ "crypto/sha512" // saltHash
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -41,7 +45,8 @@ type Issuer struct {
 	Algorithms   []string      // default: RS256, PS256, ES256, ES384, EdDSA, Ed25519
 	Profile      string        // rfc9068 (default, strict), entra, okta, keycloak, dex: how its tokens look
 	JWKS         string        // address of its keys; default: discovered
-	TenantClaim  string        // claim that names the tenant; default: none, all are of one
+	TenantClaim  string        // claim that names the tenant; default: none
+	Tenant       string        // of all its tokens
 	RolesClaim   string        // claim that lists roles; default: roles
 	Scopes       []string      // of tokens that name none (not with rfc9068)
 	Skew         time.Duration // tolerated difference of clocks [30 s], at most two minutes
@@ -52,26 +57,34 @@ type Issuer struct {
 
 // Options configure a Verifier.
 type Options struct {
-	Resource string // canonical address of this server: the audience (RFC 8707)
+	Resource string            // canonical address of this server: the audience (RFC 8707)
+	Tenants  map[string]string // tenants that have an address of their own, by audience
 	Issuers  []Issuer
-	Private  []netip.Prefix   // private ranges in which issuers may be
-	HTTP     *http.Client     // default: one that reaches public addresses, those ranges, and loopback if an issuer is there
-	Now      func() time.Time // default: time.Now
+	// DPoPRequired refuses tokens that are bound to no key of their client (RFC 9449).
+	DPoPRequired bool
+	NonceKey     []byte           // seals nonces of proofs; nodes that share it take each other's; default: random
+	Private      []netip.Prefix   // private ranges in which issuers may be
+	HTTP         *http.Client     // default: one that reaches public addresses, those ranges, and loopback if an issuer is there
+	Now          func() time.Time // default: time.Now
 }
 
-// An Identity is who a token speaks for.
+// An Identity is who a token speaks for. It is shared by all who present the token, and not changed.
 type Identity struct {
-	Issuer, Subject, Tenant, Client string
-	Scopes, Roles                   []string
-	Expires                         time.Time
+	call.Principal
+	Issuer, Subject string
+	Expires         time.Time
 }
 
 // A Verifier checks tokens. It is safe for concurrent use.
 type Verifier struct {
 	issuers map[string]*issuer
 	opaque  []*issuer // those that can be asked about a token
-	now     func() time.Time
-	http    *http.Client
+	nonces  nonces
+	proofs  seen
+
+	dpopRequired bool
+	now          func() time.Time
+	http         *http.Client
 
 	mu       sync.Mutex // guards what is below
 	verified map[[32]byte]remembered
@@ -79,14 +92,17 @@ type Verifier struct {
 
 type issuer struct {
 	Issuer
-	keys *keySet
+	keys    *keySet
+	tenants map[string]string // by audience
 }
 
-// remembered is a token whose signature was checked.
+// remembered is a token whose signature was checked, and what it says that does not change.
 type remembered struct {
-	issuer *issuer
-	claims *claims
-	until  time.Time
+	issuer   *issuer
+	claims   *claims
+	identity *Identity
+	refused  error // why it counts for nothing, whenever
+	until    time.Time
 }
 
 // Bounds of what is remembered.
@@ -106,10 +122,13 @@ func New(o Options) (*Verifier, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, verified: map[[32]byte]remembered{}}
+	if o.NonceKey == nil {
+		o.NonceKey = []byte(rand.Text())
+	}
+	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, nonces: nonces{o.NonceKey}, dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
 	var problems []error
 	for _, given := range o.Issuers {
-		is := &issuer{Issuer: given}
+		is := &issuer{Issuer: given, tenants: o.Tenants}
 		if err := is.check(o.Resource); err != nil {
 			problems = append(problems, fmt.Errorf("issuer %q: %w", given.URL, err))
 			continue
@@ -223,36 +242,51 @@ func errInvalid(cause error) error {
 	return call.Errorf(call.Unauthenticated, "the access token is not valid").Because(cause)
 }
 
-// Verify returns who a bearer token speaks for. It fails with Unauthenticated, or with Unavailable
-// while an issuer cannot be asked.
+// Verify returns who a bearer token speaks for, presented by itself. See VerifyPresented.
 func (v *Verifier) Verify(ctx context.Context, token string) (*Identity, error) {
-	if token == "" || len(token) > maxToken {
+	return v.VerifyPresented(ctx, &Presented{Token: token})
+}
+
+// VerifyPresented returns who a token speaks for. It fails with Unauthenticated, or with
+// Unavailable while an issuer cannot be asked. A proof is good for one time.
+func (v *Verifier) VerifyPresented(ctx context.Context, p *Presented) (*Identity, error) {
+	if p.Token == "" || len(p.Token) > maxToken {
 		return nil, errInvalid(errors.New("no token, or one too long"))
 	}
-	id := sha256.Sum256([]byte(token))
+	id := sha256.Sum256([]byte(p.Token))
 	v.mu.Lock()
 	known, ok := v.verified[id]
 	v.mu.Unlock()
 	now := v.now()
 	if !ok || !now.Before(known.until) {
 		var err error
-		if known, err = v.signed(ctx, token); err != nil {
+		if known, err = v.signed(ctx, p.Token); err != nil {
 			return nil, v.refusal(err)
 		}
-		v.remember(id, known)
+		known = v.remember(id, known)
 	}
-	identity, err := known.issuer.judge(known.claims, now)
-	if err != nil {
+	if known.refused != nil {
+		return nil, errInvalid(known.refused)
+	}
+	if err := known.issuer.current(known.claims, now); err != nil {
 		return nil, errInvalid(err)
 	}
-	return identity, nil
+	if p.Proofs != nil || known.claims.Bound != nil || v.dpopRequired {
+		if err := v.confirmed(known.claims, p, now); err != nil {
+			return nil, v.refusal(err)
+		}
+	}
+	return known.identity, nil
 }
 
 // refusal tells a bad token from an issuer that cannot be asked.
 func (v *Verifier) refusal(err error) error {
 	var unknown errUnknownKey
 	var status *unavailableError
+	var own *call.Error
 	switch {
+	case errors.As(err, &own):
+		return err
 	case errors.As(err, &unknown):
 		e := call.Errorf(call.Unavailable, "the access token cannot be checked now; try again in a moment")
 		e.RetryAfter = unknown.after
@@ -273,7 +307,9 @@ type unavailableError struct{ error }
 // Unwrap returns the cause.
 func (e *unavailableError) Unwrap() error { return e.error }
 
-func (v *Verifier) remember(id [32]byte, r remembered) {
+// remember judges what of a token does not change, and keeps it.
+func (v *Verifier) remember(id [32]byte, r remembered) remembered {
+	r.identity, r.refused = r.issuer.identify(r.claims)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if len(v.verified) >= maxRemembered { // the map hands out any: good enough, and nobody can choose
@@ -286,6 +322,7 @@ func (v *Verifier) remember(id [32]byte, r remembered) {
 		}
 	}
 	v.verified[id] = r
+	return r
 }
 
 // signed checks the signature of a token and decodes it.
@@ -294,37 +331,17 @@ func (v *Verifier) signed(ctx context.Context, token string) (remembered, error)
 	if len(parts) != 3 {
 		return v.introspect(ctx, token)
 	}
-	var head struct {
-		Algorithm string   `json:"alg"`
-		KeyID     string   `json:"kid"`
-		Type      string   `json:"typ"`
-		Critical  []string `json:"crit"`
-		Encoding  string   `json:"zip"`
-	}
 	var from struct {
 		Issuer string `json:"iss"`
 	}
-	if err := errors.Join(decode(parts[0], &head), decode(parts[1], &from)); err != nil {
+	if err := decode(parts[1], &from); err != nil {
 		return remembered{}, err
 	}
 	is := v.issuers[from.Issuer]
-	switch {
-	case is == nil:
+	if is == nil {
 		return remembered{}, fmt.Errorf("the issuer %.100q is not configured", from.Issuer)
-	case !slices.Contains(is.Algorithms, head.Algorithm):
-		return remembered{}, fmt.Errorf("the algorithm %.20q is not allowed", head.Algorithm)
-	case len(head.Critical) > 0 || head.Encoding != "":
-		return remembered{}, errors.New("the token uses extensions")
 	}
-	keys, err := is.keys.find(ctx, head.KeyID)
-	if err != nil {
-		var unknown errUnknownKey
-		if !errors.Is(err, errNoKey) && !errors.As(err, &unknown) && ctx.Err() == nil {
-			err = &unavailableError{err}
-		}
-		return remembered{}, err
-	}
-	payload, err := check(token, parts, head.Algorithm, keys)
+	payload, typ, err := is.open(ctx, token, parts)
 	if err != nil {
 		return remembered{}, err
 	}
@@ -332,37 +349,81 @@ func (v *Verifier) signed(ctx context.Context, token string) (remembered, error)
 	if err := json.Unmarshal(payload, c); err != nil {
 		return remembered{}, fmt.Errorf("the claims: %w", err)
 	}
-	c.typ = head.Type
+	c.typ = typ
 	return remembered{issuer: is, claims: c, until: v.now().Add(rememberFor)}, nil
+}
+
+// open checks the header and signature of a token in compact form, and returns its payload and type.
+func (is *issuer) open(ctx context.Context, token string, parts []string) (payload []byte, typ string, err error) {
+	var head struct {
+		Algorithm string   `json:"alg"`
+		KeyID     string   `json:"kid"`
+		Type      string   `json:"typ"`
+		Critical  []string `json:"crit"`
+		Encoding  string   `json:"zip"`
+	}
+	if err := decode(parts[0], &head); err != nil {
+		return nil, "", err
+	}
+	switch {
+	case !slices.Contains(is.Algorithms, head.Algorithm):
+		return nil, "", fmt.Errorf("the algorithm %.20q is not allowed", head.Algorithm)
+	case len(head.Critical) > 0 || head.Encoding != "":
+		return nil, "", errors.New("the token uses extensions")
+	}
+	keys, err := is.keys.find(ctx, head.KeyID)
+	if err != nil {
+		var unknown errUnknownKey
+		if !errors.Is(err, errNoKey) && !errors.As(err, &unknown) && ctx.Err() == nil {
+			err = &unavailableError{err}
+		}
+		return nil, "", err
+	}
+	payload, err = check(token, parts, head.Algorithm, keys)
+	return payload, head.Type, err
 }
 
 // check verifies the signature with any of the keys.
 func check(token string, parts []string, algorithm string, keys []jose.JSONWebKey) ([]byte, error) {
+	// Strictly: one signature is written in one way.
+	sig, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
+	if err != nil {
+		return nil, err
+	}
 	for _, k := range keys {
 		if k.Algorithm != "" && k.Algorithm != algorithm && !(isEd(k.Algorithm) && isEd(algorithm)) {
 			continue // a key that says what it is for is for nothing else
 		}
-		if pub, ok := k.Key.(ed25519.PublicKey); ok {
+		hash, pss := saltHash[algorithm]
+		ed, isEdKey := k.Key.(ed25519.PublicKey)
+		switch pub, isRSA := k.Key.(*rsa.PublicKey); {
+		case isEdKey || isEd(algorithm):
 			// go-jose does not know the name of RFC 9864.
-			sig, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
-			if isEd(algorithm) && err == nil && ed25519.Verify(pub, []byte(parts[0]+"."+parts[1]), sig) {
+			if isEdKey && isEd(algorithm) && ed25519.Verify(ed, []byte(parts[0]+"."+parts[1]), sig) {
 				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
 			}
-			continue
-		}
-		if isEd(algorithm) {
-			continue
-		}
-		jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
-		if err != nil {
-			return nil, err
-		}
-		if payload, err := jws.Verify(k.Key); err == nil {
-			return payload, nil
+		case isRSA && pss:
+			// go-jose takes a salt of any length. It is as long as the hash (RFC 7518, section 3.5).
+			h := hash.New()
+			h.Write([]byte(parts[0] + "." + parts[1]))
+			if rsa.VerifyPSS(pub, hash, h.Sum(nil), sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil {
+				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
+			}
+		default:
+			jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
+			if err != nil {
+				return nil, err
+			}
+			if payload, err := jws.Verify(k.Key); err == nil {
+				return payload, nil
+			}
 		}
 	}
-	return nil, errors.New("the signature is of none of the issuer's keys")
+	return nil, errors.New("the signature is of none of these keys")
 }
+
+// saltHash is the hash of each algorithm with a salt.
+var saltHash = map[string]crypto.Hash{"PS256": crypto.SHA256, "PS384": crypto.SHA384, "PS512": crypto.SHA512}
 
 func isEd(algorithm string) bool { return algorithm == "EdDSA" || algorithm == "Ed25519" }
 

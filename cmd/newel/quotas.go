@@ -1,0 +1,65 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/guard/quota"
+	"newel.dev/newel/internal/store/redis"
+)
+
+// limiter makes what holds calls to the quotas; nil means that nothing is counted. Positions of what
+// is wrong come from f.
+func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error) {
+	c := &f.Config
+	if len(c.Quotas.Rules) == 0 {
+		return nil, nil
+	}
+	options := quota.Options{
+		NotCritical: c.Quotas.NotCritical, Share: c.Quotas.Share, Store: quota.NewMemory(),
+		Alert: func(ctx context.Context, a quota.Alert) {
+			if a.Err != nil {
+				log.LogAttrs(ctx, slog.LevelError, "quotas cannot be counted for all nodes; this node grants its share", slog.String("error", a.Err.Error()))
+				return
+			}
+			log.LogAttrs(ctx, slog.LevelWarn, "a budget runs out", slog.String("quota", a.Rule), slog.String("of", a.Of),
+				slog.String("what", a.What), slog.Int64("used", a.Used), slog.Int64("limit", a.Limit))
+		},
+	}
+	if c.Redis.URL.Reveal() != "" {
+		db, err := redis.Open(c.Redis.URL)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
+		}
+		o.closers = append(o.closers, db)
+		options.Store = db
+	}
+	for i := range c.Quotas.Rules {
+		q := &c.Quotas.Rules[i]
+		at := fmt.Sprintf("quotas.rules[%d]", i)
+		r := quota.Rule{
+			Name: q.Name, Per: q.Per, Tools: q.Tools, Tenants: q.Tenants, Burst: q.Burst, Concurrent: q.Concurrent, AlertAt: q.AlertAt, DegradeAt: q.DegradeAt,
+			Budget: quota.Budget{Calls: q.Budget.Calls, Tokens: q.Budget.Tokens, Cost: q.Budget.Cost, Every: quota.Window(q.Budget.Every)},
+		}
+		if q.Rate != "" {
+			var err error
+			if r.Rate, err = quota.ParseRate(q.Rate); err != nil {
+				return nil, fmt.Errorf("%s: %w", f.Position(at+".rate"), err)
+			}
+		}
+		if err := r.Check(); err != nil {
+			return nil, fmt.Errorf("%s: quota %q: %w", f.Position(at), q.Name, err)
+		}
+		options.Rules = append(options.Rules, r)
+	}
+	for _, one := range c.Quotas.Costs {
+		options.Costs = append(options.Costs, quota.Cost(one))
+	}
+	l, err := quota.New(options)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("quotas"), err)
+	}
+	return l, nil
+}

@@ -1,0 +1,88 @@
+package redis
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"newel.dev/newel/internal/guard/quota"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/quotatest"
+	"newel.dev/newel/test/engines"
+)
+
+func open(t *testing.T, address string) *DB {
+	t.Helper()
+	db, err := Open(secret.New(address))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return db
+}
+
+func TestQuota(t *testing.T) {
+	db := open(t, engines.Redis(t).URL)
+	if err := db.Ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	quotatest.Run(t, db)
+}
+
+// Everything that counts goes away by itself.
+func TestNothingStays(t *testing.T) {
+	db := open(t, engines.Redis(t).URL)
+	until := time.Now().Add(time.Hour)
+	_, err := db.Take(t.Context(), time.Now(), []quota.Claim{
+		{Key: "r", Kind: quota.KindRate, Limit: 1, Every: time.Hour, Amount: 1},
+		{Key: "c", Kind: quota.KindConcurrent, Limit: 1, Every: time.Hour, Amount: 1, ID: "a"},
+		{Key: "b", Kind: quota.KindBudget, Limit: 1, Amount: 1, Until: until},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := db.client.Keys(t.Context(), "*").Result()
+	if err != nil || len(keys) != 3 {
+		t.Fatalf("%q, %v", keys, err)
+	}
+	for _, k := range keys {
+		if ttl := db.client.PTTL(t.Context(), k).Val(); ttl <= 0 || ttl > time.Hour+time.Second || !strings.HasPrefix(k, "{newel}:") {
+			t.Errorf("%s stays for %v", k, ttl)
+		}
+	}
+}
+
+func TestAway(t *testing.T) {
+	s := engines.Redis(t)
+	db := open(t, s.URL)
+	claim := []quota.Claim{{Key: "r", Kind: quota.KindRate, Limit: 9, Every: time.Hour, Amount: 1}}
+	if _, err := db.Take(t.Context(), time.Now(), claim); err != nil {
+		t.Fatal(err)
+	}
+	s.Stop()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if _, err := db.Take(ctx, time.Now(), claim); err == nil {
+		t.Error("a server that is gone counts")
+	}
+	s.Restart(t)
+	for ctx.Err() == nil {
+		if _, err := db.Take(ctx, time.Now(), claim); err == nil {
+			return
+		}
+	}
+	t.Error("it does not come back")
+}
+
+func TestAddress(t *testing.T) {
+	for _, address := range []string{"", "http://x", "localhost:6379", "redis://:hunter2@host:port"} {
+		if _, err := Open(secret.New(address)); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%q: %v", address, err)
+		}
+	}
+}
