@@ -75,6 +75,11 @@ func Open(ctx context.Context, file string, key secret.Key, wait time.Duration) 
 			err = errors.Join(fmt.Errorf("the state %s cannot be opened: %w", file, err), db.Close())
 		}
 	}()
+	for _, f := range []string{file, file + ".owner"} { // SQLite would let others read it, and gives its log the same mode
+		if err := touch(f); err != nil {
+			return nil, err
+		}
+	}
 	if err := db.lock(ctx, wait); err != nil {
 		return nil, err
 	}
@@ -95,6 +100,15 @@ func Open(ctx context.Context, file string, key secret.Key, wait time.Duration) 
 	}
 	db.Writer = durable.NewWriter(db.commit)
 	return db, nil
+}
+
+// touch makes a file that only we can read, unless it is there.
+func touch(file string) error {
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // lock takes the file for this process. SQLite's own locks do it everywhere, and end with us.

@@ -6,7 +6,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -80,6 +82,15 @@ func TestReopen(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, db, "done", effect.Completed)
+	if files, err := filepath.Glob(file + "*"); err != nil || len(files) < 3 {
+		t.Errorf("the files are %v, %v", files, err)
+	} else {
+		for _, f := range files {
+			if info, err := os.Stat(f); err != nil || info.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows" {
+				t.Errorf("%s can be read by others: %v, %v", f, info.Mode(), err)
+			}
+		}
+	}
 	running := write(t, db, "running", 0)
 	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "another process") {
 		t.Errorf("two processes have one file: %v", err)
