@@ -19,8 +19,8 @@ const modulePath = "newel.dev/newel"
 // from its own. A package that stands on none fails: a new idea gets a place here first.
 var floors = []string{
 	"call internal/strictjson internal/secret internal/nearest internal/egress internal/certs",
-	"internal/module internal/catalog internal/process internal/policy internal/audit",
-	"internal/config internal/guard/* internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",
+	"internal/module internal/catalog internal/process internal/policy internal/audit internal/answer",
+	"internal/config internal/guard/* internal/task internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",
 	"internal/guard internal/mcpwire internal/durable",
 	"internal/door/* internal/store/*",
 	"internal/assembly",

@@ -15,6 +15,9 @@ import (
 // Limits bound what one server does at once; see the fields for units and defaults.
 type Limits = assembly.Limits
 
+// Tasks bound tasks, and say which tools may be some; see the fields for units and defaults.
+type Tasks = assembly.Tasks
+
 // Options configure a Server. The zero value works.
 type Options struct {
 	Name         string // of the server; default "newel"
@@ -23,6 +26,7 @@ type Options struct {
 	Instructions string // for models: how to use the server
 
 	Limits Limits
+	Tasks  Tasks
 
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
@@ -44,8 +48,8 @@ func (o *Options) assemble(own call.Backend) *assembly.Options {
 	return &assembly.Options{
 		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
 		Backends: append([]call.Backend{own}, o.Backends...),
-		Limits:   o.Limits,
-		Logger:   o.Logger, Tracer: o.Tracer, Meter: o.Meter, Metrics: o.Metrics,
+		Limits:   o.Limits, Tasks: o.Tasks,
+		Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Metrics: o.Metrics,
 		StateKey: o.StateKey, AllowedHosts: o.AllowedHosts, AllowedOrigins: o.AllowedOrigins, ArtifactDir: o.ArtifactDir,
 	}
 }

@@ -29,15 +29,26 @@ type Tool struct {
 	OutputSchema jsontext.Value // nil: derived from the output type, if that is a struct or map
 
 	MaxResultBytes int // 0: the server's limit
+
+	// Tasks says whether calls may go on as tasks: callers that can take a handle then get one in place
+	// of the result, and ask for that later. What the tool asks, it asks while it runs; Prepare, if
+	// not nil, runs before the task is made, and may ask first. The tool then gets the same answers to
+	// the same questions. Tasks are only run while Serve, ServeStdio or Run is.
+	Tasks   call.TaskSupport
+	Prepare func(ctx context.Context, req *Request) error
 }
 
 func (t *Tool) capability(origin string) *call.Capability {
-	return &call.Capability{
+	c := &call.Capability{
 		Kind: call.Tool, Name: t.Name, Title: t.Title, Description: t.Description, Icons: t.Icons,
 		Input: t.InputSchema, Output: t.OutputSchema, Annotations: t.Annotations, Meta: t.Meta,
 		Effect: t.Effect, Recovery: t.Recovery, Lookup: t.Lookup, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
-		MaxResultBytes: t.MaxResultBytes, Origin: origin,
+		MaxResultBytes: t.MaxResultBytes, Origin: origin, Tasks: t.Tasks,
 	}
+	if prepare := t.Prepare; prepare != nil {
+		c.Prepare = func(ctx context.Context, cl *call.Call) error { return prepare(ctx, &Request{cl}) }
+	}
+	return c
 }
 
 // AddTool adds a tool whose schemas come from its types. Struct tags of In and Out:

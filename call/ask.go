@@ -2,8 +2,10 @@ package call
 
 import (
 	"context"
+	"slices"
 	"strings"
 
+	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 )
 
@@ -35,6 +37,32 @@ type Question struct {
 	Key    string         // unique within the call and stable between runs
 	Method string         // one of the Method constants
 	Params jsontext.Value // as MCP spells them; may be nil for MethodRoots
+}
+
+// CheckAnswer refuses answers that are not of the form the question asks for.
+func (q *Question) CheckAnswer(answer jsontext.Value) error {
+	var a struct {
+		Action  *string        `json:"action"`
+		Content jsontext.Value `json:"content"`
+		Role    *string        `json:"role"`
+		Roots   jsontext.Value `json:"roots"`
+	}
+	if answer.Kind() != '{' || json.Unmarshal(answer, &a) != nil {
+		return Errorf(Malformed, "inputResponses[%q] is not a result of %s", q.Key, q.Method)
+	}
+	ok := false
+	switch q.Method {
+	case MethodElicit:
+		ok = a.Action != nil && slices.Contains([]string{"accept", "decline", "cancel"}, *a.Action)
+	case MethodSample:
+		ok = a.Role != nil && a.Content != nil
+	case MethodRoots:
+		ok = a.Roots.Kind() == '['
+	}
+	if !ok {
+		return Errorf(Malformed, "inputResponses[%q] is not a result of %s", q.Key, q.Method)
+	}
+	return nil
 }
 
 // InputRequired is returned through the path when a stateless caller has to be asked. It is not

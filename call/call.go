@@ -22,9 +22,14 @@ const (
 	ListPrompts                   // prompts/list
 	Discover                      // what is served at all (server/discover)
 	Subscribe                     // follow changes until the context ends (subscriptions/listen, resources/subscribe)
+	GetTask                       // look at a task (tasks/get)
+	UpdateTask                    // answer what a task asks (tasks/update)
+	CancelTask                    // end a task (tasks/cancel)
+	TaskResult                    // wait for the end of a task (tasks/result)
+	ListTasks                     // the caller's own tasks (tasks/list)
 )
 
-var kindNames = [...]string{"invalid", "tool", "resource", "prompt", "completion", "list_tools", "list_resources", "list_templates", "list_prompts", "discover", "subscribe"}
+var kindNames = [...]string{"invalid", "tool", "resource", "prompt", "completion", "list_tools", "list_resources", "list_templates", "list_prompts", "discover", "subscribe", "get_task", "update_task", "cancel_task", "task_result", "list_tasks"}
 
 // String returns the low-cardinality name used in logs and metric labels.
 func (k Kind) String() string {
@@ -37,6 +42,9 @@ func (k Kind) String() string {
 // IsList reports whether the call asks for a list of capabilities.
 func (k Kind) IsList() bool { return k >= ListTools && k <= ListPrompts }
 
+// OfTask reports whether the call is about one task that was made before; Name is its id.
+func (k Kind) OfTask() bool { return k >= GetTask && k <= TaskResult }
+
 // A Call is one request, whatever door it came through.
 //
 // Fields above the line are set by the door and never change. Fields below are set once, by
@@ -46,7 +54,8 @@ type Call struct {
 	Kind Kind
 
 	// Name is what is called, as the caller wrote it: a tool or prompt name, a resource URI,
-	// for completion the prompt name or template URI. Empty for lists and subscriptions.
+	// for completion the prompt name or template URI, the id of a task. Empty for lists and
+	// subscriptions.
 	Name string
 
 	// Args is the arguments object: strict JSON (no duplicate names, valid UTF-8, bounded depth
@@ -63,13 +72,18 @@ type Call struct {
 	Progress   bool       // the caller wants progress
 	LogLevel   string     // lowest level of log messages the caller wants, or "": none
 	Resume     string     // what [InputRequired.State] held when this call asked last, or ""
+	AsTask     TaskWish   // whether the caller takes, or wants, a task in place of the result
+	// Responses are the answers to what a task asked, by key; for UpdateTask only.
+	Responses map[string]jsontext.Value
+	// TaskID is the task that this call is the work of, or "". No door sets it.
+	TaskID string
 
 	// Meta and Unknown are the members of _meta and of params that the house does not know, as
 	// objects, or nil: what ends a call elsewhere passes them on.
 	Meta, Unknown jsontext.Value
 
 	Trace     Trace  // correlation and W3C trace context
-	Door      string // "http", "stdio", "memory": for records only, never for decisions
+	Door      string // "http", "stdio", "memory", "task": for records only, never for decisions
 	Revision  string // protocol revision as the door knows it: for records only
 	SessionID string // session of an older revision: for records only, or ""
 	Size      int    // bytes of the message as received
@@ -86,7 +100,9 @@ type Call struct {
 
 	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)
 	Visible   *Visible    // authorize: what of a list its caller may see; nil: all
-	Target    *Capability // resolve; nil for lists and subscriptions
+	Target    *Capability // resolve; nil for lists and subscriptions; for a task the tool that it runs
+	Task      *Task       // resolve; for calls about a task
+	Followed  []*Task     // resolve; those that a subscription is about
 	// Once names this operation to what runs it (effect): the same for every attempt of it,
 	// different for every other, of whatever caller. Servers that de-duplicate take it as their
 	// key. "" for what has no effect.
@@ -117,6 +133,7 @@ type Filter struct {
 	ResourcesChanged bool
 	PromptsChanged   bool
 	URIs             []string // resources whose updates are wanted
+	Tasks            []string // tasks whose changes are wanted
 }
 
 // Credential is what the caller presented, unverified. It prints as nothing.
@@ -210,6 +227,8 @@ type LogMessage struct {
 type Notification struct {
 	Method string // e.g. notifications/tools/list_changed
 	URI    string // for notifications/resources/updated
+	TaskID string // for TaskChanged
+	Task   *Task  // for TaskChanged: as it stands, set on the way to the subscriber
 }
 
 // A Handler ends a call or passes it on. It is safe for concurrent use. It returns either a
@@ -232,6 +251,9 @@ func (discard) Notify(context.Context, Notification) error { return nil }
 // Acknowledged is the Method of the first notification on every subscription: from now on
 // changes are delivered (MCP 2026-07-28, basic/patterns/subscriptions).
 const Acknowledged = "notifications/subscriptions/acknowledged"
+
+// TaskChanged is the Method of the notification that a task changed.
+const TaskChanged = "notifications/tasks"
 
 // A StreamCloser is a Sink that can end the caller's stream before the call ends: the caller
 // comes back for the rest after retry (session revisions, SEP-1699). Long calls use it so that no

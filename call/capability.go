@@ -89,6 +89,11 @@ type Capability struct {
 	Recovery Recovery
 	Lookup   string
 
+	// Tasks says whether calls of the tool may go on as tasks. Prepare, if not nil, runs before one
+	// is made and may ask the caller; Run then gets the same answers. It has no effects.
+	Tasks   TaskSupport
+	Prepare func(ctx context.Context, c *Call) error
+
 	Scopes  []string // scopes a caller needs
 	Owner   string
 	Version string

@@ -26,6 +26,10 @@ type Result struct {
 	TTL time.Duration
 	// Public allows shared caches to serve the result to other callers. Default: private.
 	Public bool
+	// Task is set if the call goes on as a task, and in answers about one: then it is the answer.
+	Task *Task
+	// Tasks are the items of a list of tasks.
+	Tasks []*Task
 }
 
 // Text returns a tool result with one text block.

@@ -15,7 +15,6 @@ import (
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
-	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/module"
 )
 
@@ -129,7 +128,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		return nil, exit(exitFailed, err)
 	}
 	o.closers = append(o.closers, st)
-	var store effect.Store
+	var store assembly.State
 	if st.store != nil {
 		st.store.failed = func(err error) {
 			t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
@@ -162,7 +161,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		State: store, Key: st.key, Effects: effects(&c.Effects),
+		State: store, Key: st.key, Effects: effects(&c.Effects), Tasks: tasks(&c.Tasks),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,

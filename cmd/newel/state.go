@@ -93,7 +93,7 @@ func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, 
 
 // An engine is a store with its log.
 type engine interface {
-	effect.Store
+	assembly.State
 	audit.Source
 	Run(ctx context.Context) error
 	Close() error
@@ -164,4 +164,14 @@ func effects(c *config.Effects) assembly.Effects {
 		e.Rules = append(e.Rules, effect.Rule{Tool: t.Tool, Recovery: recoveries[t.Recovery], Lookup: t.Lookup, Required: t.Key == "required", Once: t.Once})
 	}
 	return e
+}
+
+// tasks are what the configuration says of calls that go on after their caller was answered.
+func tasks(c *config.Tasks) assembly.Tasks {
+	t := assembly.Tasks{Workers: c.Workers, MaxQueued: c.MaxQueued, MaxPerUser: c.MaxPerCaller, TTL: c.TTL, MaxTTL: c.MaxTTL, Timeout: c.Timeout, Poll: c.Poll}
+	for _, r := range c.Tools {
+		support, _ := call.ParseTaskSupport(r.Support) // the configuration knows these names alone
+		t.Rules = append(t.Rules, assembly.TaskRule{Tool: r.Tool, Support: support})
+	}
+	return t
 }

@@ -38,6 +38,7 @@ import (
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/task"
 )
 
 // Options say what the house is made of. The zero value of every field but Backends works.
@@ -62,9 +63,10 @@ type Options struct {
 	Shadow        *policy.Policy // asked too, for the log alone; nil: none
 	Explicit      bool           // say that something is denied although its caller may not see it
 
-	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
-	Key     secret.Key   // seals what State holds; with State nil it is not used
+	State   State      // what must be remembered of calls with effects, and tasks; nil: in memory, gone with the process
+	Key     secret.Key // seals what State holds; with State nil it is not used
 	Effects Effects
+	Tasks   Tasks
 
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
@@ -85,6 +87,30 @@ type Effects struct {
 	Wait      time.Duration // of a call for another one with its key [5 s]
 	Retention time.Duration // of answers [24 h]
 	Rules     []effect.Rule // what the operator says of tools; the first that fits counts
+}
+
+// A State is a store of operations and tasks.
+type State interface {
+	effect.Store
+	task.Store
+}
+
+// Tasks say which tools may be tasks, and bound them. Zero means the default in brackets.
+type Tasks struct {
+	Rules      []TaskRule    // what the operator says of tools; the first that fits counts
+	Workers    int           // tasks that run at once on this node [16]
+	MaxQueued  int           // tasks of all nodes that wait for a worker [10,000]
+	MaxPerUser int           // tasks of one caller that have not ended [1,000]
+	TTL        time.Duration // how long a task is kept whose caller does not say [24 h]
+	MaxTTL     time.Duration // longest time a caller may ask for [7 days]
+	Timeout    time.Duration // longest run [1 h]
+	Poll       time.Duration // how often callers are told to ask [1 s]
+}
+
+// A TaskRule says whether calls of tools may go on as tasks.
+type TaskRule struct {
+	Tool    string // name; * stands for any text but /
+	Support call.TaskSupport
 }
 
 // Access is what a client is told that has no token, or one that does not suffice.
@@ -126,6 +152,7 @@ type House struct {
 	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
 	stdio      *mcpstdio.Door
 	effects    *effect.Effects
+	tasks      *task.Tasks
 	drain      *drain
 	ready      ready
 }
@@ -138,6 +165,9 @@ func (h *House) main() *face { return h.faces[0] }
 func Build(ctx context.Context, given *Options) (*House, error) {
 	o := *given
 	setDefaults(&o)
+	if err := o.Tasks.check(); err != nil {
+		return nil, err
+	}
 	artifacts, err := artifact.New(artifact.Options{Dir: o.ArtifactDir})
 	if err != nil {
 		return nil, fmt.Errorf("artifacts: %w", err)
@@ -174,6 +204,9 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 		return nil, err
 	}
 	if err := h.openEffects(ctx, snapshot); err != nil {
+		return nil, err
+	}
+	if err := h.taskMetrics(observer); err != nil {
 		return nil, err
 	}
 	shared := guard.Set{Observe: observer.Guard, Authenticate: authenticate.Nobody, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
@@ -243,7 +276,7 @@ func (h *House) register(ctx context.Context) (*catalog.Snapshot, error) {
 			problems = append(problems, fmt.Errorf("backend %q: %w", b.Name(), err))
 			continue
 		}
-		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: answers[i].caps, Tolerant: isTolerant(b)})
+		sources = append(sources, catalog.Source{Backend: b.Name(), Capabilities: h.opts.Tasks.apply(answers[i].caps), Tolerant: isTolerant(b)})
 	}
 	snapshot, err := catalog.Build(sources)
 	if err := errors.Join(append(problems, err)...); err != nil {

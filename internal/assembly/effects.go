@@ -9,13 +9,14 @@ import (
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/inmem"
+	"newel.dev/newel/internal/task"
 )
 
 // openEffects makes the durable line. Without a store it only lasts as long as the process, and
 // says so if there is something to lose.
 func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) error {
 	o := &h.opts
-	store, key := o.State, o.Key
+	store, key := o.State, o.Key // of the interface: nil if there is none
 	if store == nil {
 		store, key = inmem.New(), secret.RandomKey()
 		for _, t := range snapshot.Tools() {
@@ -27,6 +28,13 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		}
 	}
 	var err error
+	l := &o.Tasks
+	h.tasks, err = task.New(task.Options{
+		Store: store, Key: key, Workers: l.Workers, MaxQueued: l.MaxQueued, MaxPerUser: l.MaxPerUser, TTL: l.TTL, MaxTTL: l.MaxTTL, Timeout: l.Timeout, Poll: l.Poll, Logger: o.Logger,
+	})
+	if err != nil {
+		return err
+	}
 	h.effects, err = effect.New(effect.Options{
 		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
 	})

@@ -24,6 +24,7 @@ import (
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/strictjson"
+	"newel.dev/newel/internal/task"
 	"newel.dev/newel/internal/toolsearch"
 )
 
@@ -53,6 +54,8 @@ type face struct {
 	door     *mcphttp.Door
 	sessions *mcpsession.Door
 	search   *toolsearch.Tools
+	tasks    *task.Server
+	callers  bool // are known by name
 	open     bool // what is published may come later: features are announced in any case
 	log      *slog.Logger
 }
@@ -63,7 +66,7 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 		return nil, err
 	}
 	o := &h.opts
-	f := &face{server: s, hub: catalog.NewHub(), log: o.Logger, open: slices.ContainsFunc(h.backends, isTolerant)}
+	f := &face{server: s, callers: o.Identity != nil, hub: catalog.NewHub(), log: o.Logger, open: slices.ContainsFunc(h.backends, isTolerant)}
 	f.hub.OnFollow = h.follow
 	f.search = toolsearch.NewTools(func(name string) jsontext.Value { return f.catalog.Load().Definition(name) })
 	view, err := f.view(snapshot)
@@ -88,12 +91,21 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 		counted := o.Quota.Guard(f.knows)
 		shared.Admit = func(next call.Handler) call.Handler { return counted(gate(next)) } // who is over a limit does not wait for a turn
 	}
-	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
+	name := s.Host + s.Path
+	f.tasks = h.tasks.Server(name)
+	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See, f.tasks.Find), rules.Guard
+	shared.Task = h.tasks.Guard(name, h.effects.Check)
 	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
-	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
+	end := guard.End(f.catalog, f.hub, f.tasks)
+	path, err := guard.Compile(guard.Path(shared), end)
 	if err != nil {
 		return nil, err
 	}
+	later, err := taskPath(shared, end, o.Identity != nil)
+	if err != nil {
+		return nil, err
+	}
+	h.tasks.Serve(name, later)
 	f.path = path
 	if s.Search == "on" || s.Search == "auto" {
 		f.path = toolsearch.Unwrap(path)
@@ -239,6 +251,8 @@ func (f *face) has() mcpwire.Has {
 		Resources:   f.open || len(s.Names(call.ListResources))+len(s.Names(call.ListTemplates)) > 0,
 		Prompts:     f.open || len(s.Names(call.ListPrompts)) > 0,
 		Completions: f.open || s.HasSuggestions(),
+		Tasks:       f.open || slices.ContainsFunc(s.Tools(), func(t *call.Capability) bool { return t.Tasks != call.TaskForbidden }),
+		TaskList:    f.callers,
 	}
 }
 

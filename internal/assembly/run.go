@@ -166,6 +166,7 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 	kept, release := context.WithCancel(context.WithoutCancel(ctx)) // the store outlives what writes to it
 	state.Go(func() { h.runState(kept, fail) })
 	all.Go(func() { _ = h.effects.Run(background) }) // it ends with its context
+	all.Go(func() { _ = h.tasks.Run(background) })   // the same
 	for _, b := range h.backends {
 		if w, ok := b.(call.Watcher); ok {
 			all.Go(func() { h.watch(background, w) })

@@ -35,6 +35,9 @@ const (
 	Outcome = "outcome" // how it ended, or that this is not known
 	Reads   = "reads"   // calls without an effect, counted together
 	Started = "started" // a server began to write here
+
+	TaskMade  = "task_made"  // a call goes on as a task; Operation is its id
+	TaskEnded = "task_ended" // how the task ended
 )
 
 // A Record says what was done, by whom, when and why it was allowed. Fields stand in the order of

@@ -13,7 +13,7 @@ import (
 // that equal capabilities have equal bytes.
 func encode(c *call.Capability) ([]byte, error) {
 	if c.Definition != nil {
-		return c.Definition, nil
+		return withExecution(c), nil
 	}
 	w := writer{b: []byte{'{'}}
 	switch {
@@ -31,6 +31,9 @@ func encode(c *call.Capability) ([]byte, error) {
 		w.raw("inputSchema", c.Input)
 		w.raw("outputSchema", c.Output)
 		w.raw("annotations", annotations(c))
+		if c.Tasks != call.TaskForbidden {
+			w.raw("execution", execution(c))
+		}
 	case call.Resource:
 		w.optional("mimeType", c.MIME)
 		if c.Size > 0 && c.Template == "" {
@@ -46,6 +49,33 @@ func encode(c *call.Capability) ([]byte, error) {
 		return nil, errors.New("icons, annotations or _meta are not valid JSON")
 	}
 	return def, def.Compact() // schemas are written over several lines; order and digits stay
+}
+
+// execution says whether a tool may be a task (MCP 2025-11-25, tool-level negotiation).
+func execution(c *call.Capability) []byte {
+	return []byte(`{"taskSupport":"` + c.Tasks.String() + `"}`)
+}
+
+// withExecution is a definition that others wrote, with what counts here.
+func withExecution(c *call.Capability) []byte {
+	if c.Kind != call.Tool {
+		return c.Definition
+	}
+	w, differs := writer{b: []byte{'{'}}, c.Tasks != call.TaskForbidden
+	_ = call.EachMember(c.Definition, func(name string, v jsontext.Value) { // it is an object
+		if name == "execution" {
+			differs = true
+			return
+		}
+		w.raw(name, v)
+	})
+	if !differs {
+		return c.Definition
+	}
+	if c.Tasks != call.TaskForbidden {
+		w.raw("execution", execution(c))
+	}
+	return append(w.b, '}')
 }
 
 func nameOf(c *call.Capability) string {

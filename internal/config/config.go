@@ -45,6 +45,7 @@ type Config struct {
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
 	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
+	Tasks          Tasks     `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
 	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
 	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
@@ -262,6 +263,24 @@ type EffectTool struct {
 	Lookup   string        `yaml:"lookup" doc:"For lookup: a tool that reads, takes {operation, arguments} and returns {found: true or false}, and the result if it has it."`
 	Key      string        `yaml:"key" enum:"optional,required" default:"optional" doc:"Whether calls without an idempotency key are refused."`
 	Once     time.Duration `yaml:"once" doc:"Calls without a key, by the same caller with the same arguments within this time, are one call. 0: they are two."`
+}
+
+// Tasks is how calls go on after their caller was answered.
+type Tasks struct {
+	Tools        []TaskTool    `yaml:"tools" doc:"Which tools may be tasks; the first that fits counts, others are as they say themselves."`
+	Workers      int           `yaml:"workers" default:"16" doc:"Most tasks that run at once on this node."`
+	MaxQueued    int           `yaml:"max_queued" default:"10000" doc:"Most tasks that wait for a worker, on all nodes; further ones are refused for a while."`
+	MaxPerCaller int           `yaml:"max_per_caller" default:"1000" doc:"Most tasks of one caller that have not ended."`
+	TTL          time.Duration `yaml:"ttl" default:"24h" doc:"How long a task and its result are kept, from its making on, if its caller does not say; at least 1m."`
+	MaxTTL       time.Duration `yaml:"max_ttl" default:"168h" doc:"Longest time that a caller may ask for."`
+	Timeout      time.Duration `yaml:"timeout" default:"1h" doc:"Longest run of a task."`
+	Poll         time.Duration `yaml:"poll" default:"1s" doc:"How often callers are told to ask."`
+}
+
+// TaskTool says whether calls of a tool may go on as tasks.
+type TaskTool struct {
+	Tool    string `yaml:"tool" required:"true" doc:"Name of the tool; * stands for any text but /."`
+	Support string `yaml:"support" enum:"forbidden,optional,required" default:"optional" doc:"optional: for callers that can take a handle in place of the result. required: for them alone."`
 }
 
 // Artifacts is where large results are kept.

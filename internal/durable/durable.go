@@ -18,9 +18,10 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/task"
 )
 
-// Work is one unit of work; exactly one of the first six is set. The rest is how it went.
+// Work is one unit of work; exactly one of the first eight is set. The rest is how it went.
 type Work struct {
 	Reserve  *effect.Reservation
 	Dispatch *effect.Intent
@@ -28,12 +29,15 @@ type Work struct {
 	Append   []audit.Entry
 	Prune    []string                  // ids of operations past their retention
 	Peek     func() []effect.Operation // looks at what only the writer may look at
+	Task     *task.Write
+	Forget   []string // ids of tasks past their time
 
 	Seen  []effect.Operation // by Peek
 	Op    effect.Operation
-	Held  bool
-	Index int64 // of the first record appended
-	Err   error // of this unit; the others are committed all the same
+	Kept  task.Record // the task as it stands
+	Held  bool        // the operation or task is as the work wants it
+	Index int64       // of the first record appended
+	Err   error       // of this unit; the others are committed all the same
 
 	done  chan struct{}
 	lead  chan struct{} // with room for one
@@ -235,7 +239,7 @@ func (w *Writer) oneByOne(batch []*Work) error {
 
 func (w *Writer) try(batch []*Work) error {
 	for _, u := range batch {
-		u.Op, u.Held, u.Index, u.Err = effect.Operation{}, false, 0, nil
+		u.Op, u.Kept, u.Held, u.Index, u.Err = effect.Operation{}, task.Record{}, false, 0, nil
 	}
 	if err := w.Fatal(); err != nil {
 		return err
@@ -293,6 +297,13 @@ func (w *Writer) Append(ctx context.Context, entries []audit.Entry) (int64, erro
 	return u.Index, err
 }
 
+// PutTask implements task.Store.
+func (w *Writer) PutTask(ctx context.Context, t *task.Write) (task.Record, bool, error) {
+	u := &Work{Task: t}
+	err := w.Do(ctx, u)
+	return u.Kept, u.Held, err
+}
+
 // A Batch computes what a transaction writes. The engine loads the operations that the work names
 // and the edge of the tree, applies every unit, and writes what changed.
 type Batch struct {
@@ -308,6 +319,12 @@ type Batch struct {
 	isNew   map[string]bool
 	Removed []string // ids to be deleted first
 	Pruned  []string // ids to be deleted last, if they are still past their retention
+
+	tasks     map[string]*task.Record
+	taskOf    map[string]*task.Record // by scope
+	tasksPut  []*task.Record
+	TasksGone []string // ids to be deleted first
+	Forgotten []string // ids to be deleted last, if they are still past their time
 }
 
 // NewBatch begins a batch on what the engine loaded.
@@ -317,6 +334,60 @@ func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation) *Batch {
 		b.know(&loaded[i])
 	}
 	return b
+}
+
+// LoadTasks adds the tasks that the work names, by id or scope.
+func (b *Batch) LoadTasks(loaded []task.Record) {
+	for i := range loaded {
+		b.knowTask(&loaded[i])
+	}
+}
+
+func (b *Batch) knowTask(r *task.Record) {
+	if b.tasks == nil {
+		b.tasks, b.taskOf = map[string]*task.Record{}, map[string]*task.Record{}
+	}
+	b.tasks[r.ID] = r
+	if r.Scope != nil {
+		b.taskOf[string(r.Scope)] = r
+	}
+}
+
+// TasksPut returns the tasks to be inserted or updated.
+func (b *Batch) TasksPut() []*task.Record { return b.tasksPut }
+
+// task does what a task.Write says.
+func (b *Batch) task(u *Work) {
+	w := u.Task
+	old := b.tasks[w.ID]
+	if w.Version == 0 && w.Scope != nil && old == nil {
+		if old = b.taskOf[string(w.Scope)]; old != nil && old.Gone(b.Now) {
+			b.TasksGone = append(b.TasksGone, old.ID)
+			delete(b.tasks, old.ID)
+			old = nil
+		}
+	}
+	next, ok, again := w.Apply(b.Now, old)
+	u.Held, u.Kept = ok, next.At(b.Now)
+	if !ok || again {
+		return
+	}
+	if w.Entry != nil {
+		u.Index = b.append(*w.Entry)
+	}
+	if old == nil {
+		old = &task.Record{}
+	}
+	*old = next
+	b.knowTask(old)
+	if !slices.Contains(b.tasksPut, old) {
+		b.tasksPut = append(b.tasksPut, old)
+	}
+}
+
+// Empty reports whether there is nothing to be written.
+func (b *Batch) Empty() bool {
+	return len(b.changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 && len(b.tasksPut) == 0 && len(b.TasksGone) == 0 && len(b.Forgotten) == 0
 }
 
 func (b *Batch) know(op *effect.Operation) {
@@ -356,6 +427,10 @@ func (b *Batch) Apply(u *Work) {
 		b.Pruned = append(b.Pruned, u.Prune...)
 	case u.Peek != nil:
 		u.Seen = u.Peek()
+	case u.Task != nil:
+		b.task(u)
+	case u.Forget != nil:
+		b.Forgotten = append(b.Forgotten, u.Forget...)
 	default:
 		u.Err = errors.New("durable: empty work")
 	}
@@ -428,7 +503,7 @@ func (b *Batch) remove(op *effect.Operation) {
 // Schema versions of engines. An engine opens what is one version older, and migrates it; it opens
 // what is one version newer, because each version only adds to what the one before reads.
 const (
-	Schema   = 1
+	Schema   = 2
 	Readable = Schema + 1
 )
 

@@ -1,12 +1,15 @@
 package guard
 
 import (
+	"cmp"
 	"context"
+	"sync"
 
 	"github.com/go-json-experiment/json"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/task"
 )
 
 // named makes a step own up: when it returns an error that the handler behind it did not, its
@@ -37,8 +40,8 @@ const behind = "backend"
 const MaxSuggestions = 100
 
 // End is where the path ends: the target's own handler, the catalog for lists, the hub for
-// subscriptions.
-func End(cat *catalog.Catalog, hub *catalog.Hub) call.Handler {
+// subscriptions, what keeps tasks for calls about them.
+func End(cat *catalog.Catalog, hub *catalog.Hub, tasks *task.Server) call.Handler {
 	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
 		switch {
 		case c.Kind.IsList():
@@ -46,7 +49,11 @@ func End(cat *catalog.Catalog, hub *catalog.Hub) call.Handler {
 		case c.Kind == call.Discover:
 			return &call.Result{}, nil // the door knows what it speaks
 		case c.Kind == call.Subscribe:
-			return subscribe(ctx, hub, c)
+			return subscribe(ctx, hub, tasks, c)
+		case c.Kind.OfTask():
+			return tasks.Handle(ctx, c)
+		case c.Kind == call.ListTasks:
+			return listTasks(ctx, cat.Load(), tasks, c)
 		case c.Kind == call.Complete:
 			return complete(ctx, c)
 		}
@@ -55,15 +62,45 @@ func End(cat *catalog.Catalog, hub *catalog.Hub) call.Handler {
 }
 
 // subscribe acknowledges, then delivers changes until the context ends; that end is a success.
-func subscribe(ctx context.Context, hub *catalog.Hub, c *call.Call) (*call.Result, error) {
+func subscribe(ctx context.Context, hub *catalog.Hub, tasks *task.Server, c *call.Call) (*call.Result, error) {
 	if err := c.Sink.Notify(ctx, call.Notification{Method: call.Acknowledged}); err != nil {
 		return nil, err
+	}
+	if ids := c.Filter.Tasks; len(ids) > 0 {
+		var failed error
+		var done sync.WaitGroup
+		listening, stop := context.WithCancel(ctx)
+		done.Go(func() {
+			defer stop()
+			failed = tasks.Follow(listening, c.Principal, ids, func(t *call.Task) error {
+				return c.Sink.Notify(listening, call.Notification{Method: call.TaskChanged, TaskID: t.ID, Task: t})
+			})
+		})
+		err := hub.Listen(listening, c.Filter, func(n call.Notification) error { return c.Sink.Notify(listening, n) })
+		stop()
+		done.Wait()
+		if err = cmp.Or(err, failed); err != nil {
+			return nil, err
+		}
+		return &call.Result{}, nil
 	}
 	err := hub.Listen(ctx, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) })
 	if err != nil {
 		return nil, err
 	}
 	return &call.Result{}, nil
+}
+
+// listTasks lists the caller's own tasks of tools that it may see.
+func listTasks(ctx context.Context, s *catalog.Snapshot, tasks *task.Server, c *call.Call) (*call.Result, error) {
+	list, next, err := tasks.List(ctx, c, func(name string) bool {
+		t := s.Tool(name)
+		return t != nil && (c.Visible == nil || c.Visible.Shows(t))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &call.Result{Tasks: list, Next: next}, nil
 }
 
 // completion is the completion object of completion/complete.

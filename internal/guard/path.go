@@ -19,6 +19,7 @@ type Set struct {
 	Resolve      call.Guard
 	Validate     call.Guard
 	Authorize    call.Guard
+	Task         call.Guard
 	Effect       call.Guard
 	Bound        call.Guard
 }
@@ -46,6 +47,7 @@ func Path(g Set) []Step {
 		{"resolve", g.Resolve, required},           // what, as the catalog has it: sets Target
 		{"validate", g.Validate, required},         // arguments against Target's schema; never changes them
 		{"authorize", g.Authorize, required},       // policy over principal, target and valid arguments
+		{"task", g.Task, required},                 // a call that takes long goes on later: made durably, run by workers
 		{"effect", g.Effect, required},             // idempotency, intent and outcome: the durable line
 		{"bound", g.Bound, required},               // size and shape of the result
 	}

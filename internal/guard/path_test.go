@@ -14,7 +14,7 @@ import (
 
 // The order of the path, and which steps may be absent. Changing it is changing what happens to
 // every call.
-const golden = "observe authenticate admit resolve validate authorize effect bound"
+const golden = "observe authenticate admit resolve validate authorize task effect bound"
 
 func TestOrder(t *testing.T) {
 	var names []string
@@ -43,7 +43,7 @@ func tracing(ran *[]string, refuse string) Set {
 			}
 		}
 	}
-	return Set{Observe: step("observe"), Authenticate: step("authenticate"), Admit: step("admit"), Resolve: step("resolve"), Validate: step("validate"), Authorize: step("authorize"), Effect: step("effect"), Bound: step("bound")}
+	return Set{Observe: step("observe"), Authenticate: step("authenticate"), Admit: step("admit"), Resolve: step("resolve"), Validate: step("validate"), Authorize: step("authorize"), Task: step("task"), Effect: step("effect"), Bound: step("bound")}
 }
 
 func TestEveryStepRefuses(t *testing.T) {
@@ -108,7 +108,7 @@ func TestCompletion(t *testing.T) {
 	for i := range many {
 		many[i] = fmt.Sprint(i)
 	}
-	h := End(catalog.New(&catalog.Snapshot{}), catalog.NewHub())
+	h := End(catalog.New(&catalog.Snapshot{}), catalog.NewHub(), nil)
 	c := &call.Call{Kind: call.Complete, Completion: &call.Completion{}, Target: &call.Capability{
 		Suggest: func(context.Context, *call.Completion) ([]string, int, error) { return many, len(many), nil },
 	}}

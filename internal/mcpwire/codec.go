@@ -15,6 +15,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/strictjson"
+	"newel.dev/newel/internal/task"
 )
 
 // Options configure a Codec.
@@ -34,6 +35,8 @@ type Options struct {
 // Has says which features exist.
 type Has struct {
 	Tools, Resources, Prompts, Completions bool
+	Tasks                                  bool // some tools may be tasks
+	TaskList                               bool // and callers can be told apart, so that each may list its own
 }
 
 // A Codec serves the stateless revision. It is safe for concurrent use.
@@ -120,6 +123,12 @@ func (c *Codec) Call(m *Message, from From, send func([]byte) error) (*call.Call
 		Unknown:  p.Unknown,
 		Sink:     call.Discard,
 		Asker:    call.NoAsker,
+		AsTask:   call.TaskWish{Accepts: slices.Contains(client.Extensions, task.Extension)},
+	}
+	if (kind.OfTask() || kind == call.Subscribe && p.Notifications != nil && len(p.Notifications.Tasks) > 0) && !cl.AsTask.Accepts {
+		e := call.Errorf(call.Unsupported, "missing required client capability: the client did not declare the extension %s with this request", task.Extension)
+		e.Data = jsontext.Value(`{"requiredCapabilities":{"extensions":{"` + task.Extension + `":{}}}}`)
+		return nil, fail(m.ID, e)
 	}
 	switch {
 	case cl.Key == "":
@@ -148,6 +157,9 @@ var kinds = map[string]call.Kind{
 	"prompts/list":             call.ListPrompts,
 	"completion/complete":      call.Complete,
 	"subscriptions/listen":     call.Subscribe,
+	"tasks/get":                call.GetTask,
+	"tasks/update":             call.UpdateTask,
+	"tasks/cancel":             call.CancelTask,
 }
 
 // fill sets what depends on the kind.
@@ -187,7 +199,18 @@ func (c *Codec) fill(cl *call.Call, m *Message) *Failure {
 		if len(n.URIs) > maxSubscriptions {
 			return badParams(m, fmt.Sprintf("more than %d resource subscriptions on one stream", maxSubscriptions))
 		}
-		cl.Filter = &call.Filter{ToolsChanged: n.Tools, ResourcesChanged: n.Resources, PromptsChanged: n.Prompts, URIs: n.URIs}
+		if len(n.Tasks) > maxTaskSubscriptions {
+			return badParams(m, fmt.Sprintf("more than %d tasks on one stream", maxTaskSubscriptions))
+		}
+		cl.Filter = &call.Filter{ToolsChanged: n.Tools, ResourcesChanged: n.Resources, PromptsChanged: n.Prompts, URIs: n.URIs, Tasks: n.Tasks}
+		return nil
+	case call.GetTask, call.UpdateTask, call.CancelTask:
+		if cl.Name = p.TaskID; cl.Name == "" {
+			return badParams(m, "params.taskId is missing")
+		}
+		if cl.Responses = p.InputResponses; cl.Kind == call.UpdateTask && cl.Responses == nil {
+			return badParams(m, "params.inputResponses is missing")
+		}
 		return nil
 	default:
 		return nil
@@ -221,7 +244,10 @@ func (c *Codec) restore(m *Message, cl *call.Call, a *asker, known *call.Call) e
 	return nil
 }
 
-const maxSubscriptions = 1000
+const (
+	maxSubscriptions     = 1000
+	maxTaskSubscriptions = 100 // each is looked up when the stream begins
+)
 
 func badParams(m *Message, text string) *Failure {
 	return &Failure{ID: m.ID, Status: 400, Code: codeInvalidParams, Message: text, Cause: call.Malformed}
@@ -277,6 +303,18 @@ func (c *Codec) Serve(ctx context.Context, m *Message, cl *call.Call, buf []byte
 		b = append(b, `,"result":{"resultType":"complete","_meta":{"io.modelcontextprotocol/subscriptionId":`...)
 		b = append(append(append(b, m.ID...), ','), c.serverInfoMember...)
 		return Frame{Head: append(b, "}}}"...)}, nil
+	case call.UpdateTask, call.CancelTask: // an empty acknowledgement
+		b := append(append(buf, `{"jsonrpc":"2.0","id":`...), m.ID...)
+		return Frame{Head: append(c.appendExtra(append(b, `,"result":{"resultType":"complete"`...), nil), "}}"...)}, nil
+	}
+	if r.Task != nil {
+		b := append(append(buf, `{"jsonrpc":"2.0","id":`...), m.ID...)
+		if cl.Kind == call.Tool {
+			b = appendTask(append(b, `,"result":{"resultType":"task",`...), r.Task, false)
+		} else {
+			b = appendTask(append(b, `,"result":{"resultType":"complete",`...), r.Task, true)
+		}
+		return Frame{Head: append(c.appendExtra(b, nil), "}}"...)}, nil
 	}
 	return c.frame(buf, m.ID, cl.Kind, r), nil
 }
@@ -301,13 +339,7 @@ func (c *Codec) askFrame(m *Message, cl *call.Call, ask *call.InputRequired) (Fr
 			b = append(b, ',')
 		}
 		st.Pending = append(st.Pending, q.Key)
-		b = append(call.AppendString(b, q.Key), `:{"method":`...)
-		b = call.AppendString(b, q.Method)
-		params := q.Params
-		if params == nil {
-			params = jsontext.Value("{}")
-		}
-		b = append(append(append(b, `,"params":`...), params...), '}')
+		b = appendQuestion(b, &q)
 	}
 	sealed, err := c.sealer.seal(cl, st)
 	if err != nil {
@@ -336,6 +368,9 @@ func (c *Codec) discover(m *Message) (Frame, *Failure) {
 	}
 	if has.Completions {
 		caps["completions"] = struct{}{}
+	}
+	if has.Tasks {
+		caps["extensions"] = map[string]any{task.Extension: struct{}{}}
 	}
 	raw, err := json.Marshal(caps, json.Deterministic(true))
 	if err != nil {

@@ -110,14 +110,19 @@ func AppendFailure(dst []byte, f *Failure) []byte {
 	} else {
 		dst = append(dst, f.ID...)
 	}
-	dst = append(dst, `,"error":{"code":`...)
+	return append(appendError(append(dst, `,"error":`...), f), '}')
+}
+
+// appendError appends the error object.
+func appendError(dst []byte, f *Failure) []byte {
+	dst = append(dst, `{"code":`...)
 	dst = strconv.AppendInt(dst, int64(f.Code), 10)
 	dst = append(dst, `,"message":`...)
 	dst = call.AppendString(dst, f.Message)
 	if f.Data != nil {
 		dst = append(append(dst, `,"data":`...), f.Data...)
 	}
-	return append(dst, "}}"...)
+	return append(dst, '}')
 }
 
 // FailStranger returns the failure of a message from somebody of whom it is not known who they are.

@@ -44,6 +44,7 @@ type Params struct {
 	InputResponses map[string]jsontext.Value `json:"inputResponses"`
 	RequestState   string                    `json:"requestState"`
 	RequestID      jsontext.Value            `json:"requestId"` // notifications/cancelled
+	TaskID         string                    `json:"taskId"`
 	Unknown        jsontext.Value            `json:",embed"`
 }
 
@@ -86,6 +87,7 @@ type notifications struct {
 	Prompts   bool     `json:"promptsListChanged,omitzero"`
 	Resources bool     `json:"resourcesListChanged,omitzero"`
 	URIs      []string `json:"resourceSubscriptions,omitempty"`
+	Tasks     []string `json:"taskIds,omitempty"`
 }
 
 // clientCapabilities are the members of the declared capabilities that change what we may ask.
@@ -185,6 +187,8 @@ func (m *Message) Subject() (subject string, ok bool) {
 		return m.Params.Name, true
 	case "resources/read":
 		return m.Params.URI, true
+	case "tasks/get", "tasks/update", "tasks/cancel":
+		return m.Params.TaskID, true
 	}
 	return "", false
 }

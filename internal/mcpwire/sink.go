@@ -113,6 +113,8 @@ func (s *sink) Notify(_ context.Context, n call.Notification) error {
 	case n.Method == call.Acknowledged:
 		b = append(b, `,"notifications":`...)
 		b = s.wanted.appendTo(b)
+	case n.Task != nil:
+		b = appendTask(append(b, ','), n.Task, true)
 	case n.URI != "":
 		b = call.AppendString(append(b, `,"uri":`...), n.URI)
 	}
@@ -138,12 +140,16 @@ func (n *notifications) appendTo(b []byte) []byte {
 	add("toolsListChanged", n.Tools)
 	add("promptsListChanged", n.Prompts)
 	add("resourcesListChanged", n.Resources)
-	if len(n.URIs) > 0 {
+	list := func(name string, items []string) {
+		if len(items) == 0 {
+			return
+		}
 		if !first {
 			b = append(b, ',')
 		}
-		b = append(b, `"resourceSubscriptions":[`...)
-		for i, u := range n.URIs {
+		first = false
+		b = append(append(append(b, '"'), name...), `":[`...)
+		for i, u := range items {
 			if i > 0 {
 				b = append(b, ',')
 			}
@@ -151,5 +157,7 @@ func (n *notifications) appendTo(b []byte) []byte {
 		}
 		b = append(b, ']')
 	}
+	list("resourceSubscriptions", n.URIs)
+	list("taskIds", n.Tasks)
 	return append(b, '}')
 }

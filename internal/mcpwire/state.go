@@ -145,7 +145,7 @@ func (a *asker) Ask(_ context.Context, questions ...call.Question) (map[string]j
 			open = append(open, q)
 			continue
 		}
-		if err := checkAnswer(q, answer); err != nil {
+		if err := q.CheckAnswer(answer); err != nil {
 			return nil, err
 		}
 		out[q.Key] = answer
@@ -154,30 +154,4 @@ func (a *asker) Ask(_ context.Context, questions ...call.Question) (map[string]j
 		return nil, &call.InputRequired{Questions: open}
 	}
 	return out, nil
-}
-
-// checkAnswer refuses answers that are not of the form their question asks for.
-func checkAnswer(q call.Question, answer jsontext.Value) error {
-	var a struct {
-		Action  *string        `json:"action"`
-		Content jsontext.Value `json:"content"`
-		Role    *string        `json:"role"`
-		Roots   jsontext.Value `json:"roots"`
-	}
-	if answer.Kind() != '{' || json.Unmarshal(answer, &a) != nil {
-		return call.Errorf(call.Malformed, "inputResponses[%q] is not a result of %s", q.Key, q.Method)
-	}
-	ok := false
-	switch q.Method {
-	case call.MethodElicit:
-		ok = a.Action != nil && slices.Contains([]string{"accept", "decline", "cancel"}, *a.Action)
-	case call.MethodSample:
-		ok = a.Role != nil && a.Content != nil
-	case call.MethodRoots:
-		ok = a.Roots.Kind() == '['
-	}
-	if !ok {
-		return call.Errorf(call.Malformed, "inputResponses[%q] is not a result of %s", q.Key, q.Method)
-	}
-	return nil
 }

@@ -112,7 +112,19 @@ func (g *Authorizer) check(ctx context.Context, c *call.Call) error {
 				return err
 			}
 		}
+		for _, t := range c.Followed {
+			target := g.o.Catalog.Load().Tool(t.Tool)
+			if target == nil || !g.o.Explicit && !c.Visible.Shows(target) {
+				return hidden(c)
+			}
+			if err := g.decide(ctx, c, target, t.Args, now); err != nil {
+				return err
+			}
+		}
 		return nil
+	}
+	if c.Task != nil { // whoever may not call any more hears nothing of earlier calls
+		return g.decide(ctx, c, c.Target, c.Task.Args, now)
 	}
 	if c.Target == nil {
 		return nil // lists show what is visible; discover tells nothing of anybody
@@ -171,6 +183,9 @@ func hidden(c *call.Call) error {
 		return call.Errorf(call.NotFound, "unknown tool %q; tools/list names the tools", c.Name)
 	case call.Prompt:
 		return call.Errorf(call.NotFound, "unknown prompt %q; prompts/list names the prompts", c.Name)
+	}
+	if c.Kind.OfTask() || c.Kind == call.Subscribe {
+		return call.Errorf(call.NotFound, "there is no such task, or it is not kept any more")
 	}
 	return call.Errorf(call.NotFound, "resource not found: %q; resources/list and resources/templates/list name what there is", c.Name)
 }

@@ -76,8 +76,8 @@ func (b *Bounds) Guard(next call.Handler) call.Handler {
 		}
 		s := measure(r)
 		c.Event.ResultBytes, c.Event.Tokens = s.bytes, s.tokens
-		if c.Target == nil || c.Kind == call.Complete {
-			return r, nil // lists have pages, completions a fixed bound
+		if c.Target == nil || c.Kind == call.Complete || c.Kind.OfTask() {
+			return r, nil // lists have pages, completions a fixed bound; what a task has was bounded when it ran
 		}
 		l := limit{b.o.MaxBytes, b.o.MaxTokens}
 		if n := c.Target.MaxResultBytes; n > 0 {

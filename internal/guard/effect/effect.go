@@ -169,7 +169,7 @@ type operation struct {
 // begin checks the key and says what is to be claimed.
 func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 	o := &operation{Effects: e, c: c, server: server, rule: e.rule(c.Target), pin: pinOf(c.Target)}
-	if err := checkKey(c.Key); err != nil {
+	if err := o.rule.check(c); err != nil {
 		return nil, err
 	}
 	fingerprint, err := fingerprintOf(c, o.pin)
@@ -187,8 +187,8 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 	case o.rule.Once > 0:
 		o.res.Scope = scopeOf(c, server, "made "+hexOf(fingerprint))
 		o.res.Retain, o.res.Forget = o.rule.Once, true
-	case o.rule.Required:
-		return nil, call.Errorf(call.Malformed, "this tool is only called with an idempotency key: _meta[\"dev.newel/idempotencyKey\"] or the Idempotency-Key header; use the same one when you try again")
+	case c.TaskID != "":
+		o.res.Scope = scopeOf(c, server, "task "+c.TaskID)
 	}
 	if o.res.Scope == nil {
 		o.res.Retain = 0 // nobody can ask for it again; the audit log has it
@@ -197,6 +197,26 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 		o.res.Resume = roundOf(c.Resume)
 	}
 	return o, nil
+}
+
+// check refuses keys that are not well-formed, and calls without one where it is required.
+func (r *Rule) check(c *call.Call) error {
+	if err := checkKey(c.Key); err != nil {
+		return err
+	}
+	if r.Required && r.Once == 0 && c.Key == "" {
+		return call.Errorf(call.Malformed, "this tool is only called with an idempotency key: _meta[\"dev.newel/idempotencyKey\"] or the Idempotency-Key header; use the same one when you try again")
+	}
+	return nil
+}
+
+// Check refuses a call for its key alone, as the step would. It is for calls that run later.
+func (e *Effects) Check(c *call.Call) error {
+	if !hasEffect(c) {
+		return nil
+	}
+	r := e.rule(c.Target)
+	return r.check(c)
 }
 
 // newID returns an unguessable name that begins with the time, so that what is stored under it is

@@ -12,6 +12,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/answer"
 	"newel.dev/newel/internal/audit"
 )
 
@@ -190,17 +191,20 @@ func (o *operation) replay(op *Operation) (*call.Result, error) {
 	if err != nil {
 		return nil, call.Errorf(call.Internal, "internal error").Because(err)
 	}
-	a, err := decodeAnswer(raw)
+	a, err := answer.Decode(raw)
 	if err != nil {
 		return nil, call.Errorf(call.Internal, "internal error").Because(err)
 	}
 	o.c.Event.Replayed = true
-	return a.replay(op.Index)
+	return again(a, op.Index)
 }
 
 // runToEnd runs a dispatched call with a key. It does not stop when its caller goes away: what is
 // done is stored, and told when the caller comes back.
 func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, error) {
+	if o.c.TaskID != "" {
+		return o.run(ctx, ctx, op) // its worker waits for it, and ends it when the task is cancelled
+	}
 	run, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.limit(ctx))
 	defer cancel()
 	return o.run(ctx, run, op)
@@ -240,11 +244,11 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 		}
 		return nil, ask
 	}
-	a := &answer{result: r}
+	a := &answer.Answer{Result: r}
 	state, code := Completed, ""
 	if err != nil {
-		a = &answer{err: call.AsError(err)}
-		state, code = stateOf(a.err.Code), a.err.Code.String()
+		a = &answer.Answer{Err: call.AsError(err)}
+		state, code = stateOf(a.Err.Code), a.Err.Code.String()
 	}
 	if state != Completed {
 		a = nil
@@ -274,16 +278,16 @@ func stateOf(c call.Code) State {
 const storing = leeway / 2
 
 // end commits the outcome. It is not the caller's to cancel.
-func (o *operation) end(ctx context.Context, op *Operation, state State, a *answer, round []byte, code string) (Operation, error) {
+func (o *operation) end(ctx context.Context, op *Operation, state State, a *answer.Answer, round []byte, code string) (Operation, error) {
 	rec := o.record(audit.Outcome, op)
 	rec.Outcome, rec.Code = state.String(), code
 	out := &Outcome{ID: op.ID, Fence: op.Fence, State: state, Round: round, Lease: waiting}
 	var values []audit.Value
 	if a != nil {
-		raw := a.encode()
+		raw := a.Encode()
 		values = append(values, audit.NewValue(answerValue, raw))
 		if len(raw) > o.o.MaxAnswer {
-			raw = (&answer{lost: true}).encode()
+			raw = (&answer.Answer{Lost: true}).Encode()
 		}
 		out.Answer = o.box.Seal(raw, "answer of "+op.ID)
 	}
@@ -346,7 +350,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 	if !held {
 		return nil, busy()
 	}
-	found, answer, err := o.look(ctx, tool, &mine)
+	found, looked, err := o.look(ctx, tool, &mine)
 	if err != nil {
 		if _, failed := o.end(ctx, &mine, Unknown, nil, nil, call.OutcomeUnknown.String()); failed != nil {
 			return nil, o.unstored(ctx, op, failed)
@@ -354,7 +358,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 		return nil, unknown(err)
 	}
 	if found {
-		return o.conclude(ctx, &mine, answer, nil)
+		return o.conclude(ctx, &mine, looked, nil)
 	}
 	o.res.Expect = mine.Fence - 1 // the record names the attempt that holds it: this one
 	mine, held, err = o.dispatch(ctx)

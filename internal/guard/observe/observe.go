@@ -80,6 +80,7 @@ var methods = [...]string{
 	call.Tool: "tools/call", call.Resource: "resources/read", call.Prompt: "prompts/get", call.Complete: "completion/complete",
 	call.ListTools: "tools/list", call.ListResources: "resources/list", call.ListTemplates: "resources/templates/list",
 	call.ListPrompts: "prompts/list", call.Discover: "server/discover", call.Subscribe: "subscriptions/listen",
+	call.GetTask: "tasks/get", call.UpdateTask: "tasks/update", call.CancelTask: "tasks/cancel", call.TaskResult: "tasks/result", call.ListTasks: "tasks/list",
 }
 
 // kindOf keeps an invalid kind out of tables.

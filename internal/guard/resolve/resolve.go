@@ -15,12 +15,16 @@ import (
 )
 
 // New returns the guard of the resolve step. see, if not nil, is asked before the target is told
-// to the steps behind: its error is the answer. For lists and subscriptions target is nil.
-func New(cat *catalog.Catalog, see func(ctx context.Context, c *call.Call, target *call.Capability) error) call.Guard {
+// to the steps behind: its error is the answer. For lists and subscriptions target is nil. tasks finds
+// a task of the caller's own: its target is the tool that it runs.
+func New(cat *catalog.Catalog, see func(ctx context.Context, c *call.Call, target *call.Capability) error, tasks func(ctx context.Context, c *call.Call, id string) (*call.Task, error)) call.Guard {
 	return func(next call.Handler) call.Handler {
 		return func(ctx context.Context, c *call.Call) (*call.Result, error) {
 			if c.Target != nil {
 				return nil, call.Errorf(call.Internal, "internal error")
+			}
+			if err := own(ctx, c, tasks); err != nil {
+				return nil, err
 			}
 			target, err := find(cat.Load(), c)
 			if err != nil {
@@ -35,6 +39,27 @@ func New(cat *catalog.Catalog, see func(ctx context.Context, c *call.Call, targe
 			return next(ctx, c)
 		}
 	}
+}
+
+// own finds the tasks that a call is about.
+func own(ctx context.Context, c *call.Call, tasks func(context.Context, *call.Call, string) (*call.Task, error)) (err error) {
+	if tasks == nil && (c.Kind.OfTask() || c.Kind == call.ListTasks || c.Kind == call.Subscribe && len(c.Filter.Tasks) > 0) {
+		return call.Errorf(call.NotFound, "there are no tasks here")
+	}
+	if c.Kind.OfTask() {
+		c.Task, err = tasks(ctx, c, c.Name)
+		return err
+	}
+	if c.Kind == call.Subscribe {
+		for _, id := range c.Filter.Tasks {
+			t, err := tasks(ctx, c, id)
+			if err != nil {
+				return err
+			}
+			c.Followed = append(c.Followed, t)
+		}
+	}
+	return nil
 }
 
 // find returns nil for lists and subscriptions, which have no target.
@@ -69,8 +94,12 @@ func find(s *catalog.Snapshot, c *call.Call) (*call.Capability, error) {
 				return nil, noResource(uri, "it cannot be subscribed to")
 			}
 		}
+	case call.GetTask, call.UpdateTask, call.CancelTask, call.TaskResult:
+		if found = s.Tool(c.Task.Tool); found == nil {
+			return nil, call.Errorf(call.NotFound, "the tool of this task is not served any more")
+		}
 	default:
-		if !kind.IsList() && kind != call.Discover {
+		if !kind.IsList() && kind != call.Discover && kind != call.ListTasks {
 			return nil, call.Errorf(call.Malformed, "the call has no valid kind")
 		}
 	}

@@ -18,12 +18,14 @@ import (
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/task"
 )
 
 // Bounds of what is kept.
 const (
 	MaxRecords    = 65_536
 	MaxOperations = 65_536
+	MaxTasks      = 65_536
 )
 
 // A DB is a store in memory. It is safe for concurrent use.
@@ -38,13 +40,20 @@ type DB struct {
 	byScope   map[string]*effect.Operation
 	ended     []string // ids
 	nextPrune int64
+
+	tasks  map[string]*task.Record
+	taskOf map[string]string   // by scope, the id
+	open   map[string]struct{} // tasks that have not ended
 }
 
-var _ effect.Store = (*DB)(nil)
+var (
+	_ effect.Store = (*DB)(nil)
+	_ task.Store   = (*DB)(nil)
+)
 
 // New returns an empty store.
 func New() *DB {
-	db := &DB{start: time.Now(), byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}}
+	db := &DB{start: time.Now(), byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, tasks: map[string]*task.Record{}, taskOf: map[string]string{}, open: map[string]struct{}{}}
 	db.Writer = durable.NewWriter(db.commit)
 	return db
 }
@@ -70,7 +79,16 @@ func (db *DB) commit(_ context.Context, work []*durable.Work) error {
 		}
 	}
 	b := durable.NewBatch(now, db.edge.Clone(), loaded)
+	b.LoadTasks(db.loadTasks(work))
 	for i, u := range work {
+		if u.Task != nil {
+			if u.Task.Version == 0 && len(db.tasks)+i >= MaxTasks {
+				u.Err = fmt.Errorf("%w: it holds %d tasks in memory", effect.ErrAway, MaxTasks)
+				continue
+			}
+			b.Apply(u)
+			continue
+		}
 		if u.Complete == nil && u.Append == nil && len(db.byID)+i >= MaxOperations {
 			u.Err = fmt.Errorf("%w: it holds %d operations in memory", effect.ErrAway, MaxOperations)
 			continue
@@ -90,6 +108,7 @@ func (db *DB) commit(_ context.Context, work []*durable.Work) error {
 			db.ended = append(db.ended, op.ID)
 		}
 	}
+	db.storeTasks(b)
 	db.edge = b.Edge
 	db.rows = append(db.rows, b.Rows...)
 	if over := len(db.rows) - MaxRecords; over > 0 {
@@ -114,6 +133,7 @@ func (db *DB) prune(now int64) {
 	}
 	db.nextPrune = now + time.Second.Microseconds()
 	db.forget(now)
+	db.forgetTasks(now)
 }
 
 func (db *DB) forget(now int64) {
@@ -130,13 +150,14 @@ func (db *DB) forget(now int64) {
 	})
 }
 
-// Prune forgets operations past their retention now, and returns how many there were.
+// Prune forgets operations and tasks past their time now, and returns how many there were.
 func (db *DB) Prune(context.Context) (int, error) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	before := len(db.byID)
+	before := len(db.byID) + len(db.tasks)
 	db.forget(db.now())
-	return before - len(db.byID), nil
+	db.forgetTasks(db.now())
+	return before - len(db.byID) - len(db.tasks), nil
 }
 
 // Find implements effect.Store.

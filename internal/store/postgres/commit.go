@@ -16,6 +16,7 @@ import (
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/task"
 )
 
 // classify says what an error means: of one unit, or of the way to the database.
@@ -44,7 +45,7 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		b.Apply(u)
 	}
 	changed := b.Changed()
-	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+	if b.Empty() {
 		if err := rollback(conn); err != nil {
 			return classify(err)
 		}
@@ -104,6 +105,7 @@ var selectOps = fmt.Sprintf(`SELECT o.id, o.scope, o.fingerprint, o.state, o.fen
 // among all nodes: so nobody waits for anything else.
 func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Work) (*durable.Batch, error) {
 	scopes, ids, peek := [][]byte{}, []string{}, false
+	taskIDs, taskScopes := []string{}, [][]byte{}
 	for _, u := range work {
 		if s := u.Scope(); s != nil {
 			scopes = append(scopes, s)
@@ -111,6 +113,8 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 			ids = append(ids, u.Complete.ID)
 		} else if id := u.ID(); id != "" {
 			ids = append(ids, id) // our own, if this is done again
+		} else if u.Task != nil {
+			taskIDs, taskScopes = append(taskIDs, u.Task.ID), append(taskScopes, u.Task.Scope)
 		}
 		peek = peek || u.Peek != nil
 	}
@@ -122,6 +126,7 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 		ops = append(ops, more...)
 		return err
 	}
+	var tasks []task.Record
 	q := &pgx.Batch{}
 	q.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
 	q.Queue("SELECT size, edge, " + clock + " FROM newel_head WHERE id = 1 FOR UPDATE").QueryRow(func(row pgx.Row) error { return row.Scan(&size, &edge, &now) })
@@ -130,6 +135,12 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	}
 	if len(ids) > 0 {
 		q.Queue(selectOps+"WHERE o.id = ANY($1)", ids).Query(collect)
+	}
+	if len(taskIDs) > 0 {
+		q.Queue(selectTasks+"WHERE t.id = ANY($1) OR t.scope = ANY($2)", taskIDs, taskScopes).Query(func(rows pgx.Rows) (err error) {
+			tasks, err = pgx.CollectRows(rows, scanTask)
+			return err
+		})
 	}
 	if err := conn.SendBatch(ctx, q).Close(); err != nil {
 		return nil, err
@@ -146,7 +157,9 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 			loaded = append(loaded, op)
 		}
 	}
-	return durable.NewBatch(now, e, loaded), nil
+	b := durable.NewBatch(now, e, loaded)
+	b.LoadTasks(tasks)
+	return b, nil
 }
 
 const (
@@ -171,6 +184,7 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	if len(b.Pruned) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE "+pastRetention+" AND id = ANY($2)", int16(effect.Unknown), b.Pruned)
 	}
+	db.queueTasks(q, b)
 	if n := len(b.Rows); n > 0 {
 		idx, record, hashes, private := make([]int64, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
 		for i := range b.Rows {

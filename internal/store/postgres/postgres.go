@@ -26,6 +26,7 @@ import (
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/task"
 )
 
 // A DB is one node's way to the store. It is safe for concurrent use.
@@ -38,6 +39,7 @@ type DB struct {
 var (
 	_ effect.Store = (*DB)(nil)
 	_ audit.Source = (*DB)(nil)
+	_ task.Store   = (*DB)(nil)
 )
 
 const (
@@ -97,6 +99,15 @@ CREATE TABLE newel_operations (
 	tenant text NOT NULL, principal text NOT NULL, server text NOT NULL, tool text NOT NULL);
 CREATE INDEX newel_operations_live ON newel_operations (until) WHERE ended = 0;
 CREATE INDEX newel_operations_ended ON newel_operations (ended) WHERE ended > 0;
+`, `
+CREATE TABLE newel_tasks (
+	id text COLLATE "C" PRIMARY KEY, scope bytea UNIQUE, print bytea NOT NULL, owner bytea NOT NULL, state smallint NOT NULL, version bigint NOT NULL, holder text NOT NULL,
+	node text NOT NULL, until bigint NOT NULL, created bigint NOT NULL, updated bigint NOT NULL, expires bigint NOT NULL, request bytea NOT NULL, notes bytea, answer bytea,
+	tenant text NOT NULL, principal text NOT NULL, server text NOT NULL, tool text NOT NULL);
+CREATE INDEX newel_tasks_open ON newel_tasks (id) WHERE state < 4;
+CREATE INDEX newel_tasks_mine ON newel_tasks (owner, id);
+CREATE INDEX newel_tasks_busy ON newel_tasks (owner) WHERE state < 4;
+CREATE INDEX newel_tasks_ended ON newel_tasks (expires) WHERE state >= 4;
 `}
 
 // migrationLock keeps nodes that start together from migrating together.
@@ -199,13 +210,16 @@ func (db *DB) beat(ctx context.Context) error {
 	return err
 }
 
-// Prune deletes operations past their retention, and nodes that have long been gone, and returns
-// how many operations there were.
+// Prune deletes operations and tasks past their time, and nodes that have long been gone, and returns
+// how many operations and tasks there were.
 func (db *DB) Prune(ctx context.Context) (int, error) {
 	if _, err := db.pool.Exec(ctx, "DELETE FROM newel_nodes WHERE seen < clock_timestamp() - interval '1 day' AND id <> $1", db.node); err != nil {
 		return 0, err
 	}
-	total := 0
+	total, err := db.pruneTasks(ctx)
+	if err != nil {
+		return total, err
+	}
 	for {
 		rows, err := db.pool.Query(ctx, "SELECT id FROM newel_operations WHERE "+pastRetention+" ORDER BY ended LIMIT $2", int16(effect.Unknown), pruneMost)
 		if err != nil {

@@ -49,13 +49,18 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		return classify(err)
 	}
 	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded)
+	tasks, err := db.loadedTasks(ctx, work)
+	if err != nil {
+		return classify(err)
+	}
+	b.LoadTasks(tasks)
 	for _, u := range work {
 		b.Apply(u)
 	}
-	changed := b.Changed()
-	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+	if b.Empty() {
 		return nil
 	}
+	changed := b.Changed()
 	err = db.within(ctx, func() error { return db.store(ctx, b, changed) })
 	if err != nil {
 		return classify(err)
@@ -175,6 +180,9 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ? AND ended > 0 AND (state <> ? OR scope IS NULL) AND ended + retain < ?", id, int64(effect.Unknown), b.Now); err != nil {
 			return err
 		}
+	}
+	if err := db.storeTasks(ctx, b); err != nil {
+		return err
 	}
 	edge, err := b.Edge.MarshalBinary()
 	if err != nil {

@@ -30,6 +30,7 @@ import (
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/task"
 )
 
 // A DB is a store in a file. It is safe for concurrent use.
@@ -53,6 +54,7 @@ type DB struct {
 var (
 	_ effect.Store = (*DB)(nil)
 	_ audit.Source = (*DB)(nil)
+	_ task.Store   = (*DB)(nil)
 )
 
 // ErrInUse says that another process has the file.
@@ -188,6 +190,15 @@ CREATE TABLE operations (
 	id TEXT NOT NULL UNIQUE, scope BLOB UNIQUE, fingerprint BLOB NOT NULL, state INTEGER NOT NULL, fence INTEGER NOT NULL, holder TEXT NOT NULL,
 	until INTEGER NOT NULL, round BLOB, ended INTEGER NOT NULL, retain INTEGER NOT NULL, idx INTEGER NOT NULL, answer BLOB,
 	tenant TEXT NOT NULL, principal TEXT NOT NULL, server TEXT NOT NULL, tool TEXT NOT NULL) STRICT;
+`, `
+CREATE TABLE tasks (
+	id TEXT NOT NULL UNIQUE, scope BLOB UNIQUE, print BLOB NOT NULL, owner BLOB NOT NULL, state INTEGER NOT NULL, version INTEGER NOT NULL, holder TEXT NOT NULL,
+	until INTEGER NOT NULL, created INTEGER NOT NULL, updated INTEGER NOT NULL, expires INTEGER NOT NULL, request BLOB NOT NULL, notes BLOB, answer BLOB,
+	tenant TEXT NOT NULL, principal TEXT NOT NULL, server TEXT NOT NULL, tool TEXT NOT NULL) STRICT;
+CREATE INDEX tasks_open ON tasks (id, state, until, expires, created) WHERE state < 4;
+CREATE INDEX tasks_mine ON tasks (owner, id);
+CREATE INDEX tasks_busy ON tasks (owner) WHERE state < 4;
+CREATE INDEX tasks_ended ON tasks (expires) WHERE state >= 4;
 `}
 
 // migrate brings the schema up to date, one version a transaction: a crash between two leaves the
@@ -275,6 +286,9 @@ func (db *DB) load(ctx context.Context, key secret.Key) error {
 	if _, err := db.conn.ExecContext(ctx, "UPDATE operations SET until = min(until, ?) WHERE state IN (?, ?)", db.base, effect.Reserved, effect.Dispatched); err != nil {
 		return err
 	}
+	if _, err := db.conn.ExecContext(ctx, "UPDATE tasks SET until = min(until, ?) WHERE state < 4 AND state = ?", db.base, int64(task.Running)); err != nil {
+		return err
+	}
 	ops, err := query(ctx, db.conn, "WHERE ended = 0")
 	for _, op := range ops {
 		db.live[op.ID] = op
@@ -332,9 +346,12 @@ func (db *DB) Run(ctx context.Context) error {
 	}
 }
 
-// Prune deletes operations past their retention, and returns how many there were.
+// Prune deletes operations and tasks past their time, and returns how many there were.
 func (db *DB) Prune(ctx context.Context) (int, error) {
-	total := 0
+	total, err := db.pruneTasks(ctx)
+	if err != nil {
+		return total, err
+	}
 	for {
 		ids, err := db.expired(ctx)
 		if err != nil || len(ids) == 0 {

@@ -16,11 +16,13 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/task"
 )
 
 // An Engine is a store with its log.
 type Engine interface {
 	effect.Store
+	task.Store
 	audit.Source
 	Prune(ctx context.Context) (int, error)
 }
@@ -31,6 +33,7 @@ func Run(t *testing.T, open func(t *testing.T) (engine, other Engine)) {
 	for name, test := range map[string]func(*testing.T, Engine, Engine){
 		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets,
 		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "every failure": everyFailure, "canceled": canceled,
+		"tasks": tasks, "task scopes": taskScopes, "task claims": taskClaims, "due tasks": dueTasks, "task pages": taskPages, "task expiry": taskExpiry,
 	} {
 		t.Run(name, func(t *testing.T) {
 			e, other := open(t)

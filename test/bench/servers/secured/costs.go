@@ -30,6 +30,7 @@ import (
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/inmem"
+	"newel.dev/newel/internal/task"
 )
 
 // printCosts prints a line for each step of the path: what it costs alone, on a call as the steps
@@ -110,13 +111,18 @@ func guards(who *assembly.Identities, rules *policy.Policy) (guard.Set, error) {
 	}
 	current := catalog.New(snapshot)
 	access := authorize.New(authorize.Options{Policy: rules, Catalog: current})
-	effects, err := effect.New(effect.Options{Store: inmem.New(), Key: secret.RandomKey()})
+	store := inmem.New()
+	effects, err := effect.New(effect.Options{Store: store, Key: secret.RandomKey()})
+	if err != nil {
+		return guard.Set{}, err
+	}
+	tasks, err := task.New(task.Options{Store: store, Key: secret.RandomKey()})
 	if err != nil {
 		return guard.Set{}, err
 	}
 	return guard.Set{
 		Observe: observer.Guard, Authenticate: authenticate.New(who), Admit: admission.Guard,
-		Resolve: resolve.New(current, access.See), Validate: validate.Guard, Authorize: access.Guard,
-		Effect: effects.Guard("/mcp", nil), Bound: bounds.Guard,
+		Resolve: resolve.New(current, access.See, nil), Validate: validate.Guard, Authorize: access.Guard,
+		Task: tasks.Guard("/mcp", effects.Check), Effect: effects.Guard("/mcp", nil), Bound: bounds.Guard,
 	}, nil
 }
