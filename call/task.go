@@ -82,7 +82,7 @@ type Task struct {
 
 	Questions []Question // TaskInputRequired: what is still open
 	Result    *Result    // TaskCompleted
-	Err       *Error     // TaskFailed
+	Err       *Error     // TaskFailed, TaskCancelled
 
 	Args jsontext.Value // of the call, for the policy
 }

@@ -218,7 +218,7 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 	}
 	f.sessions, err = mcpsession.New(mcpsession.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
-		Path: f.path, Hub: f.hub, Has: f.has(), Readable: f.readable,
+		Path: f.path, Hub: f.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable,
 		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: o.Identity != nil,
 	})

@@ -177,7 +177,7 @@ func SessionError(k call.Kind, err error) *Failure {
 	switch {
 	case f.Cause == call.NotFound && k == call.Resource:
 		f.Code = -32002
-	case f.Cause == call.Unsupported:
+	case f.Cause == call.Unsupported && call.AsError(err).RPC == 0:
 		f.Code = codeInvalidParams
 	}
 	return f

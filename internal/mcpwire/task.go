@@ -10,9 +10,9 @@ import (
 	"newel.dev/newel/internal/task"
 )
 
-// answerOf is how a task ended, as the answer of its call would have been: a result, be it one that
+// TaskAnswer is how a task ended, as the answer of its call would have been: a result, be it one that
 // says that the tool failed, or else a JSON-RPC error.
-func answerOf(t *call.Task) (*call.Result, *Failure) {
+func TaskAnswer(t *call.Task) (*call.Result, *Failure) {
 	if t.Result != nil {
 		return t.Result, nil
 	}
@@ -33,7 +33,7 @@ func appendTask(b []byte, t *call.Task, detailed bool) []byte {
 	var r *call.Result
 	var f *Failure
 	if status == call.TaskCompleted || status == call.TaskFailed {
-		if r, f = answerOf(t); r != nil {
+		if r, f = TaskAnswer(t); r != nil {
 			status = call.TaskCompleted // only JSON-RPC errors are failures
 		}
 	}

@@ -62,12 +62,15 @@ func (t *Tasks) wake() {
 	}
 }
 
+// Accept says that Run is about to work: from now on tasks are made.
+func (t *Tasks) Accept() { t.running.Store(true) }
+
 // Run works on tasks until ctx ends. Then those that run get a moment to end; the others go back to
 // the queue, for other nodes or the next start.
 func (t *Tasks) Run(ctx context.Context) error {
-	t.count(ctx)
-	t.running.Store(true)
+	t.Accept()
 	defer t.running.Store(false)
+	t.count(ctx)
 	work, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer stop(errStopping)
 	var workers sync.WaitGroup

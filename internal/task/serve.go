@@ -78,6 +78,7 @@ func (t *Tasks) view(r *Record) (*call.Task, error) {
 		}
 	case Cancelled:
 		v.Status = call.TaskCancelled
+		v.Err = call.Errorf(call.Canceled, "the task was cancelled")
 	case Failed:
 		v.Status = call.TaskFailed
 		v.Err = call.Errorf(call.Timeout, "the task did not end within its time")
@@ -235,8 +236,7 @@ func (s *Server) cancel(ctx context.Context, c *call.Call) (*call.Result, error)
 	return nil, away(ctx, errBusy)
 }
 
-// result waits for the end of a task, asking its caller what the task asks, and answers as the call
-// itself would have.
+// result waits for the end of a task, asking its caller what the task asks.
 func (s *Server) result(ctx context.Context, c *call.Call) (*call.Result, error) {
 	f := s.NewFollower()
 	defer f.Close()
@@ -247,13 +247,8 @@ func (s *Server) result(ctx context.Context, c *call.Call) (*call.Result, error)
 			return nil, err
 		}
 		switch v.Status {
-		case call.TaskCompleted:
-			r := *v.Result
-			return &r, nil
-		case call.TaskFailed:
-			return nil, v.Err
-		case call.TaskCancelled:
-			return nil, call.Errorf(call.Canceled, "the task was cancelled")
+		case call.TaskCompleted, call.TaskFailed, call.TaskCancelled:
+			return &call.Result{Task: v}, nil
 		case call.TaskInputRequired:
 			answers, err := c.Asker.Ask(ctx, related(v)...)
 			if err != nil {

@@ -155,7 +155,7 @@ func (a *asker) Ask(ctx context.Context, questions ...call.Question) (map[string
 
 func (a *asker) one(ctx context.Context, q call.Question) (any, error) {
 	params := q.Params
-	if params == nil {
+	if len(params) == 0 {
 		params = jsontext.Value("{}")
 	}
 	// A gateway in front of this may speak a revision in which questions have keys.
@@ -180,7 +180,12 @@ func (a *asker) one(ctx context.Context, q call.Question) (any, error) {
 		}
 		return r, nil
 	case call.MethodRoots:
-		return a.session.ListRoots(ctx, &mcp.ListRootsParams{Meta: key})
+		var p mcp.ListRootsParams
+		if err := json.Unmarshal(params, &p); err != nil {
+			return nil, err
+		}
+		p.Meta = merge(p.Meta, key)
+		return a.session.ListRoots(ctx, &p)
 	}
 	return nil, fmt.Errorf("unknown method %q", q.Method)
 }

@@ -11,6 +11,7 @@
 package mcpsession
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
 	"encoding/json" // the SDK's types speak encoding/json
@@ -30,6 +31,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/task"
 )
 
 // Options configure a Door. Path and Hub are required; zero means the default in brackets.
@@ -39,6 +41,7 @@ type Options struct {
 	Path     call.Handler
 	Hub      *catalog.Hub
 	Has      mcpwire.Has                                 // what is served
+	Tasks    *task.Server                                // nil: there are none
 	Readable func(ctx context.Context, uri string) error // whether a resource may be subscribed to; nil: any
 
 	// Identified says that the door in front knows whose request it is (mcpwire.PrincipalOf), and
@@ -62,6 +65,7 @@ type Door struct {
 	mu      sync.Mutex     // guards what is below
 	streams map[string]int // open requests per session
 	running map[string]int // who holds the id of a request, by session and id
+	tasks   *followed
 }
 
 // Revisions are the revisions this door speaks, newest first.
@@ -93,7 +97,7 @@ func New(o Options) (*Door, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}}
+	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}, tasks: newFollowed(o.Tasks)}
 	d.server = mcp.NewServer(&mcp.Implementation{Name: o.Name, Title: o.Title, Version: o.Version}, &mcp.ServerOptions{
 		Instructions:              o.Instructions,
 		Capabilities:              capabilities(o.Has),
@@ -110,6 +114,9 @@ func New(o Options) (*Door, error) {
 		},
 		UnsubscribeHandler: func(context.Context, *mcp.UnsubscribeRequest) error { return nil },
 	})
+	if err := d.addTasks(); err != nil {
+		return nil, err
+	}
 	d.server.AddReceivingMiddleware(d.takeOver)
 	events := mcp.NewMemoryEventStore(nil)
 	events.SetMaxBytes(o.RetainBytes)
@@ -175,9 +182,13 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 				err = wireError(mcpwire.SessionError(0, call.Errorf(call.Internal, "internal error")))
 			}
 		}()
-		c, err := d.decode(ctx, req)
+		c, err := d.decode(ctx, method, req)
 		if c == nil {
-			return next(ctx, method, req)
+			r, err := next(ctx, method, req)
+			if answer, ok := r.(*mcp.InitializeResult); ok && err == nil {
+				return d.announceTasks(answer)
+			}
+			return r, err
 		}
 		if err != nil {
 			return nil, wireError(mcpwire.SessionError(c.Kind, err))
@@ -195,13 +206,16 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 				return nil, wireError(mcpwire.SessionError(c.Kind, err))
 			}
 		}
+		if r.Task != nil || c.Kind.OfTask() || c.Kind == call.ListTasks {
+			return d.taskResult(req, c, r)
+		}
 		return &result{raw: mcpwire.AppendResult(nil, c.Kind, r)}, nil
 	}
 }
 
 // decode turns a request of the SDK into a call, or returns nil for what is not ours. An error is
 // the caller's: what it sent contradicts itself.
-func (d *Door) decode(ctx context.Context, req mcp.Request) (*call.Call, error) {
+func (d *Door) decode(ctx context.Context, method string, req mcp.Request) (*call.Call, error) {
 	c := &call.Call{Door: "http", LogLevel: "debug"} // the SDK knows the session's level, and keeps to it
 	var params mcp.Params
 	var session *mcp.ServerSession
@@ -254,6 +268,12 @@ func (d *Door) decode(ctx context.Context, req mcp.Request) (*call.Call, error) 
 			c.Cursor, params = r.Params.Cursor, r.Params
 		}
 		session, extra = r.Session, r.Extra
+	case *mcp.ServerRequest[*taskParams]:
+		c.Kind = taskKinds[method]
+		if r.Params != nil {
+			c.Name, c.Cursor, params = r.Params.TaskID, r.Params.Cursor, r.Params
+		}
+		session, extra = r.Session, r.Extra
 	default:
 		return nil, nil
 	}
@@ -283,7 +303,7 @@ func (d *Door) decode(ctx context.Context, req mcp.Request) (*call.Call, error) 
 	}
 	c.Sink = out
 	c.Asker = &asker{request: ctx, session: session, client: &c.Client}
-	return c, nil
+	return c, d.wish(c, params)
 }
 
 // Names under which ServeHTTP tells decode what only the request knows. They are set after the
@@ -306,6 +326,11 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions.
 func (d *Door) Run(ctx context.Context) error {
 	defer d.Close()
+	if d.o.Tasks != nil {
+		var telling sync.WaitGroup
+		telling.Go(func() { d.tellTasks(ctx) })
+		defer telling.Wait()
+	}
 	everything := &call.Filter{ToolsChanged: true, ResourcesChanged: true, PromptsChanged: true}
 	return d.o.Hub.ListenAll(ctx, everything, func(n call.Notification) error {
 		d.announce(ctx, n)
@@ -343,10 +368,11 @@ func (d *Door) announce(ctx context.Context, n call.Notification) {
 
 // ServeStdio serves one client that speaks a session revision, until in ends or ctx does.
 func (d *Door) ServeStdio(ctx context.Context, in io.Reader, out io.Writer) error {
-	session, err := d.server.Connect(ctx, &mcp.IOTransport{Reader: io.NopCloser(in), Writer: nopWriteCloser{out}}, nil)
+	session, err := d.server.Connect(ctx, &mcp.IOTransport{Reader: io.NopCloser(&lifter{in: bufio.NewReader(in)}), Writer: nopWriteCloser{out}}, nil)
 	if err != nil {
 		return err
 	}
+	defer d.listen(listenerOf(session), func(message []byte) { _, _ = out.Write(append(message, '\n')) })() // the client is gone if this fails
 	stop := context.AfterFunc(ctx, func() { _ = session.Close() })
 	defer stop()
 	if err := session.Wait(); err != nil && ctx.Err() == nil && !errors.Is(err, io.EOF) {

@@ -59,6 +59,9 @@ func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodGet || message.method != "" {
 		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })
 	}
+	if r.Method == http.MethodGet && session != "" {
+		defer d.listen(session, out.event)()
+	}
 	d.handler.ServeHTTP(out, r)
 	cancel()
 	ended.Wait()
@@ -107,6 +110,9 @@ func (d *Door) read(r *http.Request) (message, *mcpwire.Failure) {
 		m.method = "batch"
 	default:
 		return m, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "the message is not a JSON-RPC object"}
+	}
+	if m.method == "tools/call" {
+		body = lift(body)
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	r.ContentLength = int64(len(body))
@@ -256,6 +262,19 @@ func (w *writer) keepAlive(ctx context.Context, every time.Duration) {
 			}
 		}
 		w.mu.Unlock()
+	}
+}
+
+// event writes a message beside those of the SDK, if the stream has begun: it cannot be resumed.
+func (w *writer) event(message []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.stream {
+		return
+	}
+	w.written = time.Now()
+	if _, err := w.w.Write([]byte("event: message\ndata: " + string(mcpwire.OneLine(message)) + "\n\n")); err == nil {
+		_ = http.NewResponseController(w.w).Flush()
 	}
 }
 

@@ -77,7 +77,7 @@ func or[T ~int | ~int64](v, otherwise T) T {
 // Guard is the guard of the admit step.
 func (g *Gate) Guard(next call.Handler) call.Handler {
 	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
-		if c.Kind == call.Subscribe {
+		if c.Kind == call.Subscribe || c.Kind == call.TaskResult { // both wait for what others do
 			leave, err := g.openStream(c)
 			if err != nil {
 				return nil, err
