@@ -57,6 +57,7 @@ type Tasks struct {
 	counts  atomic.Pointer[Counts]
 	since   atomic.Int64 // made since counts were read
 	running atomic.Bool
+	backlog []Record // of Run alone: what was due when it looked
 
 	mu       sync.Mutex // guards what is below
 	runs     map[string]*run

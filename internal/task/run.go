@@ -26,6 +26,7 @@ const (
 	graceTTL    = 10 * time.Minute // a task whose time is over can still be looked at
 	maxAttempts = 6                // of a task whose tool says that nothing was done
 	maxRounds   = 16               // questions of one task
+	ahead       = 4                // tasks that are looked for at once, for each worker; what others take meanwhile is passed over
 	storeTime   = 10 * time.Second
 )
 
@@ -115,17 +116,21 @@ func (t *Tasks) fill(ctx, work context.Context, workers *sync.WaitGroup) {
 	if free <= 0 {
 		return
 	}
-	due, err := t.store.DueTasks(ctx, free+busy)
-	if err != nil {
-		if ctx.Err() == nil {
-			t.log.LogAttrs(ctx, slog.LevelWarn, "tasks cannot be looked for", slog.String("error", err.Error()))
+	if len(t.backlog) < free {
+		due, err := t.store.DueTasks(ctx, busy+ahead*t.o.Workers)
+		if err != nil {
+			if ctx.Err() == nil {
+				t.log.LogAttrs(ctx, slog.LevelWarn, "tasks cannot be looked for", slog.String("error", err.Error()))
+			}
+			return
 		}
-		return
+		t.backlog = due
 	}
-	for i := range due {
-		r := &due[i]
+	for len(t.backlog) > 0 {
+		r := &t.backlog[0]
 		path := t.paths[r.Server]
 		if path == nil && !r.Over {
+			t.backlog = t.backlog[1:]
 			continue // of a server that other nodes have
 		}
 		runs, cancel := context.WithCancelCause(work)
@@ -137,11 +142,13 @@ func (t *Tasks) fill(ctx, work context.Context, workers *sync.WaitGroup) {
 			t.runs[r.ID] = one
 		}
 		t.mu.Unlock()
-		if mine || full {
+		if full {
 			cancel(nil)
-			if full {
-				return
-			}
+			return
+		}
+		t.backlog = t.backlog[1:]
+		if mine {
+			cancel(nil)
 			continue
 		}
 		workers.Go(func() {
