@@ -75,6 +75,8 @@ type Call struct {
 	AsTask     TaskWish   // whether the caller takes, or wants, a task in place of the result
 	// Responses are the answers to what a task asked, by key; for UpdateTask only.
 	Responses map[string]jsontext.Value
+	// Elsewhere is what Result.Elsewhere said of this call before, or "".
+	Elsewhere string
 	// TaskID is the task that this call is the work of, or "". No door sets it.
 	TaskID string
 

@@ -93,6 +93,9 @@ type Capability struct {
 	// is made and may ask the caller; Run then gets the same answers. It has no effects.
 	Tasks   TaskSupport
 	Prepare func(ctx context.Context, c *Call) error
+	// Follow goes on with what a call left running elsewhere: it waits for the end of Call.Elsewhere.
+	// It may be run again, by any node. Nil if Run leaves nothing.
+	Follow Handler
 
 	Scopes  []string // scopes a caller needs
 	Owner   string

@@ -28,6 +28,9 @@ type Result struct {
 	Public bool
 	// Task is set if the call goes on as a task, and in answers about one: then it is the answer.
 	Task *Task
+	// Elsewhere names what the call left running where it was sent to, for the target's Follow: the
+	// call was made, its result is not there yet. Only a call with a TaskID may say so.
+	Elsewhere string
 	// Tasks are the items of a list of tasks.
 	Tasks []*Task
 }

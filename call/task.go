@@ -1,6 +1,7 @@
 package call
 
 import (
+	"errors"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -68,6 +69,10 @@ func (s TaskStatus) String() string {
 
 // Ended reports whether the status is final.
 func (s TaskStatus) Ended() bool { return s >= TaskCompleted }
+
+// ErrTaskCancelled is the cause of the end of a context whose task was cancelled: what the call left
+// running elsewhere is not wanted any more.
+var ErrTaskCancelled = errors.New("the task was cancelled")
 
 // A Task is a call that goes on after its caller was answered.
 type Task struct {

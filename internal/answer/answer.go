@@ -24,6 +24,7 @@ const (
 	formResult = 1
 	formError  = 2
 	formLost   = 3
+	formAway   = 4 // a result that is not there yet
 )
 
 // Encode returns the stored form.
@@ -44,6 +45,9 @@ func (a *Answer) Encode() []byte {
 		return b
 	}
 	r := a.Result
+	if r.Elsewhere != "" {
+		return appendBytes([]byte{formAway}, []byte(r.Elsewhere))
+	}
 	b := append(make([]byte, 0, 64+len(r.Content)+len(r.Structured)+len(r.Extra)), formResult, flag(r.IsError, 1)|flag(r.Public, 2))
 	b = binary.AppendVarint(b, int64(r.TTL))
 	return appendBytes(appendBytes(appendBytes(appendBytes(b, r.Content), r.Structured), r.Extra), []byte(r.Next))
@@ -123,6 +127,8 @@ func Decode(b []byte) (*Answer, error) {
 	switch c.byte() {
 	case formLost:
 		a.Lost = true
+	case formAway:
+		a.Result = &call.Result{Elsewhere: string(c.bytes())}
 	case formError:
 		e := &call.Error{Code: call.Code(c.byte()), Retryable: c.byte()&1 != 0, RetryAfter: time.Duration(c.int()), RPC: int(c.int())}
 		e.Message, e.Data = string(c.bytes()), c.bytes()

@@ -57,6 +57,9 @@ func End(cat *catalog.Catalog, hub *catalog.Hub, tasks *task.Server) call.Handle
 		case c.Kind == call.Complete:
 			return complete(ctx, c)
 		}
+		if c.Elsewhere != "" && c.Target.Follow != nil {
+			return c.Target.Follow(ctx, c)
+		}
 		return c.Target.Run(ctx, c)
 	}
 }

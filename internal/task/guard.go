@@ -129,6 +129,8 @@ type notes struct {
 	Resume   string                    `json:"resume,omitzero"`
 	Rounds   int                       `json:"rounds,omitzero"`
 	Attempts int                       `json:"attempts,omitzero"` // since it last did not fail
+	// Elsewhere is what the call left running where it was sent to.
+	Elsewhere string `json:"elsewhere,omitzero"`
 }
 
 // pending is a question that waits for its answer.

@@ -32,7 +32,7 @@ const (
 
 // Why a run is stopped.
 var (
-	errCancelled = errors.New("the task was cancelled")
+	errCancelled = call.ErrTaskCancelled
 	errTaken     = errors.New("the task was changed by somebody else")
 	errStopping  = errors.New("this node stops")
 )
@@ -192,7 +192,7 @@ func (t *Tasks) compare(ctx context.Context) {
 		lost := versions[id] > r.rec.Version // our own writes hold the lock
 		r.mu.Unlock()
 		if lost {
-			r.cancel(errTaken)
+			r.cancel(t.why(ctx, id))
 		}
 	}
 	t.mu.Lock()
@@ -206,6 +206,14 @@ func (t *Tasks) compare(ctx context.Context) {
 			f.hear(id)
 		}
 	}
+}
+
+// why says what became of a task that is not the run's any more.
+func (t *Tasks) why(ctx context.Context, id string) error {
+	if r, err := t.store.Task(ctx, id); err == nil && r.State == Cancelled {
+		return errCancelled
+	}
+	return errTaken
 }
 
 // put writes the task of a run anew. ok is false if the task is not the run's any more.
@@ -282,6 +290,19 @@ func (t *Tasks) work(ctx context.Context, r *run, path call.Handler) {
 	timed, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	res, err := path(timed, t.callOf(r, &req))
+	if err == nil && res.Elsewhere != "" { // it is done here; what it left is followed, by whichever node
+		r.mu.Lock()
+		r.notes.Elsewhere = res.Elsewhere
+		more := &Write{Record: r.rec, Lease: limit + leeway}
+		r.mu.Unlock()
+		if ok, err := t.insist(ctx, r, more); err != nil || !ok {
+			return
+		}
+		res, err = path(timed, t.callOf(r, &req))
+		if err == nil && res.Elsewhere != "" {
+			err = call.Errorf(call.Internal, "internal error").Because(errors.New("what is followed leads elsewhere again"))
+		}
+	}
 	if why := context.Cause(ctx); errors.Is(why, errCancelled) || errors.Is(why, errTaken) {
 		return // it is somebody else's now
 	}
@@ -301,7 +322,7 @@ func (t *Tasks) callOf(r *run, req *request) *call.Call {
 	maps.Copy(answers, r.notes.Answers)
 	c := &call.Call{
 		Kind: call.Tool, Name: req.Name, Args: req.Args, Key: req.Key, Client: req.Client.Client, Meta: req.Meta, Unknown: req.Unknown, Trace: req.Trace,
-		Door: "task", Revision: req.Revision, Size: len(req.Args), Progress: true, Resume: r.notes.Resume, TaskID: r.rec.ID,
+		Elsewhere: r.notes.Elsewhere, Door: "task", Revision: req.Revision, Size: len(req.Args), Progress: true, Resume: r.notes.Resume, TaskID: r.rec.ID,
 		Credential: call.Credential{Peer: "task", Known: req.Principal},
 		Sink:       &sink{t: t, r: r},
 	}

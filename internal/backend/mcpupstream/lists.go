@@ -162,7 +162,10 @@ type definition struct {
 	Input       jsontext.Value `json:"inputSchema"`
 	Output      jsontext.Value `json:"outputSchema"`
 	Annotations jsontext.Value `json:"annotations"`
-	Arguments   []struct {
+	Execution   struct {
+		Tasks string `json:"taskSupport"`
+	} `json:"execution"`
+	Arguments []struct {
 		Name     string `json:"name"`
 		Required bool   `json:"required"`
 	} `json:"arguments"`
@@ -182,7 +185,7 @@ func (u *Upstream) capability(s *session, method string, def jsontext.Value) (*c
 	c.Run = t.run
 	switch method {
 	case "tools/list":
-		return u.tool(c, t, &d, def)
+		return u.tool(s, c, t, &d, def)
 	case "prompts/list":
 		c.Kind, t.kind, t.method = call.Prompt, call.Prompt, "prompts/get"
 		c.Name = u.config.Prefix + d.Name
@@ -207,7 +210,7 @@ func (u *Upstream) capability(s *session, method string, def jsontext.Value) (*c
 func quoted(s string) jsontext.Value { return call.AppendString(nil, s) }
 
 // tool makes the capability of a tool as its rule says.
-func (u *Upstream) tool(c *call.Capability, t *target, d *definition, def jsontext.Value) (*call.Capability, error) {
+func (u *Upstream) tool(s *session, c *call.Capability, t *target, d *definition, def jsontext.Value) (*call.Capability, error) {
 	rule, publish := u.config.rule(d.Name)
 	if !publish {
 		return nil, nil
@@ -245,6 +248,10 @@ func (u *Upstream) tool(c *call.Capability, t *target, d *definition, def jsonte
 	c.Effect = effect(rule.Effect, d.Annotations)
 	t.read = c.Effect == call.Read
 	c.Annotations = d.Annotations
+	if s.stateless && s.server.Extensions.Tasks != nil {
+		c.Tasks, _ = call.ParseTaskSupport(d.Execution.Tasks) // another word means nothing
+		t.tasks, c.Follow = true, t.follow
+	}
 	c.Definition = rewrite(def, changes)
 	return c, nil
 }

@@ -27,6 +27,7 @@ type target struct {
 	headers []catalog.ParamHeader
 	fixed   jsontext.Value // arguments that callers do not send, as an object, or nil
 	read    bool           // running it twice does no harm
+	tasks   bool           // the server may answer with a task
 }
 
 // maxRounds bounds how often one call may ask its caller.
@@ -247,7 +248,7 @@ func (t *target) params(ctx context.Context, c *call.Call, s *session, id int64)
 	m := newObject()
 	if s.stateless {
 		m.str("io.modelcontextprotocol/protocolVersion", statelessRevision)
-		m.raw("io.modelcontextprotocol/clientCapabilities", capabilitiesOf(&c.Client))
+		m.raw("io.modelcontextprotocol/clientCapabilities", t.capabilities(c))
 		m.raw("io.modelcontextprotocol/clientInfo", t.u.clientInfo)
 		if c.LogLevel != "" {
 			m.str("io.modelcontextprotocol/logLevel", c.LogLevel)
@@ -362,6 +363,8 @@ func (t *target) stateless(ctx context.Context, c *call.Call, s *session) (*call
 			return nil, unsentError{m.Error}
 		case m.Error != nil:
 			return nil, m.Error
+		case m.Result.Type == "task" && t.takesTask(c):
+			return elsewhere(m.Result)
 		case m.Result.Type != "input_required":
 			return t.result(m.Result)
 		}

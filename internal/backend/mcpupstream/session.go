@@ -47,7 +47,10 @@ type features struct {
 	Resources   *listFeature `json:"resources"`
 	Prompts     *listFeature `json:"prompts"`
 	Completions *struct{}    `json:"completions"`
-	Logging     *struct{}    `json:"logging"`
+	Extensions  struct {
+		Tasks *struct{} `json:"io.modelcontextprotocol/tasks"`
+	} `json:"extensions"`
+	Logging *struct{} `json:"logging"`
 }
 
 type listFeature struct {

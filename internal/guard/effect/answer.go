@@ -25,6 +25,9 @@ func again(a *answer.Answer, index int64) (*call.Result, error) {
 		return nil, &e
 	}
 	r := *a.Result
+	if r.Elsewhere != "" {
+		return &r, nil
+	}
 	r.Extra = withMeta(r.Extra, mark)
 	return &r, nil
 }

@@ -131,7 +131,7 @@ func (e *Effects) rule(t *call.Capability) Rule {
 // hasEffect reports whether a call goes through the store: tools of any class but read. A class
 // that nobody stated counts as the worst.
 func hasEffect(c *call.Call) bool {
-	return c.Kind == call.Tool && c.Target != nil && c.Target.Effect != call.Read
+	return c.Kind == call.Tool && c.Target != nil && c.Target.Effect != call.Read && c.Elsewhere == "" // that was dispatched before
 }
 
 // Guard returns the guard for one server. find returns a tool of that server by name, or nil.
