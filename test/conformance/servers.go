@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -115,6 +117,10 @@ func ask(ctx context.Context, here, temp string, s subject, got Report) error {
 		if err := got.Read(key, results); err != nil {
 			return err
 		}
+		maps.DeleteFunc(got, func(k string, _ *Outcome) bool {
+			// Of these six servers one has tasks; test/gateway has what becomes of them.
+			return s.name != "" && strings.HasPrefix(k, key+" tasks-")
+		})
 		for scenario, why := range leftOut[key] {
 			delete(got, key+" "+scenario)
 			fmt.Printf("LEFT OUT  %s %s: %s\n", key, scenario, why)
