@@ -187,7 +187,7 @@ func auditSearch(env *environment) *cobra.Command {
 	c.Flags().StringVar(&want.Tenant, "tenant", "", "of the caller")
 	c.Flags().StringVar(&want.Operation, "operation", "", "name of an operation")
 	c.Flags().StringVar(&want.Correlation, "correlation", "", "correlation id of a call")
-	c.Flags().StringVar(&want.Act, "act", "", "intent, outcome or reads")
+	c.Flags().StringVar(&want.Act, "act", "", "intent, outcome, reads, task_made or task_ended")
 	c.Flags().StringVar(&want.Outcome, "outcome", "", "completed, failed_not_executed or outcome_unknown")
 	c.Flags().StringVar(&since, "since", "", "not before this time (UTC, such as 2026-11-21T08)")
 	c.Flags().StringVar(&until, "until", "", "before this time (UTC)")

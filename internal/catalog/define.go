@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 
@@ -56,24 +57,29 @@ func execution(c *call.Capability) []byte {
 	return []byte(`{"taskSupport":"` + c.Tasks.String() + `"}`)
 }
 
-// withExecution is a definition that others wrote, with what counts here.
+// withExecution is a definition that others wrote, with the support for tasks that counts here. All else
+// of it stays, byte for byte.
 func withExecution(c *call.Capability) []byte {
-	if c.Kind != call.Tool {
+	if c.Kind != call.Tool || c.Tasks == call.TaskForbidden && !bytes.Contains(c.Definition, []byte(`"taskSupport"`)) {
 		return c.Definition
 	}
-	w, differs := writer{b: []byte{'{'}}, c.Tasks != call.TaskForbidden
+	w, more := writer{b: []byte{'{'}}, writer{b: []byte{'{'}}
 	_ = call.EachMember(c.Definition, func(name string, v jsontext.Value) { // it is an object
-		if name == "execution" {
-			differs = true
+		if name != "execution" {
+			w.raw(name, v)
 			return
 		}
-		w.raw(name, v)
+		_ = call.EachMember(v, func(name string, v jsontext.Value) { // if it is none, it says nothing
+			if name != "taskSupport" {
+				more.raw(name, v)
+			}
+		})
 	})
-	if !differs {
-		return c.Definition
-	}
 	if c.Tasks != call.TaskForbidden {
-		w.raw("execution", execution(c))
+		more.str("taskSupport", c.Tasks.String())
+	}
+	if len(more.b) > 1 {
+		w.raw("execution", append(more.b, '}'))
 	}
 	return append(w.b, '}')
 }

@@ -78,12 +78,15 @@ func (s *scripted) params(method string) (string, http.Header) {
 
 // What nobody here knows, in all the places where it may stand.
 const (
-	oddTool = `{"vendorX":{"z":1,"a":[1.50,9007199254740993]},"name":"odd","inputSchema":{"zeta":true,"type":"object","properties":{"region":{"type":"string","x-mcp-header":"Region"},"n":{"type":"number","maximum":90071992547409930000}},"additionalProperties":true},"annotations":{"vendorHint":"y","readOnlyHint":true},"description":"Odd.","_meta":{"ui":{"resourceUri":"ui://x"},"n":9007199254740993},"execution":{"taskSupport":"optional"}}`
+	oddTool = `{"vendorX":{"z":1,"a":[1.50,9007199254740993]},"name":"odd","inputSchema":{"zeta":true,"type":"object","properties":{"region":{"type":"string","x-mcp-header":"Region"},"n":{"type":"number","maximum":90071992547409930000}},"additionalProperties":true},"annotations":{"vendorHint":"y","readOnlyHint":true},"description":"Odd.","_meta":{"ui":{"resourceUri":"ui://x"},"n":9007199254740993},"execution":{"taskSupport":"optional","vendor":1.0}}`
 	// A content type of tomorrow, numbers beyond 2^53, fractions as written, key order, escapes.
 	oddContent    = `[{"type":"hologram","zz":1,"data":{"b":9007199254740993,"a":1.50}},{"type":"text","text":"\u00fcml","annotations":{"priority":0.10,"x":null},"_meta":{"k":[{}]}},{"type":"resource_link","uri":"a://b","name":"n","size":12345678901234567890}]`
 	oddStructured = `{"big":9007199254740993,"z":1,"a":1.50,"e":1E+2,"nested":{"y":[],"x":{}}}`
 	oddArgs       = `{"z":9007199254740993,"region":"Zürich","a":1.50,"n":1e2,"deep":{"y":1,"x":[null,true]}}`
 )
+
+// oddHere is oddTool with the support for tasks that counts here: the server announces no tasks.
+var oddHere = strings.Replace(oddTool, `"taskSupport":"optional",`, "", 1)
 
 // exchange sends one message of the stateless revision and returns the raw answer.
 func exchange(t *testing.T, url, method, name, params string, header ...string) string {
@@ -154,7 +157,7 @@ func TestLossless(t *testing.T) {
 			url := serve(t, map[string]mcpupstream.Config{"up": {URL: server.URL}})
 
 			for method, wants := range map[string][]string{
-				"tools/list":               {oddTool},
+				"tools/list":               {oddHere},
 				"resources/list":           {`"size":12345678901234567890,"vendor":{"b":1,"a":1.0}`},
 				"resources/templates/list": {`{"uriTemplate":"x://t/{id}","name":"t","vendor":1.0}`},
 				"prompts/list":             {`{"name":"q","vendor":9007199254740993}],"vendor":{"z":1.0}`},
@@ -264,7 +267,7 @@ func TestLosslessForSessions(t *testing.T) {
 	}
 	send(`{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"t","version":"1"}}}`)
 	send(`{"jsonrpc":"2.0","method":"notifications/initialized"}`)
-	if got := send(`{"jsonrpc":"2.0","id":2,"method":"tools/list"}`); !strings.Contains(got, oddTool) {
+	if got := send(`{"jsonrpc":"2.0","id":2,"method":"tools/list"}`); !strings.Contains(got, oddHere) {
 		t.Errorf("tools: %s", got)
 	}
 	got := send(`{"jsonrpc":"2.0","id":3,"method":"tools/call","params":{"name":"odd","arguments":` + oddArgs + `,"_meta":{"com.example/trace":{"n":9007199254740993,"b":1.50}}}}`)

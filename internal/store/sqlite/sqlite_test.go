@@ -18,6 +18,7 @@ import (
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/storetest"
+	"newel.dev/newel/internal/task"
 )
 
 func open(t *testing.T, file string, key secret.Key) *DB {
@@ -92,6 +93,10 @@ func TestReopen(t *testing.T) {
 		}
 	}
 	running := write(t, db, "running", 0)
+	job := &task.Write{Record: task.Record{ID: "job", Print: []byte("p"), Owner: []byte("o"), State: task.Running, Holder: "h", Request: []byte("r")}, Lease: time.Hour, Keep: time.Hour}
+	if _, made, err := db.PutTask(t.Context(), job); err != nil || !made {
+		t.Fatal(made, err)
+	}
 	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "another process") {
 		t.Errorf("two processes have one file: %v", err)
 	}
@@ -113,6 +118,9 @@ func TestReopen(t *testing.T) {
 		t.Errorf("found %+v, %v", op, err)
 	}
 	write(t, db, "more", effect.Completed)
+	if due, err := db.DueTasks(t.Context(), 10); err != nil || len(due) != 1 || due[0].ID != "job" || due[0].State != task.Running {
+		t.Errorf("a task that ran: %+v, %v", due, err)
+	}
 	storetest.Check(t, db)
 }
 
