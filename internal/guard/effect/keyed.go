@@ -282,6 +282,9 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 	rec := o.record(audit.Outcome, op)
 	rec.Outcome, rec.Code = state.String(), code
 	out := &Outcome{ID: op.ID, Fence: op.Fence, State: state, Round: round, Lease: waiting}
+	if o.c.TaskID != "" {
+		out.Lease = taskWaiting
+	}
 	var values []audit.Value
 	if a != nil {
 		raw := a.Encode()
@@ -303,6 +306,9 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 
 // waiting is how long an operation waits for the answers of its caller: as long as sealed states live.
 const waiting = 10 * time.Minute
+
+// taskWaiting is the same for tasks, which wait as long as they are kept: a week by default.
+const taskWaiting = 8 * 24 * time.Hour
 
 // unstored says that the call ran and nobody will know how: telling the answer now and something
 // else later would be worse.
