@@ -26,6 +26,13 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 			}
 		}
 	}
+	if o.StateKey == nil { // any node, and this one after a restart, goes on with calls that asked something
+		state, err := key.Derive("newel request states")
+		if err != nil {
+			return err
+		}
+		o.StateKey = state
+	}
 	var err error
 	h.effects, err = effect.New(effect.Options{
 		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
