@@ -155,23 +155,37 @@ func (b *Broker) authorize(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusBadRequest, err.Error())
 		return
 	case refusal != nil:
-		b.issuer.Back(w, r, a, refusal)
+		b.early(w, r, a, refusal)
 		return
 	}
 	l := newLogin(a, b.now().Add(loginLife))
 	to, err := b.provider.begin(r.Context(), l)
 	if err != nil {
 		b.log(r, "the identity provider cannot be reached", err)
-		b.issuer.Back(w, r, a, unavailable)
+		b.early(w, r, a, unavailable)
 		return
 	}
 	if err := b.cookie.set(w, l); err != nil {
-		b.issuer.Back(w, r, a, &issuer.Refusal{Code: "invalid_request", Why: err.Error()})
+		b.early(w, r, a, &issuer.Refusal{Code: "invalid_request", Why: err.Error()})
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("Referrer-Policy", "no-referrer")
 	http.Redirect(w, r, to, http.StatusSeeOther)
+}
+
+// early refuses a request before anybody has logged in. Only clients of the configuration are told:
+// otherwise a link to this server would be one to wherever a stranger likes (RFC 9700, section 4.11.2).
+func (b *Broker) early(w http.ResponseWriter, r *http.Request, a *issuer.Ask, refusal *issuer.Refusal) {
+	if a.Known {
+		b.issuer.Back(w, r, a, refusal)
+		return
+	}
+	status := http.StatusBadRequest
+	if refusal == unavailable {
+		status = http.StatusServiceUnavailable
+	}
+	fail(w, status, "The app "+a.ClientName+" cannot log you in: "+refusal.Why+".")
 }
 
 var unavailable = &issuer.Refusal{Code: "temporarily_unavailable", Why: "the identity provider cannot be reached; try again later"}

@@ -453,6 +453,9 @@ func TestConsentIsRemembered(t *testing.T) {
 	if err := json.Unmarshal([]byte(b.do(req).body), &out); err != nil || out.ID == "" {
 		t.Fatal(err)
 	}
+	if p := b.get(w.request(out.ID, "https://evil.example/cb", map[string]string{"response_type": "token"})); p.to != nil || p.status != http.StatusBadRequest {
+		t.Errorf("a link to this server leads to a stranger's: %d, sent to %v", p.status, p.to)
+	}
 	if p, _ := b.toConsent(out.ID, "https://evil.example/cb"); !strings.Contains(p.body, "evil.example") {
 		t.Errorf("the page hides where the person is sent: %s", p.body)
 	}

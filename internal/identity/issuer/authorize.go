@@ -13,8 +13,9 @@ import (
 // An Ask is an authorization request that fits together.
 type Ask struct {
 	ClientID   string   `json:"c"`
-	ClientName string   `json:"n"` // for people
-	Redirect   string   `json:"r"` // is the client's
+	ClientName string   `json:"n"`          // for people
+	Known      bool     `json:"w,omitzero"` // whether the client is one of the configuration
+	Redirect   string   `json:"r"`          // is the client's
 	State      string   `json:"s,omitzero"`
 	Challenge  string   `json:"p"`           // PKCE, S256
 	Resource   string   `json:"t"`           // is one of this server's
@@ -47,7 +48,7 @@ func (s *Server) Read(ctx context.Context, q url.Values) (a *Ask, refusal *Refus
 	if len(redirect) > maxParam || !slices.ContainsFunc(c.Redirects, func(r string) bool { return sameRedirect(r, redirect) }) {
 		return nil, nil, errors.New("the redirect_uri is none that the client registered")
 	}
-	a = &Ask{ClientID: c.ID, ClientName: c.Name, Redirect: redirect, State: q.Get("state"), Challenge: q.Get("code_challenge"), Resource: canonical(q.Get("resource")), Thumbprint: q.Get("dpop_jkt")}
+	a = &Ask{ClientID: c.ID, ClientName: c.Name, Known: s.clients.known[c.ID] != nil, Redirect: redirect, State: q.Get("state"), Challenge: q.Get("code_challenge"), Resource: canonical(q.Get("resource")), Thumbprint: q.Get("dpop_jkt")}
 	switch {
 	case len(a.State) > maxParam:
 		a.State = ""
