@@ -55,7 +55,11 @@ func (o *opened) close(ctx context.Context) error {
 func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr) (_ *opened, err error) {
 	c := &f.Config
 	base := publicURL(c, listen)
-	who, access, err := identities(f, base)
+	fed, err := federated(f)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	who, access, err := identities(f, base, fed)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
@@ -149,7 +153,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	authorization, err := loginServer(c, base, scopes)
+	authorization, err := loginServer(f, base, scopes, fed, t.logger)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}

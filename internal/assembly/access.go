@@ -2,16 +2,19 @@ package assembly
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/go-json-experiment/json"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/door/mcphttp"
 	"newel.dev/newel/internal/guard/authenticate"
+	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/identity/verify"
 )
 
@@ -19,6 +22,9 @@ import (
 type Identities struct {
 	Tokens *verify.Verifier // nil: no token is accepted
 	Local  *call.Principal  // of callers over stdio and in memory; nil: none may call
+	// Provider knows the keys of the identity provider at which people log in; nil: there is none.
+	// No token is checked with it here: it is only kept fresh.
+	Provider *verify.Verifier
 }
 
 var _ authenticate.Verifier = (*Identities)(nil)
@@ -46,10 +52,15 @@ func (i *Identities) Verify(ctx context.Context, c call.Credential) (*call.Princ
 
 // Run keeps the keys of issuers fresh until ctx ends.
 func (i *Identities) Run(ctx context.Context) error {
-	if i.Tokens == nil {
-		return nil
+	var all sync.WaitGroup
+	var errs [2]error
+	for n, v := range []*verify.Verifier{i.Tokens, i.Provider} {
+		if v != nil {
+			all.Go(func() { errs[n] = v.Run(ctx) })
+		}
 	}
-	return i.Tokens.Run(ctx)
+	all.Wait()
+	return errors.Join(errs[:]...)
 }
 
 // check is asked before a session sees a request: see mcphttp.Options.
@@ -133,7 +144,7 @@ func (f *face) access(o *Options) *mcphttp.Access {
 	base := origin(resource)
 	return &mcphttp.Access{
 		Resource: resource, Metadata: base + wellKnown + f.server.Path, Scopes: o.Access.Scopes,
-		ProofAlgorithms: verify.ProofAlgorithms, Nonce: o.Access.Nonce,
+		ProofAlgorithms: dpop.Algorithms, Nonce: o.Access.Nonce,
 	}
 }
 
@@ -158,7 +169,7 @@ func (h *House) serveMetadata(mux *routes) {
 		doc, err := json.Marshal(map[string]any{
 			"resource": f.server.Resource(a.Resource), "resource_name": f.server.Name,
 			"authorization_servers": a.Issuers, "scopes_supported": h.scopes(f), "bearer_methods_supported": []string{"header"},
-			"dpop_signing_alg_values_supported": verify.ProofAlgorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
+			"dpop_signing_alg_values_supported": dpop.Algorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
 		}, json.Deterministic(true))
 		if err != nil {
 			continue // text and lists of it can be encoded

@@ -29,7 +29,7 @@ var public = map[string]string{
 	"GET /ready":  "probes have no token",
 	"GET /.well-known/oauth-protected-resource":     "tells clients where to get a token (RFC 9728)",
 	"GET /.well-known/oauth-protected-resource/mcp": "tells clients where to get a token (RFC 9728)",
-	"/oauth/": "the authorization server for development, where tokens come from",
+	"/oauth/": "the authorization servers, where tokens come from",
 	"/.well-known/oauth-authorization-server": "its metadata (RFC 8414)",
 	"/.well-known/openid-configuration":       "its metadata under the other name",
 	"GET /metrics":                            "served when the configuration asks for it, to whoever reaches the port",
@@ -190,9 +190,9 @@ func TestNobodyElseHasRoutes(t *testing.T) {
 		t.Fatal(err)
 	}
 	allowed := map[string]string{
-		"internal/assembly/run.go":                 "routes, asked above",
-		"internal/identity/devserver/devserver.go": "all of it stands below /oauth/ and its metadata",
-		"cmd/newel/login.go":                       "waits for the browser on loopback, during a login",
+		"internal/assembly/run.go":           "routes, asked above",
+		"internal/identity/issuer/issuer.go": "all of it stands below /oauth/ and its metadata",
+		"cmd/newel/login.go":                 "waits for the browser on loopback, during a login",
 	}
 	found := map[string]bool{}
 	for _, dir := range []string{".", "internal", "cmd", "modules"} {

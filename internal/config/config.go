@@ -92,12 +92,13 @@ type ACME struct {
 
 // Auth is who may call.
 type Auth struct {
-	Mode      string      `yaml:"mode" enum:"none,tokens,dev" default:"none" doc:"none: everybody who can reach the server, which is why it listens on loopback only. tokens: access tokens of the issuers. dev: those of the built-in authorization server for development, on loopback only."`
+	Mode      string      `yaml:"mode" enum:"none,tokens,broker,dev" default:"none" doc:"none: everybody who can reach the server, which is why it listens on loopback only. tokens: access tokens of the issuers. broker: those of the built-in authorization server, which logs people in at the company's identity provider. dev: those of the built-in authorization server for development, on loopback only."`
 	PublicURL string      `yaml:"public_url" doc:"Address of the server as clients write it, such as https://mcp.example.com; default: http and the address it listens on. With /mcp behind it, it is the audience of tokens."`
 	Scopes    []string    `yaml:"scopes" doc:"Scopes that clients are told to ask for first."`
 	Issuers   []Issuer    `yaml:"issuers" doc:"Authorization servers whose tokens are accepted."`
 	DPoP      string      `yaml:"dpop" enum:"optional,required" default:"optional" doc:"Whether access tokens must be bound to a key of their client (RFC 9449). Bound ones always need its proof."`
 	Private   []string    `yaml:"private_ranges" doc:"Private address ranges in which issuers may be, such as 10.0.0.0/8; others are not asked."`
+	Broker    Broker      `yaml:"broker" doc:"The authorization server of mode broker."`
 	Stdio     LocalCaller `yaml:"stdio" doc:"Who calls over stdio: whoever started the program."`
 	Users     []User      `yaml:"users" doc:"People who can log in to the authorization server for development; default: alice, who may everything, and bob, who may read."`
 }
@@ -327,17 +328,16 @@ type position struct{ line, column int }
 // Position returns where a setting stands, as file:line:column; a setting that is not there has
 // the place of the nearest one above it.
 func (f *File) Position(path string) string {
-	for {
+	for ; path != ""; path = parent(path) {
 		if p, ok := f.positions[path]; ok {
 			return fmt.Sprintf("%s:%d:%d", f.name, p.line, p.column)
 		}
-		i := strings.LastIndexAny(path, ".[")
-		if i < 0 {
-			return f.name
-		}
-		path = path[:i]
 	}
+	return f.name
 }
+
+// parent is the setting above another, or "".
+func parent(path string) string { return path[:max(strings.LastIndexAny(path, ".["), 0)] }
 
 // BackendPosition returns where a setting of a backend stands.
 func (f *File) BackendPosition(b *Backend, path string) string {
@@ -395,6 +395,7 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) bool { return key == serversKey })
 	d.backends(root, modules)
 	d.servers(root, modules)
+	d.broker(root)
 	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
 		d.problem(where(root), "backends", "nothing is served: both backends and mcpServers are missing or empty", "newel init writes a file to start from")
 	}

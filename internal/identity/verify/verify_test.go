@@ -484,6 +484,44 @@ func TestConfiguration(t *testing.T) {
 	}
 }
 
+// A signature alone can be asked for: of a token that is no access token.
+func TestSignatureAlone(t *testing.T) {
+	w := newWorld(t)
+	key := w.addKey("1", "ES256")
+	v := w.verifier(nil)
+	token := sign(t, key, "oauth-id-jag+jwt", w.claimsOf(map[string]any{"aud": "https://other.example", "exp": nil}))
+	if typ, payload, err := v.VerifySignature(t.Context(), token); err != nil || typ != "oauth-id-jag+jwt" || !strings.Contains(string(payload), `"ada"`) {
+		t.Errorf("%s %s, %v", typ, payload, err)
+	}
+	for name, bad := range map[string]string{
+		"forged": sign(t, newKey(t, "1", "ES256"), "", w.claimsOf(nil)), "of another issuer": sign(t, key, "", w.claimsOf(map[string]any{"iss": "https://other.example"})),
+		"no JWT": "opaque", "empty": "", "long": strings.Repeat("a.", maxToken), "unsigned": token[:strings.LastIndex(token, ".")+1],
+	} {
+		if _, payload, err := v.VerifySignature(t.Context(), bad); err == nil {
+			t.Errorf("%s: %s", name, payload)
+		}
+	}
+}
+
+// The keys of an issuer in this process are not fetched.
+func TestKeysInMemory(t *testing.T) {
+	w := newWorld(t)
+	key := newKey(t, "1", "ES256")
+	v := w.verifier(func(is *Issuer) {
+		is.Keys = func() ([]byte, error) {
+			public := key.Public()
+			raw, err := public.MarshalJSON()
+			return fmt.Appendf(nil, `{"keys":[%s]}`, raw), err
+		}
+	})
+	if _, err := v.Verify(t.Context(), sign(t, key, "at+jwt", w.claimsOf(nil))); err != nil {
+		t.Error(err)
+	}
+	if n := w.fetches.Load(); n != 0 {
+		t.Errorf("%d fetches", n)
+	}
+}
+
 func FuzzVerify(f *testing.F) {
 	f.Add("a.b.c")
 	f.Add(base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none"}`)) + ".e30.")
