@@ -93,6 +93,9 @@ type Access struct {
 	Issuers  []string // authorization servers
 	Scopes   []string // that a client may ask for first
 
+	// Describe returns the metadata of the authorization server, which is then served here too
+	// (RFC 8414): for clients of revision 2025-03-26. Nil: it is not served.
+	Describe     func(context.Context) ([]byte, error)
 	Nonce        func() string // makes one for the next proof of a client (RFC 9449); nil: proofs are not taken
 	DPoPRequired bool          // tokens that are bound to no key of their client are refused (RFC 9449)
 }
