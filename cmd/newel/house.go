@@ -11,6 +11,8 @@ import (
 	"os"
 	"slices"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
@@ -140,9 +142,21 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		}
 		store = st.store
 	}
-	counted, err := limiter(f, o, t.logger)
+	shared, err := sharedStore(f, o)
 	if err != nil {
 		return nil, exit(exitFailed, err)
+	}
+	counted, err := limiter(f, shared, t.logger)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	others, err := nodes(f, shared, st.key, t.logger)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	var events mcp.EventStore
+	if others != nil {
+		events = shared.Events(c.Limits.SessionIdleTimeout)
 	}
 	l := &c.Limits
 	var identity authenticate.Verifier
@@ -166,7 +180,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		State: store, Key: st.key, Effects: effects(&c.Effects),
+		Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,

@@ -12,7 +12,7 @@ import (
 
 // limiter makes what holds calls to the quotas; nil means that nothing is counted. Positions of what
 // is wrong come from f.
-func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error) {
+func limiter(f *config.File, shared *redis.DB, log *slog.Logger) (*quota.Limiter, error) {
 	c := &f.Config
 	if len(c.Quotas.Rules) == 0 {
 		return nil, nil
@@ -28,13 +28,8 @@ func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error
 				slog.String("what", a.What), slog.Int64("used", a.Used), slog.Int64("limit", a.Limit))
 		},
 	}
-	if c.Redis.URL.Reveal() != "" {
-		db, err := redis.Open(c.Redis.URL)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
-		}
-		o.closers = append(o.closers, db)
-		options.Store = db
+	if shared != nil {
+		options.Store = shared
 	}
 	for i := range c.Quotas.Rules {
 		q := &c.Quotas.Rules[i]

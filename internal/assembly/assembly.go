@@ -23,9 +23,12 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
@@ -57,10 +60,12 @@ type Options struct {
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
 	// Compatibility names what is put up with of clients that do not keep to the protocol.
 	Compatibility []string
-	Quota         *quota.Limiter // nil: nothing is counted
-	Policy        *policy.Policy // nil: what is published needs its scopes and no more
-	Shadow        *policy.Policy // asked too, for the log alone; nil: none
-	Explicit      bool           // say that something is denied although its caller may not see it
+	Cluster       *cluster.Cluster // nil: sessions are this node's alone
+	Events        mcp.EventStore   // with Cluster: what was sent on streams of sessions, for all nodes
+	Quota         *quota.Limiter   // nil: nothing is counted
+	Policy        *policy.Policy   // nil: what is published needs its scopes and no more
+	Shadow        *policy.Policy   // asked too, for the log alone; nil: none
+	Explicit      bool             // say that something is denied although its caller may not see it
 
 	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
 	Key     secret.Key   // seals what State holds; with State nil it is not used

@@ -185,6 +185,12 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 			}
 		})
 	}
+	if h.opts.Cluster != nil {
+		if err := h.opts.Cluster.Start(ctx); err != nil {
+			h.opts.Logger.LogAttrs(ctx, slog.LevelWarn, "the other nodes do not know of this one yet", slog.String("error", err.Error()))
+		}
+		all.Go(func() { _ = h.opts.Cluster.Run(background) }) // it ends with its context
+	}
 	for _, f := range h.faces {
 		all.Go(func() {
 			if err := f.sessions.Run(background); err != nil {

@@ -19,6 +19,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -29,6 +30,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/mcpwire"
 )
 
@@ -44,6 +46,12 @@ type Options struct {
 	// Identified says that the door in front knows whose request it is (mcpwire.PrincipalOf), and
 	// that others are refused: a session is its user's alone (2025-11-25, security best practices).
 	Identified bool
+
+	// Cluster shares sessions with other nodes, and Events what was sent on their streams. Nil: they
+	// are this node's alone. Scope keeps apart the sessions of servers that share a cluster.
+	Cluster *cluster.Cluster
+	Events  mcp.EventStore
+	Scope   string
 
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
@@ -62,6 +70,12 @@ type Door struct {
 	mu      sync.Mutex     // guards what is below
 	streams map[string]int // open requests per session
 	running map[string]int // who holds the id of a request, by session and id
+	kept    map[string]*kept
+	adopted map[string]*adopted
+
+	adopting sync.Mutex    // one at a time
+	leaving  chan struct{} // closed when sessions are left to other nodes
+	leave    sync.Once
 }
 
 // Revisions are the revisions this door speaks, newest first.
@@ -93,7 +107,7 @@ func New(o Options) (*Door, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}}
+	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}, kept: map[string]*kept{}, adopted: map[string]*adopted{}, leaving: make(chan struct{})}
 	d.server = mcp.NewServer(&mcp.Implementation{Name: o.Name, Title: o.Title, Version: o.Version}, &mcp.ServerOptions{
 		Instructions:              o.Instructions,
 		Capabilities:              capabilities(o.Has),
@@ -106,19 +120,35 @@ func New(o Options) (*Door, error) {
 				}
 			}
 			o.Hub.Follow(r.Params.URI)
+			d.remember(ctx, r.Session.ID(), func(k *kept) {
+				if len(k.state.URIs) < maxFollowed && !slices.Contains(k.state.URIs, r.Params.URI) {
+					k.state.URIs = append(k.state.URIs, r.Params.URI)
+				}
+			})
 			return nil
 		},
-		UnsubscribeHandler: func(context.Context, *mcp.UnsubscribeRequest) error { return nil },
+		UnsubscribeHandler: func(ctx context.Context, r *mcp.UnsubscribeRequest) error {
+			d.remember(ctx, r.Session.ID(), func(k *kept) {
+				k.state.URIs = slices.DeleteFunc(k.state.URIs, func(uri string) bool { return uri == r.Params.URI })
+			})
+			return nil
+		},
 	})
 	d.server.AddReceivingMiddleware(d.takeOver)
-	events := mcp.NewMemoryEventStore(nil)
-	events.SetMaxBytes(o.RetainBytes)
+	if o.Events == nil {
+		events := mcp.NewMemoryEventStore(nil)
+		events.SetMaxBytes(o.RetainBytes)
+		d.o.Events = events
+	}
 	d.handler = mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return d.server }, &mcp.StreamableHTTPOptions{
-		EventStore:                 events,
+		EventStore:                 d.o.Events,
 		SessionTimeout:             o.IdleTimeout,
 		MaxRequestBodyBytes:        int64(o.MaxMessageBytes),
 		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
 	})
+	if o.Cluster != nil {
+		d.handler = d.serveAdopted(d.handler)
+	}
 	if o.Identified {
 		// The SDK binds sessions to the user that this tells it of; the token itself was verified before.
 		d.handler = auth.RequireBearerToken(func(ctx context.Context, _ string, _ *http.Request) (*auth.TokenInfo, error) {
@@ -177,7 +207,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		}()
 		c, err := d.decode(ctx, req)
 		if c == nil {
-			return next(ctx, method, req)
+			return d.handOn(ctx, method, req, next)
 		}
 		if err != nil {
 			return nil, wireError(mcpwire.SessionError(c.Kind, err))
@@ -197,6 +227,21 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		}
 		return &result{raw: mcpwire.AppendResult(nil, c.Kind, r)}, nil
 	}
+}
+
+// handOn leaves a request to the SDK, and tells other nodes what changes with it.
+func (d *Door) handOn(ctx context.Context, method string, req mcp.Request, next mcp.MethodHandler) (mcp.Result, error) {
+	r, err := next(ctx, method, req)
+	if err != nil || d.o.Cluster == nil {
+		return r, err
+	}
+	switch p := req.(type) {
+	case *mcp.ServerRequest[*mcp.InitializeParams]:
+		d.began(ctx, p, r)
+	case *mcp.ServerRequest[*mcp.SetLoggingLevelParams]:
+		d.remember(ctx, p.Session.ID(), func(k *kept) { k.state.SDK.LogLevel = p.Params.Level })
+	}
+	return r, err
 }
 
 // decode turns a request of the SDK into a call, or returns nil for what is not ours. An error is
@@ -294,8 +339,13 @@ const (
 	headerKey  = "X-Newel-Key"
 )
 
-// Close ends all sessions: their clients are told to start anew.
+// Close ends all sessions: their clients are told to start anew. Where other nodes can go on with
+// them, only open streams end.
 func (d *Door) Close() {
+	if d.o.Cluster != nil {
+		d.leave.Do(func() { close(d.leaving) })
+		return
+	}
 	for s := range d.server.Sessions() {
 		if err := s.Close(); err != nil {
 			d.o.Logger.LogAttrs(context.Background(), slog.LevelDebug, "a session did not close cleanly", slog.String("error", err.Error()))
@@ -306,6 +356,22 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions.
 func (d *Door) Run(ctx context.Context) error {
 	defer d.Close()
+	if d.o.Cluster != nil {
+		var swept sync.WaitGroup
+		defer swept.Wait()
+		swept.Go(func() {
+			tick := time.NewTicker(sweepEvery)
+			defer tick.Stop()
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+					d.sweep(ctx)
+				}
+			}
+		})
+	}
 	everything := &call.Filter{ToolsChanged: true, ResourcesChanged: true, PromptsChanged: true}
 	return d.o.Hub.ListenAll(ctx, everything, func(n call.Notification) error {
 		d.announce(ctx, n)
