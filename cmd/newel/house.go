@@ -156,7 +156,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	}
 	var events mcp.EventStore
 	if others != nil {
-		events = shared.Events(c.Limits.SessionIdleTimeout)
+		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
 	}
 	l := &c.Limits
 	var identity authenticate.Verifier

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
@@ -11,10 +13,13 @@ import (
 )
 
 // Events keeps what was sent on streams of sessions, so that a client can go on with a stream at any
-// node. Old events go first.
+// node. Old events go first. While Redis is away events are sent all the same, and cannot be read
+// again.
 type Events struct {
-	db  *DB
-	ttl time.Duration
+	db   *DB
+	ttl  time.Duration
+	log  *slog.Logger
+	away atomic.Int64 // until when Redis is left alone, in unix nanoseconds
 }
 
 var _ mcp.EventStore = (*Events)(nil)
@@ -23,10 +28,27 @@ var _ mcp.EventStore = (*Events)(nil)
 const (
 	maxEvents     = 1000
 	maxEventBytes = 1 << 20
+	writeTime     = 500 * time.Millisecond
+	awayFor       = time.Second
 )
 
 // Events returns a store of events that forgets a stream ttl after the last one.
-func (db *DB) Events(ttl time.Duration) *Events { return &Events{db, ttl} }
+func (db *DB) Events(ttl time.Duration, log *slog.Logger) *Events {
+	return &Events{db: db, ttl: ttl, log: log}
+}
+
+// try writes, unless Redis has just failed.
+func (e *Events) try(ctx context.Context, write func(context.Context) error) {
+	if time.Now().UnixNano() < e.away.Load() {
+		return
+	}
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTime)
+	defer cancel()
+	if err := write(limited); err != nil {
+		e.away.Store(time.Now().Add(awayFor).UnixNano())
+		e.log.LogAttrs(ctx, slog.LevelWarn, "what is sent on streams cannot be kept; clients that lose one cannot go on with it", slog.String("error", err.Error()))
+	}
+}
 
 func (e *Events) keys(session, stream string) []string {
 	at := e.db.prefix + "events:" + session
@@ -35,14 +57,17 @@ func (e *Events) keys(session, stream string) []string {
 
 // Open implements mcp.EventStore.
 func (e *Events) Open(ctx context.Context, session, stream string) error {
-	keys := e.keys(session, stream)
-	pipe := e.db.client.Pipeline()
-	pipe.HSetNX(ctx, keys[1], "first", 0)
-	pipe.PExpire(ctx, keys[1], e.ttl)
-	pipe.SAdd(ctx, keys[2], stream)
-	pipe.PExpire(ctx, keys[2], e.ttl)
-	_, err := pipe.Exec(ctx)
-	return wrap(err)
+	e.try(ctx, func(ctx context.Context) error {
+		keys := e.keys(session, stream)
+		pipe := e.db.client.Pipeline()
+		pipe.HSetNX(ctx, keys[1], "first", 0)
+		pipe.PExpire(ctx, keys[1], e.ttl)
+		pipe.SAdd(ctx, keys[2], stream)
+		pipe.PExpire(ctx, keys[2], e.ttl)
+		_, err := pipe.Exec(ctx)
+		return err
+	})
+	return nil
 }
 
 // appendEvent adds an event and drops old ones over the bounds, counting the first that is left.
@@ -61,7 +86,10 @@ return 1
 
 // Append implements mcp.EventStore.
 func (e *Events) Append(ctx context.Context, session, stream string, data []byte) error {
-	return wrap(appendEvent.Run(ctx, e.db.client, e.keys(session, stream), data, maxEvents, maxEventBytes, e.ttl.Milliseconds()).Err())
+	e.try(ctx, func(ctx context.Context) error {
+		return appendEvent.Run(ctx, e.db.client, e.keys(session, stream), data, maxEvents, maxEventBytes, e.ttl.Milliseconds()).Err()
+	})
+	return nil
 }
 
 // after returns the index of the first event that is left, and all from there on.
