@@ -158,6 +158,10 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	if others != nil {
 		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
 	}
+	results, err := resultCache(f)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -180,7 +184,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,
