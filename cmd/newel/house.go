@@ -17,7 +17,6 @@ import (
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
-	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/module"
 )
 
@@ -135,7 +134,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		return nil, exit(exitFailed, err)
 	}
 	o.closers = append(o.closers, st)
-	var store effect.Store
+	var store assembly.Store
 	if st.store != nil {
 		st.store.failed = func(err error) {
 			t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))

@@ -93,7 +93,7 @@ func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, 
 
 // An engine is a store with its log.
 type engine interface {
-	effect.Store
+	assembly.Store
 	audit.Source
 	Run(ctx context.Context) error
 	Close() error

@@ -29,9 +29,11 @@ import (
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
+	"newel.dev/newel/internal/door/approvals"
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/cache"
@@ -69,9 +71,10 @@ type Options struct {
 	Shadow        *policy.Policy   // asked too, for the log alone; nil: none
 	Explicit      bool             // say that something is denied although its caller may not see it
 
-	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
-	Key     secret.Key   // seals what State holds; with State nil it is not used
+	State   Store      // what must be remembered of calls with effects; nil: in memory, gone with the process
+	Key     secret.Key // seals what State holds; with State nil it is not used
 	Effects Effects
+	Webhook *approve.Webhook // hears of calls that wait for approval; nil: none
 
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
@@ -136,6 +139,8 @@ type House struct {
 	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
 	stdio      *mcpstdio.Door
 	effects    *effect.Effects
+	approvals  *approve.Approvals
+	deciding   *approvals.Door
 	drain      *drain
 	ready      ready
 }
@@ -206,6 +211,9 @@ func Build(ctx context.Context, given *Options) (*House, error) {
 			return nil, fmt.Errorf("server %s: %w", s.Path, err)
 		}
 		h.faces = append(h.faces, f)
+	}
+	if err := h.openApprovals(observer); err != nil {
+		return nil, err
 	}
 	h.stdio, err = mcpstdio.New(mcpstdio.Options{
 		Stateless: h.main().statelessLine, Sessions: h.main().sessions.ServeStdio,

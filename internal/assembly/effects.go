@@ -6,18 +6,26 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/inmem"
 )
 
-// openEffects makes the durable line. Without a store it only lasts as long as the process, and
+// A Store is what must be remembered of calls.
+type Store interface {
+	effect.Store
+	approve.Store
+}
+
+// openEffects makes the durable line and the step before it, in which people approve. Without a store it only lasts as long as the process, and
 // says so if there is something to lose.
 func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) error {
 	o := &h.opts
 	store, key := o.State, o.Key
 	if store == nil {
 		store, key = inmem.New(), secret.RandomKey()
+		h.opts.Key = key
 		for _, t := range snapshot.Tools() {
 			if t.Effect != call.Read {
 				o.Logger.LogAttrs(ctx, slog.LevelWarn, "tools have effects, and what is known of their calls is kept in memory: after a restart a call that is tried again runs again",
@@ -34,6 +42,14 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		o.StateKey = state
 	}
 	var err error
+	if o.Webhook != nil {
+		if err := o.Webhook.Check(); err != nil {
+			return err
+		}
+	}
+	if h.approvals, err = approve.New(approve.Options{Store: store, Key: key, Webhook: o.Webhook, Logger: o.Logger}); err != nil {
+		return err
+	}
 	h.effects, err = effect.New(effect.Options{
 		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
 	})

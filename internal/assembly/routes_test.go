@@ -18,8 +18,10 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
+	"newel.dev/newel/internal/secret"
 )
 
 // public are the routes that answer whoever asks, and why. A new one needs its reason here and its
@@ -75,7 +77,7 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 	h, err := Build(t.Context(), &Options{ // everything that adds a route
 		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens}, Login: dev.Handler(),
 		Access:  &Access{Resource: base + "/mcp", Issuers: []string{base}, Nonce: tokens.Nonce},
-		Metrics: http.NotFoundHandler(),
+		Metrics: http.NotFoundHandler(), Webhook: &approve.Webhook{URL: base, Secret: secret.New(strings.Repeat("s", 32)), HTTP: http.DefaultClient},
 		Servers: []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
 	})
 	if err != nil {
@@ -132,7 +134,7 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 			}
 		}
 	}
-	if asked != 5 || ran != 0 {
+	if asked != 9 || ran != 0 {
 		t.Errorf("%d routes were asked, and %d tools ran", asked, ran)
 	}
 }

@@ -48,6 +48,7 @@ func (h *House) routes() *routes {
 		mux.Handle(f.server.Host+f.server.Path, f.door)
 	}
 	h.serveMetadata(mux)
+	h.serveApprovals(mux)
 	if h.opts.Login != nil {
 		mux.Handle("/oauth/", h.opts.Login)
 		mux.Handle("/.well-known/oauth-authorization-server", h.opts.Login)
@@ -165,7 +166,8 @@ func (h *House) whileRunning(ctx context.Context, serve func(context.Context) er
 	var all, state sync.WaitGroup
 	kept, release := context.WithCancel(context.WithoutCancel(ctx)) // the store outlives what writes to it
 	state.Go(func() { h.runState(kept, fail) })
-	all.Go(func() { _ = h.effects.Run(background) }) // it ends with its context
+	all.Go(func() { _ = h.effects.Run(background) }) // they end with their context
+	all.Go(func() { _ = h.approvals.Run(background) })
 	for _, b := range h.backends {
 		if w, ok := b.(call.Watcher); ok {
 			all.Go(func() { h.watch(background, w) })

@@ -13,6 +13,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/catalog"
 )
 
 // keyed runs a call with a key: once, however often it comes.
@@ -278,6 +279,9 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 	rec := o.record(audit.Outcome, op)
 	rec.Outcome, rec.Code = state.String(), code
 	out := &Outcome{ID: op.ID, Fence: op.Fence, State: state, Round: round, Lease: waiting}
+	if o.approval != nil {
+		out.Approval = o.approval.ID
+	}
 	var values []audit.Value
 	if a != nil {
 		raw := a.encode()
@@ -309,9 +313,7 @@ func (o *operation) unstored(ctx context.Context, op *Operation, cause error) er
 
 // name is what the operation is called behind this server. It says nothing of caller or key.
 func (o *operation) name(op *Operation) string {
-	h := sha256.New()
-	put(h, "newel once 1", o.secret, string(op.Scope), op.ID)
-	return hexOf(h.Sum(nil)[:16])
+	return hexOf(catalog.Digest("newel once 1", o.secret, string(op.Scope), op.ID)[:16])
 }
 
 func roundOf(state string) []byte {

@@ -77,7 +77,16 @@ type Reservation struct {
 // An Intent is a reservation that is dispatched in the same transaction, with its audit record.
 type Intent struct {
 	Reservation
-	Entry audit.Entry
+	Approval *Approval // that it uses up in the same transaction; nil: it needs none
+	Entry    audit.Entry
+}
+
+// An Approval is what an intent uses up.
+type Approval struct {
+	ID      string // "": there is none, and the intent may not be dispatched
+	Binding []byte // what is to be run
+	Resume  []byte // what it goes on from (see Waiting), or nil
+	Now     time.Time
 }
 
 // An Outcome ends an operation that its holder dispatched or reserved.
@@ -89,6 +98,7 @@ type Outcome struct {
 	Round     []byte
 	Lease     time.Duration // Waiting: how long it waits
 	Abandoned bool          // by somebody else, after the lease ended
+	Approval  string        // that the operation used up, or "": it is given back if nothing was done
 	Entry     audit.Entry
 }
 
@@ -107,7 +117,8 @@ type Store interface {
 	// and op is how it stands, with an empty ID if there is none.
 	Reserve(ctx context.Context, r *Reservation) (op Operation, held bool, err error)
 	// Dispatch claims like Reserve, unless the holder has reserved it, and goes on to Dispatched
-	// with the audit record of the intent.
+	// with the audit record of the intent. It returns [call.ErrUnapproved], and writes nothing, if
+	// it would go on and the approval that it needs does not let it.
 	Dispatch(ctx context.Context, i *Intent) (op Operation, held bool, err error)
 	// Complete writes how an operation went on, with its audit record. It returns ErrFenced if
 	// the fence is not that of the operation, or the operation has ended.

@@ -8,12 +8,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 )
@@ -44,7 +46,7 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		b.Apply(u)
 	}
 	changed := b.Changed()
-	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 && len(b.Approvals()) == 0 {
 		if err := rollback(conn); err != nil {
 			return classify(err)
 		}
@@ -104,7 +106,14 @@ var selectOps = fmt.Sprintf(`SELECT o.id, o.scope, o.fingerprint, o.state, o.fen
 // among all nodes: so nobody waits for anything else.
 func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Work) (*durable.Batch, error) {
 	scopes, ids, peek := [][]byte{}, []string{}, false
+	bindings, approvalIDs := [][]byte{}, []string{}
 	for _, u := range work {
+		if b := u.Binding(); b != nil {
+			bindings = append(bindings, b)
+		}
+		if id := u.ApprovalID(); id != "" {
+			approvalIDs = append(approvalIDs, id)
+		}
 		if s := u.Scope(); s != nil {
 			scopes = append(scopes, s)
 		} else if u.Complete != nil {
@@ -131,6 +140,13 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	if len(ids) > 0 {
 		q.Queue(selectOps+"WHERE o.id = ANY($1)", ids).Query(collect)
 	}
+	var approvals []approve.Approval
+	if len(bindings) > 0 || len(approvalIDs) > 0 {
+		q.Queue(selectApprovals+"WHERE binding = ANY($1) OR id = ANY($2)", bindings, approvalIDs).Query(func(rows pgx.Rows) (err error) {
+			approvals, err = pgx.CollectRows(rows, scanApproval)
+			return err
+		})
+	}
 	if err := conn.SendBatch(ctx, q).Close(); err != nil {
 		return nil, err
 	}
@@ -146,7 +162,7 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 			loaded = append(loaded, op)
 		}
 	}
-	return durable.NewBatch(now, e, loaded), nil
+	return durable.NewBatch(now, e, loaded, approvals), nil
 }
 
 const (
@@ -170,6 +186,13 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	}
 	if len(b.Pruned) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE "+pastRetention+" AND id = ANY($2)", int16(effect.Unknown), b.Pruned)
+	}
+	for _, a := range b.Approvals() {
+		facts, err := json.Marshal(&a.Facts)
+		if err != nil {
+			return false, err
+		}
+		q.Queue(putApproval, a.ID, a.Binding, a.Tenant, a.Principal, int16(a.State), a.Until, a.Deadline, a.Ended, a.Operation, a.Round, a.Index, a.Args, facts)
 	}
 	if n := len(b.Rows); n > 0 {
 		idx, record, hashes, private := make([]int64, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)

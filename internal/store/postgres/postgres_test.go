@@ -113,7 +113,7 @@ func TestUnheardCommit(t *testing.T) {
 func TestSchema(t *testing.T) {
 	dsn, key := engines.Postgres(t), secret.RandomKey()
 	db := open(t, dsn, key)
-	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '2' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '3' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
 		t.Fatal(err)
 	}
 	db = open(t, dsn, key)
@@ -121,7 +121,7 @@ func TestSchema(t *testing.T) {
 	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
 		t.Errorf("one version back: %v, %v", held, err)
 	}
-	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '3' WHERE key = 'schema'"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '4' WHERE key = 'schema'"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(t.Context(), secret.New(dsn), key); err == nil || !strings.Contains(err.Error(), "newer program") {

@@ -13,6 +13,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 )
 
@@ -48,12 +49,16 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 	if err != nil {
 		return classify(err)
 	}
-	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded)
+	approvals, err := db.loadedApprovals(ctx, work)
+	if err != nil {
+		return classify(err)
+	}
+	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded, approvals)
 	for _, u := range work {
 		b.Apply(u)
 	}
 	changed := b.Changed()
-	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 && len(b.Approvals()) == 0 {
 		return nil
 	}
 	err = db.within(ctx, func() error { return db.store(ctx, b, changed) })
@@ -163,6 +168,9 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 	if err := db.insert(ctx, insertOp, opValues, 16, fresh); err != nil {
 		return err
 	}
+	if err := db.storeApprovals(ctx, b.Approvals()); err != nil {
+		return err
+	}
 	rows := make([]any, 0, 4*len(b.Rows))
 	for i := range b.Rows {
 		r := &b.Rows[i]
@@ -173,6 +181,11 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 	}
 	for _, id := range b.Pruned {
 		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ? AND ended > 0 AND (state <> ? OR scope IS NULL) AND ended + retain < ?", id, int64(effect.Unknown), b.Now); err != nil {
+			return err
+		}
+	}
+	if len(b.Pruned) > 0 {
+		if err := db.exec(ctx, "DELETE FROM approvals WHERE ended > 0 AND ended < ?", b.Now-approve.Retention.Microseconds()); err != nil {
 			return err
 		}
 	}

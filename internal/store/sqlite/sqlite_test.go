@@ -128,7 +128,7 @@ func TestSchema(t *testing.T) {
 		closed(t, db)
 		db.stmts, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil
 	}
-	change("UPDATE meta SET value = '2' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
+	change("UPDATE meta SET value = '3' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
 	db, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatalf("one version back: %v", err)
@@ -136,7 +136,7 @@ func TestSchema(t *testing.T) {
 	write(t, db, "k", effect.Completed)
 	storetest.Check(t, db)
 	closed(t, db)
-	change("UPDATE meta SET value = '3' WHERE key = 'schema'")
+	change("UPDATE meta SET value = '4' WHERE key = 'schema'")
 	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "newer program") {
 		t.Errorf("two versions back: %v", err)
 	}

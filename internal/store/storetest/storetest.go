@@ -15,12 +15,14 @@ import (
 	"time"
 
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 )
 
 // An Engine is a store with its log.
 type Engine interface {
 	effect.Store
+	approve.Store
 	audit.Source
 	Prune(ctx context.Context) (int, error)
 }
@@ -30,7 +32,7 @@ type Engine interface {
 func Run(t *testing.T, open func(t *testing.T) (engine, other Engine)) {
 	for name, test := range map[string]func(*testing.T, Engine, Engine){
 		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets,
-		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "every failure": everyFailure, "canceled": canceled,
+		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "approvals": approvals, "approvals run out": approvalsRunOut, "approvals are used once": approvalsOnce, "approvals are given back": approvalsBack, "every failure": everyFailure, "canceled": canceled,
 	} {
 		t.Run(name, func(t *testing.T) {
 			e, other := open(t)
