@@ -84,7 +84,7 @@ func (d *Door) who(r *http.Request, body []byte) (approve.Person, error) {
 	scheme, rest, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if scheme == operator && d.o.Operators != nil {
 		name, signature, _ := strings.Cut(rest, " ")
-		raw, err := base64.RawURLEncoding.DecodeString(name)
+		raw, err := base64.RawURLEncoding.Strict().DecodeString(name)
 		if err != nil || len(raw) == 0 || len(raw) > 256 || !utf8.Valid(raw) {
 			return approve.Person{}, errStranger
 		}
