@@ -7,7 +7,9 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/door/approvals"
+	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/policy"
 )
 
 // OperatorKey is the purpose of the key that proves who is an operator.
@@ -35,7 +37,7 @@ func (h *House) openApprovals(observer *observe.Observer) error {
 		if err != nil {
 			return err
 		}
-		o.Operators = key
+		o.Operators, o.Undo = key, h.undo
 	}
 	h.deciding = approvals.New(o)
 	return nil
@@ -44,6 +46,23 @@ func (h *House) openApprovals(observer *observe.Observer) error {
 var refusals = map[int]call.Code{
 	http.StatusUnauthorized: call.Unauthenticated, http.StatusForbidden: call.Denied, http.StatusNotFound: call.NotFound, http.StatusConflict: call.Conflict,
 	http.StatusBadRequest: call.Malformed, http.StatusRequestEntityTooLarge: call.TooLarge, http.StatusServiceUnavailable: call.Unavailable, http.StatusInternalServerError: call.Internal,
+}
+
+// undo has an operation undone by an operator, through the whole path. Whoever it is, the caller is
+// the principal "operator" of the operation's tenant: so two of them undo it once.
+func (h *House) undo(ctx context.Context, id, by string) (*call.Result, error) {
+	op, c, err := h.effects.Compensation(ctx, id, by)
+	if err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(h.faces, func(f *face) bool {
+		return f.server.Path == op.Server && (f.server.Tenant == "" || f.server.Tenant == op.Tenant)
+	})
+	if i < 0 {
+		return nil, call.Errorf(call.NotFound, "the server %s of this operation is not served any more", op.Server)
+	}
+	c.Credential = call.Credential{Peer: effect.UndoDoor, Known: &call.Principal{ID: "operator", Tenant: op.Tenant, Client: "newel undo by " + by, Scopes: []string{policy.AllScopes}, Roles: []string{"operator"}}}
+	return h.faces[i].path(ctx, c)
 }
 
 // serveApprovals serves the door, if there is anybody to serve.

@@ -94,6 +94,7 @@ type Options struct {
 type Effects struct {
 	Wait      time.Duration // of a call for another one with its key [5 s]
 	Retention time.Duration // of answers [24 h]
+	Confirm   []call.Effect // classes of tools whose calls their caller confirms; safe ones are left out
 	Rules     []effect.Rule // what the operator says of tools; the first that fits counts
 }
 

@@ -3,8 +3,10 @@ package assembly
 import (
 	"context"
 	"log/slog"
+	"time"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
@@ -51,9 +53,14 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		return err
 	}
 	h.effects, err = effect.New(effect.Options{
-		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
+		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Logger: o.Logger,
 	})
 	return err
+}
+
+// Configured writes down that the house has the configuration with a digest, and who started it.
+func (h *House) Configured(ctx context.Context, digest, by string) error {
+	return h.effects.Note(ctx, &audit.Record{Act: audit.Configured, By: by, Pin: digest, Server: h.opts.Name, Time: audit.Time(time.Now())})
 }
 
 // A runner is a store that works, or watches itself, while the house runs.

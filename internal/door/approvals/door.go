@@ -34,6 +34,8 @@ type Options struct {
 	Who func(r *http.Request) (*call.Principal, error)
 	// Operators is the key of the proofs of operators; nil: none is taken.
 	Operators []byte
+	// Undo has an operation undone by an operator; nil: nothing is.
+	Undo func(ctx context.Context, operation, by string) (*call.Result, error)
 	// Refused is told of requests that are not answered.
 	Refused func(ctx context.Context, status int, peer, reason string)
 }
@@ -53,6 +55,9 @@ func (d *Door) Routes() map[string]http.HandlerFunc {
 	}
 	if d.o.Webhook != nil {
 		out["POST /approvals/{id}/callback"] = d.callback
+	}
+	if d.o.Undo != nil {
+		out["POST /operations/{id}/undo"] = d.known(d.undo)
 	}
 	return out
 }
@@ -166,12 +171,29 @@ func (d *Door) answer(w http.ResponseWriter, r *http.Request, out any, err error
 		d.fail(w, r, http.StatusUnauthorized, "unauthenticated", err.Error(), err)
 	case errors.Is(err, approve.ErrAnswer):
 		d.fail(w, r, http.StatusBadRequest, "malformed", err.Error(), err)
-	case errors.As(err, &said) && said.Code == call.Malformed:
-		d.fail(w, r, http.StatusBadRequest, said.Code.String(), said.Message, err)
+	case errors.As(err, &said):
+		d.fail(w, r, statusOf(said.Code), said.Code.String(), said.Message, err)
 	default:
 		w.Header().Set("Retry-After", "1")
 		d.fail(w, r, http.StatusServiceUnavailable, "unavailable", "approvals cannot be looked up right now; try again in a moment", err)
 	}
+}
+
+// statusOf is the status of an error of a call.
+func statusOf(c call.Code) int {
+	switch c {
+	case call.Malformed, call.Invalid:
+		return http.StatusBadRequest
+	case call.NotFound:
+		return http.StatusNotFound
+	case call.Denied:
+		return http.StatusForbidden
+	case call.Unavailable, call.Exhausted, call.Timeout:
+		return http.StatusServiceUnavailable
+	case call.Internal:
+		return http.StatusInternalServerError
+	}
+	return http.StatusConflict
 }
 
 func (d *Door) fail(w http.ResponseWriter, r *http.Request, status int, code, text string, err error) {
@@ -218,6 +240,24 @@ func (d *Door) decide(r *http.Request, who approve.Person, body []byte) (any, er
 		return nil, err
 	}
 	return d.o.Approvals.View(&a)
+}
+
+// undo is for operators alone.
+func (d *Door) undo(r *http.Request, who approve.Person, _ []byte) (any, error) {
+	if !who.Operator {
+		return nil, call.Errorf(call.Denied, "only operators undo: newel undo, with the key file of the configuration")
+	}
+	result, err := d.o.Undo(r.Context(), r.PathValue("id"), who.Name)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		Operation  string         `json:"operation"` // that was undone
+		Content    jsontext.Value `json:"content,omitzero"`
+		Structured jsontext.Value `json:"structuredContent,omitzero"`
+		IsError    bool           `json:"isError"`
+		Meta       jsontext.Value `json:"more,omitzero"`
+	}{r.PathValue("id"), result.Content, result.Structured, result.IsError, result.Extra}, nil
 }
 
 // callback takes the decision of the webhook's side.

@@ -43,8 +43,11 @@ type Options struct {
 	// MaxAnswer bounds a stored answer, and stored arguments, in bytes; of longer ones only the digest
 	// is kept [1 MiB].
 	MaxAnswer int
-	Rules     []Rule // what the operator says of tools; the first that fits counts
-	Logger    *slog.Logger
+	// Confirm are the classes of tools whose calls their caller has to confirm. Tools whose recovery
+	// is safe are not confirmed: running them again does no harm.
+	Confirm []call.Effect
+	Rules   []Rule // what the operator says of tools; the first that fits counts
+	Logger  *slog.Logger
 }
 
 // A Rule is what an operator says of tools.
@@ -56,6 +59,7 @@ type Rule struct {
 	// Once makes a key of who calls what with which arguments, for calls that bring none: the same
 	// call within this time is answered from the first. 0: they are two calls.
 	Once time.Duration
+	Undo *call.Undo // nil: what the tool itself says
 }
 
 // Effects is the step's state. It is safe for concurrent use.
@@ -79,6 +83,9 @@ func New(o Options) (*Effects, error) {
 	for _, r := range o.Rules {
 		if _, err := path.Match(r.Tool, ""); err != nil {
 			return nil, fmt.Errorf("effect: %q is not a pattern: %w", r.Tool, err)
+		}
+		if err := checkUndo(r.Undo); err != nil {
+			return nil, fmt.Errorf("effect: the undo of %q: %w", r.Tool, err)
 		}
 		if r.Once < 0 {
 			return nil, fmt.Errorf("effect: the time for which calls of %q count once is below zero", r.Tool)
@@ -117,11 +124,14 @@ func (e *Effects) Retention() time.Duration { return e.o.Retention }
 
 // rule returns what counts for a tool.
 func (e *Effects) rule(t *call.Capability) Rule {
-	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup}
+	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup, Undo: t.Undo}
 	for _, r := range e.o.Rules {
 		if ok, _ := path.Match(r.Tool, t.Name); ok { // checked by New
 			if r.Recovery == call.RecoverNone {
 				r.Recovery, r.Lookup = own.Recovery, own.Lookup
+			}
+			if r.Undo == nil {
+				r.Undo = own.Undo
 			}
 			return r
 		}
@@ -150,6 +160,9 @@ func (e *Effects) Guard(server string, find func(name string) *call.Capability) 
 				return nil, err
 			}
 			o.find, o.next = find, next
+			if err := o.confirm(ctx); err != nil {
+				return nil, err
+			}
 			if o.res.Scope == nil {
 				return o.once(ctx)
 			}
@@ -199,6 +212,9 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 	}
 	if o.res.Scope == nil {
 		o.res.Retain = 0 // nobody can ask for it again; the audit log has it
+		if o.rule.Undo != nil {
+			o.res.Retain = e.o.Retention // but for an operator who has it undone
+		}
 	}
 	if c.Resume != "" {
 		o.res.Resume = roundOf(c.Resume)

@@ -290,6 +290,7 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 			raw = (&answer{lost: true}).encode()
 		}
 		out.Answer = o.box.Seal(raw, "answer of "+op.ID)
+		out.Undo = o.undo(ctx, op, a)
 	}
 	entry, err := o.entry(&rec, values...)
 	if err != nil {

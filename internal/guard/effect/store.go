@@ -51,6 +51,7 @@ type Operation struct {
 	Retain      int64  // microseconds to keep it after that
 	Index       int64  // of the audit record of its last step
 	Answer      []byte // Completed: sealed
+	Undo        []byte // Completed: the call that undoes it, sealed; nil: there is none
 
 	Tenant, Principal, Server, Tool string
 
@@ -95,6 +96,7 @@ type Outcome struct {
 	Fence     int64
 	State     State // Waiting or an ended one
 	Answer    []byte
+	Undo      []byte
 	Round     []byte
 	Lease     time.Duration // Waiting: how long it waits
 	Abandoned bool          // by somebody else, after the lease ended
@@ -125,6 +127,8 @@ type Store interface {
 	Complete(ctx context.Context, o *Outcome) (op Operation, err error)
 	// Find returns the operation of a scope as it stands; an empty ID says there is none.
 	Find(ctx context.Context, scope []byte) (Operation, error)
+	// Operation returns an operation as it stands; an empty ID says there is none.
+	Operation(ctx context.Context, id string) (Operation, error)
 	// Abandoned returns at most limit operations that nobody holds and that have not ended.
 	Abandoned(ctx context.Context, limit int) ([]Operation, error)
 	// Append adds audit records that change no operation. It returns the index of the first.
@@ -150,7 +154,7 @@ func (r *Reservation) Claim(now int64, op *Operation) (next Operation, held, rep
 		return *op, false, false
 	default:
 		next = *op
-		next.Answer, next.Round, next.Ended = nil, nil, 0
+		next.Answer, next.Undo, next.Round, next.Ended = nil, nil, nil, 0
 	}
 	next.State, next.Holder = Reserved, r.Holder
 	next.Fence++
@@ -192,7 +196,7 @@ func (o *Outcome) Apply(now int64, op *Operation) (next Operation, again bool, e
 		return Operation{}, false, ErrFenced
 	}
 	next = *op
-	next.State, next.Answer, next.Round, next.Until = o.State, o.Answer, o.Round, 0
+	next.State, next.Answer, next.Undo, next.Round, next.Until = o.State, o.Answer, o.Undo, o.Round, 0
 	if o.State == Waiting {
 		next.Until = now + o.Lease.Microseconds()
 	} else {

@@ -168,6 +168,17 @@ func (db *DB) Find(_ context.Context, scope []byte) (effect.Operation, error) {
 	return op.At(db.now()), nil
 }
 
+// Operation implements effect.Store.
+func (db *DB) Operation(_ context.Context, id string) (effect.Operation, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	op := db.byID[id]
+	if op == nil {
+		return effect.Operation{}, nil
+	}
+	return op.At(db.now()), nil
+}
+
 // Abandoned implements effect.Store.
 func (db *DB) Abandoned(_ context.Context, limit int) ([]effect.Operation, error) {
 	db.mu.Lock()

@@ -100,6 +100,7 @@ CREATE TABLE newel_operations (
 CREATE INDEX newel_operations_live ON newel_operations (until) WHERE ended = 0;
 CREATE INDEX newel_operations_ended ON newel_operations (ended) WHERE ended > 0;
 `, `
+ALTER TABLE newel_operations ADD COLUMN undo bytea;
 CREATE TABLE newel_approvals (
 	id text PRIMARY KEY, binding bytea UNIQUE, tenant text NOT NULL, principal text NOT NULL, state smallint NOT NULL, until bigint NOT NULL,
 	deadline bigint NOT NULL, ended bigint NOT NULL, operation text NOT NULL, round bytea, idx bigint NOT NULL, args bytea, facts bytea NOT NULL);
