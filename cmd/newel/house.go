@@ -129,6 +129,13 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}
+	hook, err := webhook(f)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	if hook != nil && listen != nil {
+		hook.Callback = base
+	}
 	st, err := openState(ctx, f, listen == nil)
 	if err != nil {
 		return nil, exit(exitFailed, err)
@@ -183,12 +190,15 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects), Webhook: hook,
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,
 		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
 	})
+	if err == nil {
+		err = o.Configured(ctx, f.Digest, operatorName())
+	}
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
