@@ -26,6 +26,7 @@ import (
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/door/approvals"
 	"newel.dev/newel/internal/guard/approve"
+	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
@@ -52,6 +53,7 @@ type deskOptions struct {
 	paid    *atomic.Int32 // shared by nodes
 	issuer  string        // of another node
 	webhook *approve.Webhook
+	effects assembly.Effects
 }
 
 const payInput = `{"type":"object","properties":{"amount":{"type":"integer"},"to":{"type":"string"}},"additionalProperties":false}`
@@ -101,7 +103,7 @@ func openDesk(t *testing.T, o deskOptions) *desk {
 	if o.rule.Name == "" {
 		o.rule = policy.Rule{Name: "payments", Then: "require_approval", Tools: []string{"pay"}, Approvers: []string{"boss"}}
 	}
-	p, problems := policy.Compile(policy.Set{Rules: []policy.Rule{o.rule, {Name: "rest", Then: "allow"}}})
+	p, problems := policy.Compile(policy.Set{Rules: []policy.Rule{o.rule, {Name: "no secrets", Then: "deny", Tools: []string{"secret"}}, {Name: "rest", Then: "allow"}}})
 	if len(problems) > 0 {
 		t.Fatal(problems)
 	}
@@ -112,10 +114,19 @@ func openDesk(t *testing.T, o deskOptions) *desk {
 		Run: func(_ context.Context, c *call.Call) (*call.Result, error) {
 			return call.Text(fmt.Sprintf("paid %s, %d", c.Args, d.paid.Add(1))), nil
 		}}
+	wipe := &call.Capability{Kind: call.Tool, Name: "wipe", Description: "D.", Effect: call.Destructive, Input: jsontext.Value(payInput), Origin: "wipe",
+		Undo: &call.Undo{Tool: "refund", Args: map[string]string{"amount": "args.amount", "to": "result.receipt.number"}},
+		Run: func(_ context.Context, c *call.Call) (*call.Result, error) {
+			return &call.Result{Content: call.TextContent("wiped"), Structured: jsontext.Value(fmt.Sprintf(`{"receipt":{"number":"r%d"}}`, d.paid.Add(1)))}, nil
+		}}
+	refund := &call.Capability{Kind: call.Tool, Name: "refund", Description: "D.", Effect: call.Write, Input: jsontext.Value(payInput), Origin: "refund",
+		Run: func(_ context.Context, c *call.Call) (*call.Result, error) {
+			return call.Text(fmt.Sprintf("refunded %s for %s, %d", c.Args, c.Principal.ID, d.paid.Add(100))), nil
+		}}
 	h, err := assembly.Build(t.Context(), &assembly.Options{
 		Name: "desk", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p,
-		Access: &assembly.Access{Resource: d.base + "/mcp", Issuers: []string{d.base}, Nonce: tokens.Nonce}, State: o.store, Key: d.key, Webhook: o.webhook,
-		Backends: []call.Backend{tools{pay, tool("open", call.Read)}},
+		Access: &assembly.Access{Resource: d.base + "/mcp", Issuers: []string{d.base}, Nonce: tokens.Nonce}, State: o.store, Key: d.key, Webhook: o.webhook, Effects: o.effects,
+		Backends: []call.Backend{tools{pay, wipe, refund, tool("open", call.Read), tool("secret", call.Read)}},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -425,26 +436,8 @@ func TestCallerIsAsked(t *testing.T) {
 	for _, era := range []string{"2026-07-28", "2025-11-25"} {
 		t.Run(era, func(t *testing.T) {
 			d := openDesk(t, deskOptions{rule: policy.Rule{Name: "payments", Then: "require_approval", Tools: []string{"pay"}, Approvers: []string{"boss"}, Self: true}})
-			var action atomic.Value
-			var shown atomic.Value
-			c := mcp.NewClient(&mcp.Implementation{Name: "test", Version: "1"}, &mcp.ClientOptions{
-				ElicitationHandler: func(_ context.Context, r *mcp.ElicitRequest) (*mcp.ElicitResult, error) {
-					shown.Store(r.Params.Message)
-					return &mcp.ElicitResult{Action: action.Load().(string), Content: map[string]any{"approve": true}}, nil
-				},
-			})
-			s, err := c.Connect(t.Context(), &mcp.StreamableClientTransport{Endpoint: d.base + "/mcp", HTTPClient: &http.Client{Transport: bearer(d.agent)}}, &mcp.ClientSessionOptions{ProtocolVersion: era})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer s.Close()
-			pay := func(amount int) (string, error) {
-				r, err := s.CallTool(t.Context(), &mcp.CallToolParams{Name: "pay", Arguments: map[string]any{"amount": amount}})
-				if err != nil {
-					return "", err
-				}
-				return r.Content[0].(*mcp.TextContent).Text, nil
-			}
+			action, shown, callTool := d.person(era)
+			pay := func(amount int) (string, error) { return callTool("pay", amount) }
 			action.Store("accept")
 			if text, err := pay(1); err != nil || !strings.Contains(text, "paid") {
 				t.Errorf("accepted: %s, %v", text, err)
@@ -468,6 +461,163 @@ func TestCallerIsAsked(t *testing.T) {
 				t.Errorf("the audit log has %s", got)
 			}
 		})
+	}
+}
+
+// person is a client of one era with a person, who answers every question with an action.
+func (d *desk) person(era string) (action, shown *atomic.Value, callTool func(name string, amount int) (string, error)) {
+	d.t.Helper()
+	action, shown = new(atomic.Value), new(atomic.Value)
+	shown.Store("")
+	c := mcp.NewClient(&mcp.Implementation{Name: "test", Version: "1"}, &mcp.ClientOptions{
+		ElicitationHandler: func(_ context.Context, r *mcp.ElicitRequest) (*mcp.ElicitResult, error) {
+			shown.Store(r.Params.Message)
+			return &mcp.ElicitResult{Action: action.Load().(string), Content: map[string]any{"approve": true, "confirm": true}}, nil
+		},
+	})
+	s, err := c.Connect(d.t.Context(), &mcp.StreamableClientTransport{Endpoint: d.base + "/mcp", HTTPClient: &http.Client{Transport: bearer(d.agent)}}, &mcp.ClientSessionOptions{ProtocolVersion: era})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { _ = s.Close() })
+	return action, shown, func(name string, amount int) (string, error) {
+		r, err := s.CallTool(d.t.Context(), &mcp.CallToolParams{Name: name, Arguments: map[string]any{"amount": amount}})
+		if err != nil {
+			return "", err
+		}
+		return r.Content[0].(*mcp.TextContent).Text, nil
+	}
+}
+
+// A call that cannot be taken back runs when the person at the client says so, and not where nobody
+// can be asked.
+func TestConfirmation(t *testing.T) {
+	confirm := assembly.Effects{Confirm: []call.Effect{call.Destructive}}
+	for _, era := range []string{"2026-07-28", "2025-11-25"} {
+		t.Run(era, func(t *testing.T) {
+			d := openDesk(t, deskOptions{effects: confirm})
+			action, shown, callTool := d.person(era)
+			action.Store("decline")
+			if text, err := callTool("wipe", 1); err == nil || !strings.Contains(err.Error(), "did not confirm") {
+				t.Errorf("declined: %s, %v", text, err)
+			}
+			if text := shown.Load().(string); !strings.Contains(text, `wipe {"amount":1}`) || !strings.Contains(text, "destructive") {
+				t.Errorf("the person is shown %q", text)
+			}
+			action.Store("accept")
+			if text, err := callTool("wipe", 1); err != nil || text != "wiped" || d.paid.Load() != 1 {
+				t.Errorf("accepted: %s, %v", text, err)
+			}
+			shown.Store("")
+			if text, err := callTool("refund", 1); err != nil || shown.Load() != "" {
+				t.Errorf("of another class: %s, %v, asked %q", text, err, shown.Load())
+			}
+			for name, r := range map[string]response{"stateless": d.stateless(d.agent, "tools/call", "wipe", `{"amount":2}`)} {
+				if !strings.Contains(r.body, `{"elicitation":{"form":{}}}`) || d.paid.Load() != 101 {
+					t.Errorf("%s, that cannot be asked: %+v", name, r)
+				}
+			}
+		})
+	}
+	safe := confirm
+	safe.Rules = []effect.Rule{{Tool: "wipe", Recovery: call.RecoverSafe}}
+	d := openDesk(t, deskOptions{effects: safe})
+	if r := d.stateless(d.agent, "tools/call", "wipe", `{"amount":2}`); !strings.Contains(r.body, "wiped") {
+		t.Errorf("what does no harm twice: %+v", r)
+	}
+	d = openDesk(t, deskOptions{effects: confirm, rule: policy.Rule{Name: "payments", Then: "require_approval", Tools: []string{"wipe"}, Approvers: []string{"boss"}}})
+	id := d.waits(d.stateless(d.agent, "tools/call", "wipe", `{"amount":2}`), "pending")
+	if status := d.decides("bob", id, "approve"); status != 200 {
+		t.Fatal(status)
+	}
+	if r := d.stateless(d.agent, "tools/call", "wipe", `{"amount":2}`); !strings.Contains(r.body, "wiped") {
+		t.Errorf("what somebody approved: %+v", r)
+	}
+}
+
+// What was done is undone once, by operators, with what its call and its result say.
+func TestUndo(t *testing.T) {
+	d := openDesk(t, deskOptions{})
+	key, err := d.key.Derive(assembly.OperatorKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	undo := func(by, operation string) response {
+		path := "/operations/" + operation + "/undo"
+		return d.api(approvals.Proof(key, by, http.MethodPost, path, nil, time.Now()), http.MethodPost, path, "")
+	}
+	if r := d.stateless(d.agent, "tools/call", "wipe", `{"amount":7}`); !strings.Contains(r.body, "wiped") {
+		t.Fatal(r)
+	}
+	if r := d.stateless(d.agent, "tools/call", "refund", `{"amount":7}`); !strings.Contains(r.body, "refunded") {
+		t.Fatal(r)
+	}
+	rows, err := d.log.Read(t.Context(), 0, 10)
+	if err != nil || len(rows) != 4 {
+		t.Fatal(len(rows), err)
+	}
+	operation := func(i int) string {
+		rec, err := audit.Decode(rows[i].Record)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rec.Operation
+	}
+	if r := d.api("Bearer "+d.token("bob"), http.MethodPost, "/operations/"+operation(1)+"/undo", ""); r.status != 403 {
+		t.Errorf("somebody with a token: %+v", r)
+	}
+	if r := undo("root", operation(3)); r.status != 409 || !strings.Contains(r.body, "no undo is declared") {
+		t.Errorf("what nothing undoes: %+v", r)
+	}
+	if r := undo("root", "x"); r.status != 404 {
+		t.Errorf("what is not there: %+v", r)
+	}
+	var all sync.WaitGroup
+	for i := range 8 {
+		all.Go(func() {
+			if r := undo(fmt.Sprintf("root%d", i), operation(1)); r.status != 200 || !strings.Contains(r.body, `refunded {\"amount\":7,\"to\":\"r1\"} for operator, 201`) {
+				t.Errorf("undo: %+v", r)
+			}
+		})
+	}
+	all.Wait()
+	if d.paid.Load() != 201 { // one of wipe, a hundred of each refund
+		t.Errorf("it ran %d times", d.paid.Load())
+	}
+	if got := d.acts(); strings.Count(got, "undo by root") != 8 || strings.Count(got, "intent") != 3 {
+		t.Errorf("the audit log has %s", got)
+	}
+}
+
+// Calls that the policy refuses are in the audit log, counted together, hidden names too.
+func TestDenialsAreWrittenDown(t *testing.T) {
+	d := openDesk(t, deskOptions{})
+	for range 3 {
+		if r := d.stateless(d.agent, "tools/call", "secret", `{}`); !strings.Contains(r.body, "unknown tool") {
+			t.Fatalf("%+v", r)
+		}
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		rows, err := d.log.Read(t.Context(), 0, 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		count := int64(0)
+		for _, row := range rows {
+			rec, err := audit.Decode(row.Record)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rec.Act == audit.Denied && rec.Capability == "secret" && rec.Rule == "no secrets" && strings.HasSuffix(rec.Principal, "#alice") && rec.Code == "not_found" {
+				count += rec.Count
+			}
+		}
+		if count == 3 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d denials are written down: %s", count, d.acts())
+		}
 	}
 }
 
