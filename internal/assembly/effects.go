@@ -2,6 +2,7 @@ package assembly
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -42,6 +43,11 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 			return err
 		}
 		o.StateKey = state
+	}
+	for _, t := range snapshot.Tools() {
+		if err := effect.CheckUndo(t.Undo); err != nil {
+			return fmt.Errorf("%s: the undo of the tool %q: %w", t.Origin, t.Name, err)
+		}
 	}
 	var err error
 	if o.Webhook != nil {

@@ -84,7 +84,7 @@ func New(o Options) (*Effects, error) {
 		if _, err := path.Match(r.Tool, ""); err != nil {
 			return nil, fmt.Errorf("effect: %q is not a pattern: %w", r.Tool, err)
 		}
-		if err := checkUndo(r.Undo); err != nil {
+		if err := CheckUndo(r.Undo); err != nil {
 			return nil, fmt.Errorf("effect: the undo of %q: %w", r.Tool, err)
 		}
 		if r.Once < 0 {

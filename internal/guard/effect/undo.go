@@ -19,8 +19,8 @@ import (
 // UndoDoor is where calls come from that undo others.
 const UndoDoor = "undo"
 
-// checkUndo returns what is wrong with an undo.
-func checkUndo(u *call.Undo) error {
+// CheckUndo returns what is wrong with an undo; nil is good.
+func CheckUndo(u *call.Undo) error {
 	if u == nil {
 		return nil
 	}

@@ -1,8 +1,10 @@
 package storetest
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -12,6 +14,7 @@ import (
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/secret"
 )
 
 // Request asks for an approval of key by alice of acme, for an hour.
@@ -291,5 +294,100 @@ func approvalsBack(t *testing.T, e, other Engine) {
 	recovered.ID, recovered.Expect, recovered.Recover = keyed.ID, 1, true
 	if _, held, err := other.Dispatch(t.Context(), &effect.Intent{Reservation: recovered, Approval: &use, Entry: Entry(audit.Intent, keyed.ID)}); err != nil || !held {
 		t.Errorf("the same operation, recovered: %v, %v", held, err)
+	}
+}
+
+// approvalsEveryFailure fails the Nth operation of the store, for every N, in both ways, while a
+// caller calls until it is told how its call ended, and somebody approves whatever is asked. What is
+// held: nothing runs that nobody approved, nothing runs twice under one approval, and it comes to an
+// end.
+func approvalsEveryFailure(t *testing.T, e, _ Engine) {
+	key := secret.RandomKey()
+	for _, keyed := range []bool{false, true} {
+		for _, persisted := range []bool{false, true} {
+			for at := 0; ; at++ {
+				f := &faulty{Store: e, at: at, persisted: persisted}
+				approvedOne(t, e, f, key, fmt.Sprintf("operation %d fails (persisted %v, with a key %v)", at, persisted, keyed), keyed)
+				if f.n < at {
+					break // there are no more operations
+				}
+			}
+		}
+	}
+}
+
+// faultyApprovals fails with the operations of a faulty store. Lists and decisions do not count: the
+// caller makes neither.
+type faultyApprovals struct {
+	*faulty
+	approve.Store
+}
+
+// Ask implements approve.Store.
+func (f faultyApprovals) Ask(ctx context.Context, r *approve.Request) (a approve.Approval, made bool, err error) {
+	err = f.fail(func() (err error) { a, made, err = f.Store.Ask(ctx, r); return err })
+	return a, made, err
+}
+
+// Bound implements approve.Store.
+func (f faultyApprovals) Bound(ctx context.Context, binding []byte) (a approve.Approval, err error) {
+	err = f.fail(func() (err error) { a, err = f.Store.Bound(ctx, binding); return err })
+	return a, err
+}
+
+// approvedOne runs one call to its end.
+func approvedOne(t *testing.T, e Engine, f *faulty, key secret.Key, name string, keyed bool) {
+	t.Helper()
+	ran, approved := 0, 0
+	pay := &call.Capability{Kind: call.Tool, Name: "pay " + name, Effect: call.Write}
+	pay.Run = func(_ context.Context, c *call.Call) (*call.Result, error) {
+		if ran++; ran > approved {
+			t.Errorf("%s: it ran %d times, and %d were approved", name, ran, approved)
+		}
+		if a, err := e.Approval(t.Context(), c.Approval.ID); err != nil || a.State != approve.Used || a.Operation != c.Event.Operation {
+			t.Errorf("%s: it runs under %+v, %v", name, a, err)
+		}
+		return call.Text("paid"), nil
+	}
+	effects, err := effect.New(effect.Options{Store: f, Key: key, Wait: 10 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	people, err := approve.New(approve.Options{Store: faultyApprovals{f, e}, Key: key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	step := people.Guard("/mcp")(effects.Guard("/mcp", func(string) *call.Capability { return nil })(func(ctx context.Context, c *call.Call) (*call.Result, error) { return c.Target.Run(ctx, c) }))
+	for attempt := 1; ; attempt++ {
+		c := &call.Call{Kind: call.Tool, Name: pay.Name, Args: []byte(`{"amount":1}`), Target: pay, Principal: &call.Principal{ID: "alice", Tenant: "acme"}, Sink: call.Discard, Asker: call.NoAsker,
+			Approval: &call.Approval{Rule: "two people", Policy: "1", Approvers: []string{"boss"}, Count: 1, Expires: time.Hour}}
+		if keyed {
+			c.Key = name
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		_, err := step(ctx, c)
+		cancel()
+		if err == nil {
+			if ran == 0 {
+				t.Errorf("%s: success, and nothing was done", name)
+			}
+			return
+		}
+		switch code := call.AsError(err).Code; {
+		case code == call.OutcomeUnknown:
+			return
+		case code == call.Conflict && keyed:
+			expire(t, e, name) // its first attempt holds it still: as if that caller had died
+		case code == call.Denied:
+			if a, err := e.Approval(t.Context(), c.Event.Approval); err == nil && a.State == approve.Pending {
+				if _, err := vote(t, e, a.ID, voter("bob", true)); err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				approved++
+			}
+		}
+		if attempt > 10 {
+			t.Fatalf("%s: it does not come to an end: %v", name, err)
+		}
 	}
 }
