@@ -119,6 +119,10 @@ func openDesk(t *testing.T, o deskOptions) *desk {
 		Run: func(_ context.Context, c *call.Call) (*call.Result, error) {
 			return &call.Result{Content: call.TextContent("wiped"), Structured: jsontext.Value(fmt.Sprintf(`{"receipt":{"number":"r%d"}}`, d.paid.Add(1)))}, nil
 		}}
+	file := &call.Capability{Kind: call.Resource, Name: "a", URI: "file://a", Origin: "a",
+		Run: func(context.Context, *call.Call) (*call.Result, error) {
+			return &call.Result{Content: jsontext.Value(`[{"uri":"file://a","text":"content of a"}]`)}, nil
+		}}
 	refund := &call.Capability{Kind: call.Tool, Name: "refund", Description: "D.", Effect: call.Write, Input: jsontext.Value(payInput), Origin: "refund",
 		Run: func(_ context.Context, c *call.Call) (*call.Result, error) {
 			return call.Text(fmt.Sprintf("refunded %s for %s, %d", c.Args, c.Principal.ID, d.paid.Add(100))), nil
@@ -126,7 +130,7 @@ func openDesk(t *testing.T, o deskOptions) *desk {
 	h, err := assembly.Build(t.Context(), &assembly.Options{
 		Name: "desk", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p,
 		Access: &assembly.Access{Resource: d.base + "/mcp", Issuers: []string{d.base}, Nonce: tokens.Nonce}, State: o.store, Key: d.key, Webhook: o.webhook, Effects: o.effects,
-		Backends: []call.Backend{tools{pay, wipe, refund, tool("open", call.Read), tool("secret", call.Read)}},
+		Backends: []call.Backend{tools{pay, wipe, refund, file, tool("open", call.Read), tool("secret", call.Read)}},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -399,6 +403,42 @@ func TestSeveralApprovers(t *testing.T) {
 		t.Error(status)
 	}
 	d.pays(pay(), 1)
+}
+
+// What only reads can need an approval too, resources as well; and one caller has only so many calls
+// waiting.
+func TestReadsAndBounds(t *testing.T) {
+	d := openDesk(t, deskOptions{rule: policy.Rule{Name: "payments", Then: "require_approval", Tools: []string{"open", "pay", "file://*"}, Approvers: []string{"boss"}}})
+	read := func() response {
+		return d.send(d.agent, `{"jsonrpc":"2.0","id":1,"method":"resources/read","params":{"uri":"file://a",`+meta+`}}`,
+			"Mcp-Protocol-Version", "2026-07-28", "Mcp-Method", "resources/read", "Mcp-Name", "file://a")
+	}
+	for want, do := range map[string]func() response{
+		"open for alice": func() response { return d.stateless(d.agent, "tools/call", "open", `{"n":1}`) },
+		"content of a":   read,
+	} {
+		id := d.waits(do(), "pending")
+		if status := d.decides("bob", id, "approve"); status != 200 {
+			t.Fatal(status)
+		}
+		if r := do(); !strings.Contains(r.body, want) {
+			t.Errorf("approved: %+v", r)
+		}
+		if next := d.waits(do(), "pending"); next == id {
+			t.Errorf("%s: one approval for two", want)
+		}
+	}
+	if got := d.acts(); strings.Count(got, "intent !, outcome completed !") != 2 {
+		t.Errorf("the audit log has %s", got)
+	}
+	for i := range 98 {
+		d.waits(d.stateless(d.agent, "tools/call", "pay", fmt.Sprintf(`{"amount":%d}`, i)), "pending")
+	}
+	if r := d.stateless(d.agent, "tools/call", "pay", `{"amount":1000}`); !strings.Contains(r.body, "100 calls of yours wait") {
+		t.Errorf("one more: %+v", r)
+	}
+	d.waits(d.stateless(d.agent, "tools/call", "pay", `{"amount":5}`), "pending") // one of those
+	d.waits(d.stateless(d.token("dave"), "tools/call", "pay", `{"amount":1000}`), "pending")
 }
 
 // Time that is over is a no, told once; a call after that asks anew.

@@ -69,7 +69,7 @@ const (
 )
 
 // Proof is the Authorization header of an operator who has the key: a signature of now, of the
-// request and of who says to send it. A server takes it for a minute.
+// request and of who says to send it. A server takes it for five minutes.
 func Proof(key []byte, name, method, uri string, body []byte, now time.Time) string {
 	return operator + " " + base64.RawURLEncoding.EncodeToString([]byte(name)) + " " + approve.Sign(key, now, signed(name, method, uri, body))
 }

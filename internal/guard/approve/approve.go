@@ -182,11 +182,12 @@ func (w *waiting) with(ctx context.Context, a *Approval) (*call.Result, error) {
 
 // request asks for an approval, or finds the one that is asked for already.
 func (w *waiting) request(ctx context.Context) (Approval, error) {
+	now := time.Now()
 	waiting, err := w.store.Approvals(ctx, Query{Tenant: &w.facts.Tenant, Principal: &w.facts.Principal, State: Pending, Limit: maxPending})
 	if err != nil {
 		return Approval{}, away(ctx, err)
 	}
-	if len(waiting) >= maxPending {
+	if len(waiting) >= maxPending && !slices.ContainsFunc(waiting, func(a Approval) bool { return a.Over(0, now) }) {
 		return Approval{}, call.Errorf(call.Exhausted, "%d calls of yours wait for approval; wait for those first", maxPending)
 	}
 	r := &Request{For: w.c.Approval.Expires}
@@ -409,7 +410,7 @@ func (p *Approvals) sweep(ctx context.Context) {
 	now := time.Now()
 	var wait []Approval
 	for _, state := range []State{Pending, Approved} {
-		list, err := p.store.Approvals(ctx, Query{State: state, Limit: sweepMost})
+		list, err := p.store.Approvals(ctx, Query{State: state, Limit: sweepMost, Oldest: true})
 		if err != nil {
 			if ctx.Err() == nil {
 				p.log.LogAttrs(ctx, slog.LevelWarn, "approvals cannot be looked at", slog.String("error", err.Error()))

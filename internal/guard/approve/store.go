@@ -142,6 +142,7 @@ type Query struct {
 	Principal *string
 	State     State
 	Limit     int
+	Oldest    bool // first; otherwise the newest
 }
 
 // A Store keeps approvals. Its methods are safe for concurrent use, what one does is one
@@ -157,7 +158,7 @@ type Store interface {
 	Bound(ctx context.Context, binding []byte) (Approval, error)
 	// Approval returns one, or ErrNone.
 	Approval(ctx context.Context, id string) (Approval, error)
-	// Approvals returns those that a query chooses, the newest first.
+	// Approvals returns those that a query chooses.
 	Approvals(ctx context.Context, q Query) ([]Approval, error)
 }
 

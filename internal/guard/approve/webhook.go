@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -94,18 +95,23 @@ type Answer struct {
 
 // tell tells the webhook of approvals that wait.
 func (h *Webhook) tell(ctx context.Context, p *Approvals, wait []Approval) {
-	now := time.Now()
-	next := map[string]time.Time{}
+	next, away := map[string]time.Time{}, false
 	for i := range wait {
 		a := &wait[i]
-		if at, known := h.told[a.ID]; known && now.Before(at) {
+		if at, known := h.told[a.ID]; known && time.Now().Before(at) {
 			next[a.ID] = at
 			continue
 		}
-		next[a.ID] = now.Add(tellEvery)
-		if err := h.send(ctx, p, a); err != nil && ctx.Err() == nil {
-			p.log.LogAttrs(ctx, slog.LevelWarn, "the webhook was not told of an approval; it is told again", slog.String("approval", a.ID), slog.String("error", err.Error()))
+		if away {
+			continue // whoever does not answer about one is not asked about the others now
 		}
+		next[a.ID] = time.Now().Add(tellEvery)
+		err := h.send(ctx, p, a)
+		if err != nil && ctx.Err() == nil {
+			p.log.LogAttrs(ctx, slog.LevelWarn, "the webhook was not told of an approval, or its answer decides nothing; it is told again", slog.String("approval", a.ID), slog.String("error", err.Error()))
+		}
+		var unreachable *url.Error
+		away = errors.As(err, &unreachable)
 	}
 	h.told = next
 }

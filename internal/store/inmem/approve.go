@@ -76,5 +76,8 @@ func (db *DB) Approvals(_ context.Context, q approve.Query) ([]approve.Approval,
 		}
 	}
 	slices.SortFunc(out, func(a, b approve.Approval) int { return strings.Compare(b.ID, a.ID) })
+	if q.Oldest {
+		slices.Reverse(out)
+	}
 	return out[:min(len(out), q.Limit)], nil
 }

@@ -90,5 +90,9 @@ func (db *DB) Approvals(ctx context.Context, q approve.Query) ([]approve.Approva
 		condition = "WHERE " + strings.Join(fits, " AND ")
 	}
 	args = append(args, q.Limit)
-	return db.approvals(ctx, condition+" ORDER BY id DESC LIMIT $"+strconv.Itoa(len(args)), args...)
+	order := " ORDER BY id DESC LIMIT $"
+	if q.Oldest {
+		order = " ORDER BY id LIMIT $"
+	}
+	return db.approvals(ctx, condition+order+strconv.Itoa(len(args)), args...)
 }

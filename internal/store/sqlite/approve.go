@@ -131,7 +131,11 @@ func (db *DB) Approvals(ctx context.Context, q approve.Query) ([]approve.Approva
 	if len(fits) > 0 {
 		condition = "WHERE " + strings.Join(fits, " AND ")
 	}
-	list, err := db.approvals(ctx, condition+" ORDER BY id DESC LIMIT ?", append(args, q.Limit)...)
+	order := " ORDER BY id DESC LIMIT ?"
+	if q.Oldest {
+		order = " ORDER BY id LIMIT ?"
+	}
+	list, err := db.approvals(ctx, condition+order, append(args, q.Limit)...)
 	return db.ran(list), err
 }
 

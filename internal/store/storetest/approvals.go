@@ -138,6 +138,11 @@ func approvals(t *testing.T, e, other Engine) {
 	if a, err := vote(t, e, mine.ID, voter("alice", true)); err != nil || a.State != approve.Approved {
 		t.Errorf("one's own, where the rule lets: %+v, %v", a, err)
 	}
+	newest, err := e.Approvals(t.Context(), approve.Query{Limit: 10})
+	oldest, err2 := e.Approvals(t.Context(), approve.Query{Limit: 2, Oldest: true})
+	if errors.Join(err, err2) != nil || len(newest) != 3 || len(oldest) != 2 || oldest[0].ID != newest[2].ID || oldest[1].ID != newest[1].ID {
+		t.Errorf("in order: %d, %d, %v", len(newest), len(oldest), errors.Join(err, err2))
+	}
 	acme, nobody := "acme", "nobody"
 	for want, q := range map[int]approve.Query{3: {Tenant: &acme, Limit: 10}, 1: {State: approve.Denied, Limit: 10}, 0: {Principal: &nobody, Limit: 10}, 2: {Limit: 2}} {
 		if list, err := other.Approvals(t.Context(), q); err != nil || len(list) != want {
