@@ -118,6 +118,13 @@ func (h *Hub) ListChanged(kind call.Kind) {
 	}
 }
 
+// Listeners returns how many subscribers there are.
+func (h *Hub) Listeners() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.listeners)
+}
+
 // Updated says that the content of the resource at uri changed.
 func (h *Hub) Updated(uri string) {
 	h.publish(call.Notification{Method: "notifications/resources/updated", URI: uri}, func(l *listener) bool { return l.all || slices.Contains(l.filter.URIs, uri) })

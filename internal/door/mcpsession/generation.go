@@ -96,6 +96,15 @@ func (d *Door) serverFor(a about) *server {
 	return s
 }
 
+// About returns the names that sessions were told, and still have.
+func (d *Door) About() []string {
+	var names []string
+	for _, s := range d.all() {
+		names = append(names, s.about.name)
+	}
+	return names
+}
+
 // all are the servers that have, or may have, sessions.
 func (d *Door) all() []*server {
 	d.mu.Lock()
