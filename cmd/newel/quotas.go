@@ -12,13 +12,35 @@ import (
 
 // limiter makes what holds calls to the quotas; nil means that nothing is counted. Positions of what
 // is wrong come from f.
-func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error) {
+func limiter(f *config.File, o, before *opened, log *slog.Logger) (*quota.Limiter, error) {
 	c := &f.Config
 	if len(c.Quotas.Rules) == 0 {
 		return nil, nil
 	}
+	// What was counted stays counted when rules change.
+	store, err := reuse(o, before, "counts", c.Redis, func() (quota.Store, func(context.Context) error, error) {
+		if c.Redis.URL.Reveal() == "" {
+			return quota.NewMemory(), nil, nil
+		}
+		db, err := redis.Open(c.Redis.URL)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
+		}
+		return db, func(context.Context) error { return db.Close() }, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return reuse(o, before, "quotas", []any{c.Quotas, c.Redis}, func() (*quota.Limiter, func(context.Context) error, error) {
+		l, err := newLimiter(f, store, log)
+		return l, nil, err
+	})
+}
+
+func newLimiter(f *config.File, store quota.Store, log *slog.Logger) (*quota.Limiter, error) {
+	c := &f.Config
 	options := quota.Options{
-		NotCritical: c.Quotas.NotCritical, Share: c.Quotas.Share, Store: quota.NewMemory(),
+		NotCritical: c.Quotas.NotCritical, Share: c.Quotas.Share, Store: store,
 		Alert: func(ctx context.Context, a quota.Alert) {
 			if a.Err != nil {
 				log.LogAttrs(ctx, slog.LevelError, "quotas cannot be counted for all nodes; this node grants its share", slog.String("error", a.Err.Error()))
@@ -27,14 +49,6 @@ func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error
 			log.LogAttrs(ctx, slog.LevelWarn, "a budget runs out", slog.String("quota", a.Rule), slog.String("of", a.Of),
 				slog.String("what", a.What), slog.Int64("used", a.Used), slog.Int64("limit", a.Limit))
 		},
-	}
-	if c.Redis.URL.Reveal() != "" {
-		db, err := redis.Open(c.Redis.URL)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
-		}
-		o.closers = append(o.closers, db)
-		options.Store = db
 	}
 	for i := range c.Quotas.Rules {
 		q := &c.Quotas.Rules[i]
