@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -23,7 +24,9 @@ const (
 	handOverEnv = "NEWEL_HAND_OVER"
 	// startTimeout bounds how long a successor may take to open what the configuration names.
 	startTimeout = 5 * time.Minute
-	maxReport    = 64 << 10 // bytes of what a successor says
+	// turnTimeout bounds how long its calls may take to end: longer than a server drains.
+	turnTimeout = time.Minute
+	maxReport   = 64 << 10 // bytes of what a successor says
 )
 
 // relay is what a process was given to serve on.
@@ -75,6 +78,30 @@ func (r *relay) listen(ctx context.Context, addr string, x assembly.Exposure) (n
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
+}
+
+// turn waits until the server before this one has let go of what only one process can have. It has
+// stopped to accept connections then: those that come wait until this process is ready.
+func (r *relay) turn(ctx context.Context) error {
+	if r.report == nil {
+		return nil
+	}
+	r.say("waiting")
+	gone := make(chan struct{})
+	go func() {
+		_, _ = io.Copy(io.Discard, r.before) // ends with that process
+		close(gone)
+	}()
+	limit := time.NewTimer(turnTimeout)
+	defer limit.Stop()
+	select {
+	case <-gone:
+		return nil
+	case <-limit.C:
+		return fmt.Errorf("the server before this one has not ended after %v", turnTimeout)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // ready tells the server before this one that it may leave.
@@ -145,8 +172,9 @@ func (s *serving) handOver(ctx context.Context) error {
 	var why error
 	select {
 	case line := <-answer:
-		if line == "ready" {
+		if line == "ready" || line == "waiting" {
 			s.alive = alive // closed with this process
+			s.log.LogAttrs(ctx, slog.LevelInfo, "another process serves on", slog.Int("pid", cmd.Process.Pid), slog.String("state", line))
 			return cmd.Process.Release()
 		}
 		why = errors.New("it ended while it started")

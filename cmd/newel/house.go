@@ -150,6 +150,11 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		})
 	}
 	st, err := reuse(o, before, "state", nil, func() (*state, func(context.Context) error, error) {
+		if c.State.Engine == "sqlite" && e.turn != nil {
+			if err := e.turn(ctx); err != nil {
+				return nil, nil, err
+			}
+		}
 		st, err := openState(ctx, f, listen == nil)
 		if err != nil {
 			return nil, nil, err

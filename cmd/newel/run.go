@@ -30,6 +30,8 @@ type environment struct {
 	getenv  func(string) (string, bool)
 	modules []module.Module
 	program []string // command line of this process, for its successor
+	// turn, if set, waits until this process may open what only one can have.
+	turn func(context.Context) error
 }
 
 // exitError carries an exit code; a nil err prints nothing more.

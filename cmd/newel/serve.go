@@ -76,6 +76,7 @@ func (e *environment) serve(ctx context.Context, from *source, listen string) (e
 		return exit(exitFailed, err)
 	}
 	defer func() { relay.failed(err) }()
+	e.turn = relay.turn
 	f, err := from.load()
 	if err != nil {
 		return err

@@ -11,7 +11,7 @@ import (
 // leaveTimeout bounds how long connections with nothing to do are kept for their next request after
 // the socket was handed over: a client whose connection is closed just when it sends cannot know
 // whether its call ran.
-const leaveTimeout = 3 * time.Second
+const leaveTimeout = time.Second
 
 // leaving is a listener that can be given up while its connections are still served.
 type leaving struct {
@@ -21,7 +21,7 @@ type leaving struct {
 	once  sync.Once
 	mu    sync.Mutex // guards what is below
 	open  map[net.Conn]struct{}
-	empty chan struct{} // not nil while leave waits; closed when nothing is open
+	empty chan struct{} // not nil while linger waits; closed when nothing is open
 }
 
 // handler serves with the house that is the current one when a request comes.
@@ -54,10 +54,14 @@ func (l *leaving) count(c net.Conn, s http.ConnState) {
 	}
 }
 
-// leave accepts no more connections, and waits until those that are open have been told to go.
+// leave accepts no more connections, and tells those that are open to go.
 func (l *leaving) leave() {
 	l.left.Store(true)
 	_ = l.Listener.Close() // the socket stays open in the other process
+}
+
+// linger waits until they have gone.
+func (l *leaving) linger() {
 	l.mu.Lock()
 	empty := make(chan struct{})
 	if len(l.open) == 0 {

@@ -107,10 +107,10 @@ var ErrHandedOver = errors.New("another process serves on")
 // Serve serves HTTP on l until ctx ends; see [Live.Serve].
 func (h *House) Serve(ctx context.Context, l net.Listener) error { return NewLive(h).Serve(ctx, l) }
 
-// Serve serves HTTP on l until ctx ends. Then, in this order: if the socket was handed over,
-// connections are given up when they have nothing to do; /ready says no and open subscriptions end
-// with their result; no connection is accepted any more and running calls finish (at most 15
-// seconds, after that they are cut); sessions close; watchers stop. It is called once.
+// Serve serves HTTP on l until ctx ends. Then, in this order: /ready says no and open subscriptions
+// end with their result; sessions close; no connection is accepted any more and running calls finish
+// (at most 15 seconds, after that they are cut); watchers stop; the store is let go. If the socket
+// was handed over, connections have a second to be given up by their clients. It is called once.
 func (l *Live) Serve(ctx context.Context, listener net.Listener) error {
 	floor := make([]byte, heapFloor)
 	defer runtime.KeepAlive(floor)
@@ -129,10 +129,14 @@ func (l *Live) Serve(ctx context.Context, listener net.Listener) error {
 		stopped := make(chan error, 1)
 		go func() {
 			<-ctx.Done()
-			if errors.Is(context.Cause(ctx), ErrHandedOver) {
+			leaving := errors.Is(context.Cause(ctx), ErrHandedOver)
+			if leaving {
 				out.leave()
 			}
 			l.drain()
+			if leaving {
+				out.linger()
+			}
 			limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 			defer cancel()
 			out.release()
