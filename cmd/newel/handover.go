@@ -24,6 +24,8 @@ const (
 	handOverEnv = "NEWEL_HAND_OVER"
 	// startTimeout bounds how long a successor may take to open what the configuration names.
 	startTimeout = 5 * time.Minute
+	// endTimeout bounds how long one that failed may take to end.
+	endTimeout = 10 * time.Second
 	// turnTimeout bounds how long its calls may take to end: longer than a server drains.
 	turnTimeout = time.Minute
 	maxReport   = 64 << 10 // bytes of what a successor says
@@ -137,7 +139,7 @@ func (s *serving) handOver(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	socket, err := tcp.File()
+	socket, err := duplicate(tcp)
 	if err != nil {
 		return err
 	}
@@ -181,12 +183,16 @@ func (s *serving) handOver(ctx context.Context) error {
 		if text, ok := strings.CutPrefix(line, "failed "); ok {
 			why = errors.New(text)
 		}
+		kill := time.AfterFunc(endTimeout, func() { _ = cmd.Process.Kill() })
+		defer kill.Stop()
+		_ = cmd.Wait() // how it ended was said
+		return errors.Join(why, alive.Close())
 	case <-limit.C:
 		why = fmt.Errorf("it was not ready after %v", startTimeout)
 	case <-ctx.Done():
 		why = errors.New("this server is stopping")
 	}
 	_ = cmd.Process.Kill() // it may have ended by itself
-	_ = cmd.Wait()         // how it ended was said above
+	_ = cmd.Wait()         // why is said
 	return errors.Join(why, alive.Close())
 }

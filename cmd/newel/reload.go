@@ -67,6 +67,8 @@ type serving struct {
 	admin    *admin   // nil: newel reload does not reach it
 	alive    *os.File // held while this process is there, for the one that it handed over to
 
+	reloads, restarts chan os.Signal
+
 	successor bool // another process handed over to this one
 
 	// What one goroutine has, that of keep.
@@ -100,8 +102,9 @@ type outcome struct {
 func (e *environment) newServing(from *source, l net.Listener, first *opened) (*serving, error) {
 	s := &serving{
 		source: from, listener: l, live: assembly.NewLive(first.House), log: first.telemetry.logger, now: first,
-		seen: digest(from.files...), asked: make(chan struct{}, 1),
+		seen: digest(from.files...), asked: make(chan struct{}, 1), reloads: make(chan os.Signal, 1), restarts: make(chan os.Signal, 1),
 	}
+	notify(s.reloads, s.restarts) // before anybody is told that the server is there
 	s.good.Store(1)
 	s.last.Store(time.Now().Unix())
 	meter := first.telemetry.meter.Meter("newel.dev/newel")
@@ -142,17 +145,15 @@ func (s *serving) run(ctx context.Context, relay *relay) error {
 
 // signals waits for those that ask for another configuration, or another process.
 func (s *serving) signals(ctx context.Context, leave context.CancelCauseFunc) {
-	reload, restart := make(chan os.Signal, 1), make(chan os.Signal, 1)
-	notify(reload, restart)
-	defer signal.Stop(reload)
-	defer signal.Stop(restart)
+	defer signal.Stop(s.reloads)
+	defer signal.Stop(s.restarts)
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-reload:
+		case <-s.reloads:
 			s.ask()
-		case <-restart:
+		case <-s.restarts:
 			s.log.LogAttrs(ctx, slog.LevelInfo, "another process is started to serve on")
 			if err := s.handOver(ctx); err != nil {
 				s.log.LogAttrs(ctx, slog.LevelError, "no other process took over; this one serves on", slog.String("error", err.Error()))
