@@ -22,7 +22,7 @@ var floors = []string{
 	"internal/module internal/catalog internal/process internal/policy internal/audit internal/identity/dpop",
 	"internal/identity/issuer",
 	"internal/config internal/guard/* internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",
-	"internal/guard internal/mcpwire internal/durable",
+	"internal/guard internal/mcpwire internal/cluster internal/durable",
 	"internal/door/* internal/store/*",
 	"internal/assembly",
 	".",

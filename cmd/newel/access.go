@@ -87,7 +87,15 @@ func identities(f *config.File, base string, fed *federation) (*assembly.Identit
 	if fed != nil {
 		who.Provider = fed.signatures
 	}
-	return who, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes, Nonce: tokens.Nonce, DPoPRequired: a.DPoP == "required"}, nil
+	access := &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes, Nonce: tokens.Nonce, DPoPRequired: a.DPoP == "required"}
+	if a.Describe && a.Mode == "tokens" {
+		first, err := tokens.Describe(urls[0])
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", f.Position("auth.serve_metadata"), err)
+		}
+		access.Describe = first.Document
+	}
+	return who, access, nil
 }
 
 // ranges reads ranges of addresses; at is where they stand in the configuration.

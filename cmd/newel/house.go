@@ -12,13 +12,17 @@ import (
 	"os"
 	"slices"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/store/redis"
 )
 
 // load reads and checks a configuration file.
@@ -173,9 +177,24 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		}
 		store = st.store
 	}
-	counted, err := limiter(f, o, before, t.logger)
+	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
 	if err != nil {
 		return nil, exit(exitFailed, err)
+	}
+	counted, err := limiter(f, o, before, shared, t.logger)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	others, err := reuse(o, before, "nodes", nil, func() (*cluster.Cluster, func(context.Context) error, error) {
+		others, err := nodes(f, shared, st.key, t.logger)
+		return others, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	var events mcp.EventStore
+	if others != nil {
+		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
 	}
 	l := &c.Limits
 	var identity authenticate.Verifier
@@ -202,7 +221,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		State: store, Key: st.key, Effects: effects(&c.Effects),
+		Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,

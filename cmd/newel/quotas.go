@@ -12,26 +12,19 @@ import (
 
 // limiter makes what holds calls to the quotas; nil means that nothing is counted. Positions of what
 // is wrong come from f.
-func limiter(f *config.File, o, before *opened, log *slog.Logger) (*quota.Limiter, error) {
+func limiter(f *config.File, o, before *opened, shared *redis.DB, log *slog.Logger) (*quota.Limiter, error) {
 	c := &f.Config
-	if len(c.Quotas.Rules) == 0 {
-		return nil, nil
-	}
 	// What was counted stays counted when rules change.
-	store, err := reuse(o, before, "counts", c.Redis, func() (quota.Store, func(context.Context) error, error) {
-		if c.Redis.URL.Reveal() == "" {
+	store, err := reuse(o, before, "counts", nil, func() (quota.Store, func(context.Context) error, error) {
+		if shared == nil {
 			return quota.NewMemory(), nil, nil
 		}
-		db, err := redis.Open(c.Redis.URL)
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
-		}
-		return db, func(context.Context) error { return db.Close() }, nil
+		return shared, nil, nil
 	})
-	if err != nil {
+	if err != nil || len(c.Quotas.Rules) == 0 {
 		return nil, err
 	}
-	return reuse(o, before, "quotas", []any{c.Quotas, c.Redis}, func() (*quota.Limiter, func(context.Context) error, error) {
+	return reuse(o, before, "quotas", c.Quotas, func() (*quota.Limiter, func(context.Context) error, error) {
 		l, err := newLimiter(f, store, log)
 		return l, nil, err
 	})

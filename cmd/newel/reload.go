@@ -278,6 +278,7 @@ func restart(now, next *config.Config) []string {
 		{"tls", &now.TLS, &next.TLS},
 		{"telemetry.prometheus", &now.Telemetry.Prometheus, &next.Telemetry.Prometheus},
 		{"telemetry.otlp_endpoint", &now.Telemetry.OTLPEndpoint, &next.Telemetry.OTLPEndpoint},
+		{"redis", &now.Redis, &next.Redis},
 		{"state", &now.State, &next.State},
 		{"artifacts", &now.Artifacts, &next.Artifacts},
 		{"limits.session_idle_timeout", &now.Limits.SessionIdleTimeout, &next.Limits.SessionIdleTimeout},

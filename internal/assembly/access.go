@@ -3,6 +3,7 @@ package assembly
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"slices"
@@ -165,6 +166,17 @@ func (h *House) serveMetadata(mux *routes) {
 	if a == nil {
 		return
 	}
+	if a.Describe != nil && h.opts.Login == nil {
+		mux.HandleFunc("GET /.well-known/oauth-authorization-server", func(w http.ResponseWriter, r *http.Request) {
+			doc, err := a.Describe(r.Context())
+			if err != nil {
+				h.opts.Logger.LogAttrs(r.Context(), slog.LevelWarn, "the authorization server does not describe itself", slog.String("error", err.Error()))
+				http.Error(w, "the authorization server cannot be asked now; try again in a moment", http.StatusBadGateway)
+				return
+			}
+			writePublic(w, doc)
+		})
+	}
 	for i, f := range h.faces {
 		doc, err := json.Marshal(map[string]any{
 			"resource": f.server.Resource(a.Resource), "resource_name": f.server.Name,
@@ -174,17 +186,20 @@ func (h *House) serveMetadata(mux *routes) {
 		if err != nil {
 			continue // text and lists of it can be encoded
 		}
-		serve := func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			w.Header().Set("Cache-Control", "max-age=300")
-			w.Header().Set("Access-Control-Allow-Origin", "*") // public by its nature: browsers' clients read it
-			_, _ = w.Write(doc)                                // the client is gone if this fails
-		}
+		serve := func(w http.ResponseWriter, _ *http.Request) { writePublic(w, doc) }
 		mux.HandleFunc("GET "+f.server.Host+wellKnown+f.server.Path, serve)
 		if i == 0 || f.server.Host != "" && f.server.Path == "/mcp" {
 			mux.HandleFunc("GET "+f.server.Host+wellKnown, serve)
 		}
 	}
+}
+
+// writePublic answers with a document that is public by its nature: browsers' clients read it.
+func writePublic(w http.ResponseWriter, doc []byte) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "max-age=300")
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	_, _ = w.Write(doc) // the client is gone if this fails
 }
 
 // scopes are all that the capabilities of a server ask for, and those to ask for first.

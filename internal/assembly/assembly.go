@@ -24,9 +24,12 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
@@ -56,10 +59,12 @@ type Options struct {
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
 	// Compatibility names what is put up with of clients that do not keep to the protocol.
 	Compatibility []string
-	Quota         *quota.Limiter // nil: nothing is counted
-	Policy        *policy.Policy // nil: what is published needs its scopes and no more
-	Shadow        *policy.Policy // asked too, for the log alone; nil: none
-	Explicit      bool           // say that something is denied although its caller may not see it
+	Cluster       *cluster.Cluster // nil: sessions are this node's alone
+	Events        mcp.EventStore   // with Cluster: what was sent on streams of sessions, for all nodes
+	Quota         *quota.Limiter   // nil: nothing is counted
+	Policy        *policy.Policy   // nil: what is published needs its scopes and no more
+	Shadow        *policy.Policy   // asked too, for the log alone; nil: none
+	Explicit      bool             // say that something is denied although its caller may not see it
 
 	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
 	Key     secret.Key   // seals what State holds; with State nil it is not used
@@ -92,6 +97,9 @@ type Access struct {
 	Issuers  []string // authorization servers
 	Scopes   []string // that a client may ask for first
 
+	// Describe returns the metadata of the authorization server, which is then served here too
+	// (RFC 8414): for clients of revision 2025-03-26. Nil: it is not served.
+	Describe     func(context.Context) ([]byte, error)
 	Nonce        func() string // makes one for the next proof of a client (RFC 9449); nil: proofs are not taken
 	DPoPRequired bool          // tokens that are bound to no key of their client are refused (RFC 9449)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"path"
 	"slices"
 	"strings"
@@ -206,6 +207,7 @@ func (f *face) openDoors(h *House) error {
 		Path: f.path, Hub: f.place.hub, Has: f.has(), Readable: f.readable,
 		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
+		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 	})
 	if err != nil {
 		return err
@@ -213,6 +215,10 @@ func (f *face) openDoors(h *House) error {
 	hosts := o.AllowedHosts
 	if f.server.Host != "" {
 		hosts = []string{f.server.Host}
+	}
+	var forwarded func(*http.Request) (*call.Principal, bool, error)
+	if o.Cluster != nil {
+		forwarded = o.Cluster.Accept
 	}
 	f.door, err = mcphttp.New(mcphttp.Options{
 		Codec: f.codec, Sessions: f.sessions,
@@ -223,7 +229,7 @@ func (f *face) openDoors(h *House) error {
 		MaxMessageBytes: o.Limits.MessageBytes,
 		AllowedHosts:    hosts, AllowedOrigins: o.AllowedOrigins,
 		Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
-		Check: f.check(o), Access: f.access(o),
+		Check: f.check(o), Access: f.access(o), Forwarded: forwarded,
 	})
 	return err
 }

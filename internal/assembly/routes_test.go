@@ -29,6 +29,7 @@ var public = map[string]string{
 	"GET /ready":  "probes have no token",
 	"GET /.well-known/oauth-protected-resource":     "tells clients where to get a token (RFC 9728)",
 	"GET /.well-known/oauth-protected-resource/mcp": "tells clients where to get a token (RFC 9728)",
+	"GET /.well-known/oauth-authorization-server":   "the metadata of the authorization server, where an operator wants it here too",
 	"/oauth/": "the authorization servers, where tokens come from",
 	"/.well-known/oauth-authorization-server": "its metadata (RFC 8414)",
 	"/.well-known/openid-configuration":       "its metadata under the other name",
@@ -90,8 +91,16 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 		}
 	})
 	patterns := h.routes().patterns
+	other, err := Build(t.Context(), &Options{ // what stands where the authorization server does otherwise
+		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens},
+		Access: &Access{Resource: base + "/mcp", Issuers: []string{base}, Describe: func(context.Context) ([]byte, error) { return nil, nil }},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := append(other.routes().patterns, patterns...)
 	for pattern := range public {
-		if !slices.Contains(patterns, pattern) {
+		if !slices.Contains(all, pattern) {
 			t.Errorf("%s is on the list and is no route", pattern)
 		}
 	}
@@ -106,13 +115,13 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 			method, address = "", pattern
 		}
 		host, path, _ := strings.Cut(address, "/")
-		all := requests(t, base+"/"+path, host)
+		sent := requests(t, base+"/"+path, host)
 		if method != "" {
-			if all = slices.DeleteFunc(all, func(r *http.Request) bool { return r.Method != method }); len(all) == 0 {
+			if sent = slices.DeleteFunc(sent, func(r *http.Request) bool { return r.Method != method }); len(sent) == 0 {
 				t.Errorf("%s: this test sends no %s", pattern, method)
 			}
 		}
-		for _, r := range all {
+		for _, r := range sent {
 			resp, err := http.DefaultClient.Do(r)
 			if err != nil {
 				t.Fatal(err)

@@ -200,6 +200,11 @@ func (l *Live) whileRunning(ctx context.Context, serve func(context.Context) err
 	state.Go(func() { kept.runState(store, fail) })
 	l.begin(l.now)
 	l.mu.Unlock()
+	if c := l.House().opts.Cluster; c != nil {
+		if err := c.Start(ctx); err != nil {
+			kept.log.LogAttrs(ctx, slog.LevelWarn, "the other nodes do not know of this one yet", slog.String("error", err.Error()))
+		}
+	}
 	kept.running.Store(true)
 	err := serve(ctx)
 	kept.running.Store(false)

@@ -96,6 +96,7 @@ type Auth struct {
 	PublicURL string      `yaml:"public_url" doc:"Address of the server as clients write it, such as https://mcp.example.com; default: http and the address it listens on. With /mcp behind it, it is the audience of tokens."`
 	Scopes    []string    `yaml:"scopes" doc:"Scopes that clients are told to ask for first."`
 	Issuers   []Issuer    `yaml:"issuers" doc:"Authorization servers whose tokens are accepted."`
+	Describe  bool        `yaml:"serve_metadata" doc:"Whether the metadata of the first issuer is served at /.well-known/oauth-authorization-server too: for clients of revision 2025-03-26, which look for it there."`
 	DPoP      string      `yaml:"dpop" enum:"optional,required" default:"optional" doc:"Whether access tokens must be bound to a key of their client (RFC 9449). Bound ones always need its proof."`
 	Private   []string    `yaml:"private_ranges" doc:"Private address ranges in which issuers may be, such as 10.0.0.0/8; others are not asked."`
 	Broker    Broker      `yaml:"broker" doc:"The authorization server of mode broker."`
@@ -229,7 +230,10 @@ type QuotaCost struct {
 
 // Redis is what nodes share.
 type Redis struct {
-	URL secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
+	Sessions  bool          `yaml:"sessions" doc:"Whether nodes share the sessions of older protocol revisions: a request goes to the node that has its session, and a session whose node is gone goes on at another. The nodes need the same state.key_file."`
+	Advertise string        `yaml:"advertise" doc:"With sessions: address at which other nodes reach this one, such as http://10.0.3.7:8080."`
+	Private   []string      `yaml:"private_ranges" doc:"With sessions: private address ranges in which the other nodes are, such as 10.0.3.0/24."`
+	URL       secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
 }
 
 // Telemetry is logs, traces and metrics.

@@ -32,6 +32,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/mcpwire"
 )
 
@@ -48,6 +49,12 @@ type Options struct {
 	// that others are refused: a session is its user's alone (2025-11-25, security best practices).
 	Identified bool
 
+	// Cluster shares sessions with other nodes, and Events what was sent on their streams. Nil: they
+	// are this node's alone. Scope keeps apart the sessions of servers that share a cluster.
+	Cluster *cluster.Cluster
+	Events  mcp.EventStore
+	Scope   string
+
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
 	IdleTimeout          time.Duration // a session ends after this long without a message [30 min]
@@ -59,7 +66,7 @@ type Options struct {
 
 // A Door serves session revisions. It is safe for concurrent use.
 type Door struct {
-	o       Options // of the first generation: Hub, Identified, IdleTimeout, KeepAlive, RetainBytes and Logger count for all
+	o       Options // of the first generation: what Next names counts for all
 	handler http.Handler
 	current atomic.Pointer[Generation]
 
@@ -69,6 +76,12 @@ type Door struct {
 	generations map[string]*Generation // by number
 	count       int
 	servers     []*server
+	kept        map[string]*kept
+	adopted     map[string]*adopted
+
+	adopting sync.Mutex    // one at a time
+	leaving  chan struct{} // closed when sessions are left to other nodes
+	leave    sync.Once
 }
 
 // A server is what the SDK tells a session when it starts; the session keeps to it.
@@ -91,20 +104,29 @@ func New(o Options) (*Door, error) {
 		return nil, errors.New("mcpsession: Path and Hub are required")
 	}
 	setDefaults(&o)
-	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}, generations: map[string]*Generation{}}
+	d := &Door{
+		o: o, streams: map[string]int{}, running: map[string]int{}, generations: map[string]*Generation{},
+		kept: map[string]*kept{}, adopted: map[string]*adopted{}, leaving: make(chan struct{}),
+	}
 	first, err := d.Next(o)
 	if err != nil {
 		return nil, err
 	}
 	first.Begin()
-	events := mcp.NewMemoryEventStore(nil)
-	events.SetMaxBytes(o.RetainBytes)
+	if o.Events == nil {
+		events := mcp.NewMemoryEventStore(nil)
+		events.SetMaxBytes(o.RetainBytes)
+		d.o.Events = events
+	}
 	d.handler = mcp.NewStreamableHTTPHandler(func(r *http.Request) *mcp.Server { return d.generation(r.Header).server.Server }, &mcp.StreamableHTTPOptions{
-		EventStore:                 events,
+		EventStore:                 d.o.Events,
 		SessionTimeout:             o.IdleTimeout,
 		MaxRequestBodyBytes:        -1,   // read has bounded it
 		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
 	})
+	if o.Cluster != nil {
+		d.handler = d.serveAdopted(d.handler)
+	}
 	if o.Identified {
 		// The SDK binds sessions to the user that this tells it of; the token itself was verified before.
 		d.handler = auth.RequireBearerToken(func(ctx context.Context, _ string, _ *http.Request) (*auth.TokenInfo, error) {
@@ -187,7 +209,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		}()
 		c, err := d.decode(ctx, req)
 		if c == nil {
-			return next(ctx, method, req)
+			return d.handOn(ctx, method, req, next)
 		}
 		if err != nil {
 			return nil, wireError(mcpwire.SessionError(c.Kind, err))
@@ -207,6 +229,21 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		}
 		return &result{raw: mcpwire.AppendResult(nil, c.Kind, r)}, nil
 	}
+}
+
+// handOn leaves a request to the SDK, and tells other nodes what changes with it.
+func (d *Door) handOn(ctx context.Context, method string, req mcp.Request, next mcp.MethodHandler) (mcp.Result, error) {
+	r, err := next(ctx, method, req)
+	if err != nil || d.o.Cluster == nil {
+		return r, err
+	}
+	switch p := req.(type) {
+	case *mcp.ServerRequest[*mcp.InitializeParams]:
+		d.began(ctx, p, r)
+	case *mcp.ServerRequest[*mcp.SetLoggingLevelParams]:
+		d.remember(ctx, p.Session.ID(), func(k *kept) { k.state.SDK.LogLevel = p.Params.Level })
+	}
+	return r, err
 }
 
 // decode turns a request of the SDK into a call, or returns nil for what is not ours. An error is
@@ -306,8 +343,13 @@ const (
 	headerGeneration = "X-Newel-Generation"
 )
 
-// Close ends all sessions: their clients are told to start anew.
+// Close ends all sessions: their clients are told to start anew. Where other nodes can go on with
+// them, only open streams end.
 func (d *Door) Close() {
+	if d.o.Cluster != nil {
+		d.leave.Do(func() { close(d.leaving) })
+		return
+	}
 	for _, server := range d.all() {
 		for s := range server.Sessions() {
 			if err := s.Close(); err != nil {
@@ -320,6 +362,22 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions.
 func (d *Door) Run(ctx context.Context) error {
 	defer d.Close()
+	if d.o.Cluster != nil {
+		var swept sync.WaitGroup
+		defer swept.Wait()
+		swept.Go(func() {
+			tick := time.NewTicker(sweepEvery)
+			defer tick.Stop()
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+					d.sweep(ctx)
+				}
+			}
+		})
+	}
 	everything := &call.Filter{ToolsChanged: true, ResourcesChanged: true, PromptsChanged: true}
 	return d.o.Hub.ListenAll(ctx, everything, func(n call.Notification) error {
 		for _, server := range d.all() {

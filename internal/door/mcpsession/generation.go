@@ -24,8 +24,8 @@ type Generation struct {
 }
 
 // Next prepares another generation; nothing uses it before [Generation.Begin] or its own
-// ServeHTTP. Of the options, Hub, Identified, IdleTimeout, KeepAlive, RetainBytes and Logger stay
-// those of the door.
+// ServeHTTP. Of the options, Hub, Identified, Cluster, Events, Scope, IdleTimeout, KeepAlive,
+// RetainBytes and Logger stay those of the door.
 func (d *Door) Next(o Options) (*Generation, error) {
 	if o.Path == nil {
 		return nil, errors.New("mcpsession: Path and Hub are required")
@@ -87,9 +87,19 @@ func (d *Door) serverFor(a about) *server {
 				}
 			}
 			d.o.Hub.Follow(r.Params.URI)
+			d.remember(ctx, r.Session.ID(), func(k *kept) {
+				if len(k.state.URIs) < maxFollowed && !slices.Contains(k.state.URIs, r.Params.URI) {
+					k.state.URIs = append(k.state.URIs, r.Params.URI)
+				}
+			})
 			return nil
 		},
-		UnsubscribeHandler: func(context.Context, *mcp.UnsubscribeRequest) error { return nil },
+		UnsubscribeHandler: func(ctx context.Context, r *mcp.UnsubscribeRequest) error {
+			d.remember(ctx, r.Session.ID(), func(k *kept) {
+				k.state.URIs = slices.DeleteFunc(k.state.URIs, func(uri string) bool { return uri == r.Params.URI })
+			})
+			return nil
+		},
 	})
 	s.AddReceivingMiddleware(d.takeOver)
 	d.servers = append(d.servers, s)

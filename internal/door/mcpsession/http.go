@@ -34,6 +34,12 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 		refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"})
 		return
 	}
+	if d.o.Cluster != nil && session != "" {
+		if !d.here(session) && d.elsewhere(w, r, session, &message) {
+			return
+		}
+		d.remember(r.Context(), session, nil)
+	}
 	if session != "" {
 		if !d.open(session, g.o.MaxStreamsPerSession) {
 			refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusTooManyRequests, Code: -31429, Message: "this session is at its limit of " + strconv.Itoa(g.o.MaxStreamsPerSession) + " open requests; finish some first"})
@@ -59,6 +65,16 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
 	out := &writer{w: w, id: message.id}
 	ctx, cancel := context.WithCancel(r.Context())
+	if r.Method == http.MethodGet && d.o.Cluster != nil {
+		r = r.WithContext(ctx)
+		go func() { // ends with the request
+			select {
+			case <-d.leaving:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+	}
 	var ended sync.WaitGroup
 	if r.Method == http.MethodGet || message.method != "" {
 		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })

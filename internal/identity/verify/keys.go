@@ -254,6 +254,12 @@ func verifies(raw jsontext.Value) bool {
 
 // discover finds the key set in the issuer's metadata (RFC 8414, then OpenID Connect Discovery).
 func (k *keySet) discover(ctx context.Context) (string, error) {
+	_, jwks, err := k.describe(ctx)
+	return jwks, err
+}
+
+// describe reads the metadata of the issuer, and returns it with the address of the keys.
+func (k *keySet) describe(ctx context.Context) (document []byte, jwks string, err error) {
 	var problems []error
 	for _, at := range metadataURLs(k.issuer) {
 		raw, err := get(ctx, k.http, at)
@@ -273,10 +279,10 @@ func (k *keySet) discover(ctx context.Context) (string, error) {
 		case !secure(doc.JWKS):
 			problems = append(problems, fmt.Errorf("%s: jwks_uri is not https", at))
 		default:
-			return doc.JWKS, nil
+			return raw, doc.JWKS, nil
 		}
 	}
-	return "", errors.Join(problems...)
+	return nil, "", errors.Join(problems...)
 }
 
 // metadataURLs are the places of an issuer's metadata, as MCP orders them.
