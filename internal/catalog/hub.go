@@ -41,10 +41,14 @@ func (h *Hub) ListenAll(ctx context.Context, f *call.Filter, deliver func(call.N
 	return h.listen(ctx, &listener{filter: f, all: true, wake: make(chan struct{}, 1)}, deliver)
 }
 
-// Listen delivers the changes that f asks for, one after the other, until ctx ends (it returns
-// nil) or deliver fails (it returns that error).
-func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
-	return h.listen(ctx, &listener{filter: f, wake: make(chan struct{}, 1)}, deliver)
+// Listen delivers first, then the changes that f asks for, one after the other, until ctx ends (it
+// returns nil) or deliver fails (it returns that error). No change after first is missed.
+func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error, first ...call.Notification) error {
+	l := &listener{filter: f, pending: first, wake: make(chan struct{}, 1)}
+	if len(first) > 0 {
+		l.wake <- struct{}{}
+	}
+	return h.listen(ctx, l, deliver)
 }
 
 func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notification) error) error {
