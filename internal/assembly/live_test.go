@@ -1,6 +1,7 @@
 package assembly
 
 import (
+	"bufio"
 	"context"
 	"encoding/json" // as the SDK's types
 	"errors"
@@ -520,4 +521,114 @@ func TestHandOverUnderLoad(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("%d calls, %d of them answered by the second", calls.Load(), of2.Load())
+}
+
+// subscribed opens a subscription of revision 2026-07-28 and returns the methods it hears, and its end.
+func subscribed(t *testing.T, url string) <-chan string {
+	t.Helper()
+	body := `{"jsonrpc":"2.0","id":1,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true},` + liveMeta + `}}`
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, v := range map[string]string{"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "Mcp-Protocol-Version": "2026-07-28", "Mcp-Method": "subscriptions/listen"} {
+		r.Header.Set(name, v)
+	}
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	heard := make(chan string, 100)
+	go func() {
+		defer close(heard)
+		defer resp.Body.Close()
+		lines := bufio.NewScanner(resp.Body)
+		for lines.Scan() {
+			data, ok := strings.CutPrefix(lines.Text(), "data:")
+			var m struct {
+				Method string
+				Result json.RawMessage
+			}
+			if !ok || json.Unmarshal([]byte(data), &m) != nil {
+				continue
+			}
+			if m.Result != nil {
+				m.Method = "result"
+			}
+			heard <- m.Method
+		}
+	}()
+	return heard
+}
+
+// A subscription of the old house hears of the lists of the new one, and ends with its result when
+// the old one is asked to end.
+func TestSubscriptionsGoOver(t *testing.T) {
+	first, _ := configuration(t, 1)
+	l := newLive(t, first)
+	url := serveLive(t, l) + "/mcp"
+	heard := subscribed(t, url)
+	if m := <-heard; m != call.Acknowledged {
+		t.Fatal(m)
+	}
+	old := l.House()
+	next, _ := configuration(t, 2)
+	next.Backends = append(next.Backends, renamed{&versioned{version: 2}})
+	let := make(chan struct{})
+	if err := l.Replace(t.Context(), next, func() { close(let) }); err != nil {
+		t.Fatal(err)
+	}
+	if m := <-heard; m != "notifications/tools/list_changed" {
+		t.Fatal(m)
+	}
+	select {
+	case <-let:
+		t.Fatal("the old house was let go with a subscription in it")
+	default:
+	}
+	old.drain.begin() // which happens after 15 seconds
+	if m := <-heard; m != "result" {
+		t.Fatal(m)
+	}
+	<-let
+}
+
+// somebody is who everybody is.
+type somebody struct{}
+
+// Verify implements authenticate.Verifier.
+func (somebody) Verify(_ context.Context, c call.Credential) (*call.Principal, error) {
+	if c.Known != nil {
+		return c.Known, nil
+	}
+	return &call.Principal{ID: "somebody", Scopes: []string{"*"}}, nil
+}
+
+// A session that nobody was asked about is not there any more once people are.
+func TestSessionsEndWhenIdentitiesBegin(t *testing.T) {
+	first, _ := configuration(t, 1)
+	l := newLive(t, first)
+	url := serveLive(t, l) + "/mcp"
+	before := session(t, url, nil)
+	next, _ := configuration(t, 2)
+	next.Identity = somebody{}
+	if err := l.Replace(t.Context(), next, nil); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := inSession(t.Context(), before, "which"); err == nil {
+		t.Errorf("a session of nobody answers %q", text)
+	}
+	if text, err := inSession(t.Context(), session(t, url, nil), "which"); err != nil || whole(t, text) != 2 {
+		t.Error(text, err)
+	}
+	// The same people stay the same.
+	again, _ := configuration(t, 3)
+	again.Identity = somebody{}
+	stays := session(t, url, nil)
+	if err := l.Replace(t.Context(), again, nil); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := inSession(t.Context(), stays, "which"); err != nil || whole(t, text) != 3 {
+		t.Error(text, err)
+	}
 }
