@@ -33,6 +33,8 @@ type source struct {
 	client bool // it is a client's file
 
 	files []string // that were read, or would have been, the last time
+
+	reloads, restarts chan os.Signal // ask for another configuration, and for another process
 }
 
 // load reads and checks the configuration.
@@ -67,8 +69,6 @@ type serving struct {
 	admin    *admin   // nil: newel reload does not reach it
 	alive    *os.File // held while this process is there, for the one that it handed over to
 
-	reloads, restarts chan os.Signal
-
 	successor bool // another process handed over to this one
 
 	// What one goroutine has, that of keep.
@@ -102,9 +102,8 @@ type outcome struct {
 func (e *environment) newServing(from *source, l net.Listener, first *opened) (*serving, error) {
 	s := &serving{
 		source: from, listener: l, live: assembly.NewLive(first.House), log: first.telemetry.logger, now: first,
-		seen: digest(from.files...), asked: make(chan struct{}, 1), reloads: make(chan os.Signal, 1), restarts: make(chan os.Signal, 1),
+		seen: digest(from.files...), asked: make(chan struct{}, 1),
 	}
-	notify(s.reloads, s.restarts) // before anybody is told that the server is there
 	s.good.Store(1)
 	s.last.Store(time.Now().Unix())
 	meter := first.telemetry.meter.Meter("newel.dev/newel")
@@ -302,8 +301,10 @@ func changes(now, next *opened) []string {
 			names = append(names, name)
 		}
 	}
-	if !next.has("policy", now.things["policy"]) && !slices.Contains(names, "policy") {
-		names = append(names, "policy")
+	for _, name := range []string{"auth", "policy"} { // which name files
+		if !next.has(name, now.things[name]) && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
 	}
 	for _, bk := range next.file.Config.Backends {
 		switch before := now.things["backend "+bk.Name]; {

@@ -77,6 +77,8 @@ func (e *environment) serve(ctx context.Context, from *source, listen string) (e
 	}
 	defer func() { relay.failed(err) }()
 	e.turn = relay.turn
+	from.reloads, from.restarts = make(chan os.Signal, 1), make(chan os.Signal, 1)
+	notify(from.reloads, from.restarts) // first of all: a signal that nobody waits for ends the process
 	f, err := from.load()
 	if err != nil {
 		return err
