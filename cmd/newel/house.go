@@ -196,6 +196,10 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if others != nil {
 		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
 	}
+	results, err := resultCache(f) // its own of each configuration: another may answer otherwise
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -221,7 +225,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,

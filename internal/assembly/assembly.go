@@ -35,6 +35,7 @@ import (
 	"newel.dev/newel/internal/guard/admit"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
+	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/guard/validate"
@@ -59,6 +60,7 @@ type Options struct {
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
 	// Compatibility names what is put up with of clients that do not keep to the protocol.
 	Compatibility []string
+	Cache         *cache.Cache     // nil: every call is made
 	Cluster       *cluster.Cluster // nil: sessions are this node's alone
 	Events        mcp.EventStore   // with Cluster: what was sent on streams of sessions, for all nodes
 	Quota         *quota.Limiter   // nil: nothing is counted

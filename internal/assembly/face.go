@@ -85,6 +85,9 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	if o.Identity != nil {
 		shared.Authenticate = authenticate.New(f.identity(o))
 	}
+	if o.Cache != nil {
+		shared.Cache = o.Cache.Guard(f.server.Host + f.server.Path)
+	}
 	if o.Quota != nil {
 		gate := shared.Admit
 		counted := o.Quota.Guard(f.knows)

@@ -41,6 +41,7 @@ type Config struct {
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
 	Quotas         Quotas    `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
+	Cache          Cache     `yaml:"cache" doc:"Results that are kept and given again."`
 	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
@@ -226,6 +227,21 @@ type Budget struct {
 type QuotaCost struct {
 	Tools []string `yaml:"tools" required:"true" doc:"Names of the tools; * stands for any text."`
 	Units int64    `yaml:"units" doc:"Units that one call costs."`
+}
+
+// Cache is which results are kept.
+type Cache struct {
+	Rules    []CacheRule `yaml:"rules" doc:"Results of which tools and resources; the first rule that fits counts. Only what reads is kept."`
+	MaxBytes Size        `yaml:"max_bytes" default:"64MiB" doc:"Most that is kept; the least recently used goes first."`
+	MaxEntry Size        `yaml:"max_entry_bytes" default:"1MiB" doc:"Largest result that is kept."`
+}
+
+// CacheRule says how results are kept.
+type CacheRule struct {
+	Names     []string      `yaml:"names" required:"true" doc:"Names of tools, or URIs of resources; * stands for any text."`
+	TTL       time.Duration `yaml:"ttl" required:"true" doc:"For how long. A result that says less is kept for less."`
+	For       string        `yaml:"for" enum:"caller,tenant,everybody" default:"caller" doc:"Who is given a result again. What the backend makes of who is calling must not depend on more than that."`
+	RefreshOn []string      `yaml:"refresh_on" doc:"Names of tools whose calls make what is kept old; * stands for any text."`
 }
 
 // Redis is what nodes share.
