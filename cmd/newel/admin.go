@@ -44,7 +44,7 @@ type admin struct {
 }
 
 // newAdmin puts the socket in its place. A process that hands over leaves its socket to its successor.
-func newAdmin(path string, s *serving) (*admin, error) {
+func newAdmin(path string, s *serving, successor bool) (*admin, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, err
@@ -52,7 +52,7 @@ func newAdmin(path string, s *serving) (*admin, error) {
 	if len(path) > maxSocket {
 		return nil, fmt.Errorf("the path %s is too long for a socket; send the signal SIGHUP instead", path)
 	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil && !s.successor {
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil && !successor {
 		return nil, errors.Join(fmt.Errorf("another server of this configuration listens on %s", path), c.Close())
 	}
 	dir := filepath.Dir(path)

@@ -36,13 +36,15 @@ type relay struct {
 	socket *os.File // nil: none
 	report *os.File // to the server before this one; nil: there is none
 	before *os.File // ends when that server has ended
+
+	successor bool // there was a server before this one
 }
 
 // inherited takes what this process was given. What it starts in turn does not see it.
 func (e *environment) inherited() (*relay, error) {
 	if _, ok := e.getenv(handOverEnv); ok {
 		defer os.Unsetenv(handOverEnv)
-		return &relay{socket: file(firstFD, "listener"), report: file(firstFD+1, "report"), before: file(firstFD+2, "before")}, nil
+		return &relay{socket: file(firstFD, "listener"), report: file(firstFD+1, "report"), before: file(firstFD+2, "before"), successor: true}, nil
 	}
 	pid, _ := e.getenv("LISTEN_PID")
 	if pid != strconv.Itoa(os.Getpid()) {

@@ -69,8 +69,6 @@ type serving struct {
 	admin    *admin   // nil: newel reload does not reach it
 	alive    *os.File // held while this process is there, for the one that it handed over to
 
-	successor bool // another process handed over to this one
-
 	// What one goroutine has, that of keep.
 	now  *opened
 	seen [sha256.Size]byte // digest of the files of the last attempt
@@ -99,10 +97,16 @@ type outcome struct {
 	Millis   int64            `json:"milliseconds"`
 }
 
-func (e *environment) newServing(from *source, l net.Listener, first *opened) (*serving, error) {
+// newServing makes a server of what was opened. successor says that another process hands over to
+// this one.
+func (e *environment) newServing(from *source, l net.Listener, first *opened, successor bool) (*serving, error) {
 	s := &serving{
 		source: from, listener: l, live: assembly.NewLive(first.House), log: first.telemetry.logger, now: first,
 		seen: digest(from.files...), asked: make(chan struct{}, 1),
+	}
+	var err error
+	if s.admin, err = newAdmin(socketOf(s.path), s, successor); err != nil { // before anybody is told that the server is there
+		s.log.LogAttrs(context.Background(), slog.LevelWarn, "newel reload does not reach this server", slog.String("error", err.Error()))
 	}
 	s.good.Store(1)
 	s.last.Store(time.Now().Unix())
@@ -126,17 +130,13 @@ func (s *serving) run(ctx context.Context, relay *relay) error {
 	defer leave(nil)
 	background, stop := context.WithCancel(ctx)
 	var all sync.WaitGroup
-	var err error
-	s.successor = relay.report != nil
-	if s.admin, err = newAdmin(socketOf(s.path), s); err != nil {
-		s.log.LogAttrs(ctx, slog.LevelWarn, "newel reload does not reach this server", slog.String("error", err.Error()))
-	} else {
+	if s.admin != nil {
 		all.Go(func() { s.admin.run(background) })
 	}
 	all.Go(func() { s.keep(background) })
 	all.Go(func() { s.signals(background, leave) })
 	relay.ready()
-	err = s.live.Serve(ctx, s.listener)
+	err := s.live.Serve(ctx, s.listener)
 	stop()
 	all.Wait()
 	return errors.Join(err, s.now.close(ctx))

@@ -95,7 +95,7 @@ func (e *environment) serve(ctx context.Context, from *source, listen string) (e
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	s, err := e.newServing(from, l, first)
+	s, err := e.newServing(from, l, first, relay.successor)
 	if err != nil {
 		return errors.Join(exit(exitFailed, err), first.close(ctx), l.Close())
 	}

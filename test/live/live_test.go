@@ -162,22 +162,28 @@ func start(t *testing.T, configuration string, change ...func(*exec.Cmd)) *serve
 	return nil
 }
 
-// reload tells the server to, and returns the outcome and how long it took to hear of it.
+// reload tells the server to, and returns the outcome.
 func (s *server) reload() (outcome string, all map[string]any) {
 	s.t.Helper()
-	c, err := net.Dial("unix", filepath.Join(s.dir, ".newel", "newel.yaml.sock"))
+	outcome, all, err := s.order()
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	return outcome, all
+}
+
+func (s *server) order() (outcome string, all map[string]any, err error) {
+	c, err := net.Dial("unix", filepath.Join(s.dir, ".newel", "newel.yaml.sock"))
+	if err != nil {
+		return "", nil, err
+	}
 	defer c.Close()
 	if _, err := io.WriteString(c, "reload\n"); err != nil {
-		s.t.Fatal(err)
+		return "", nil, err
 	}
-	if err := json.NewDecoder(c).Decode(&all); err != nil {
-		s.t.Fatal(err)
-	}
+	err = json.NewDecoder(c).Decode(&all)
 	outcome, _ = all["outcome"].(string)
-	return outcome, all
+	return outcome, all, err
 }
 
 func (s *server) signal(sig os.Signal) {
@@ -425,7 +431,11 @@ func TestReloadWhileReloading(t *testing.T) {
 	var applied, refused atomic.Int64
 	for range 10 {
 		all.Go(func() {
-			switch out, _ := s.reload(); out {
+			out, _, err := s.order()
+			if err != nil {
+				t.Error(err)
+			}
+			switch out {
 			case "applied":
 				applied.Add(1)
 			case "unchanged":
