@@ -148,6 +148,7 @@ var forbidden = map[string]string{
 	"github.com/jackc/pgx":                "a database driver belongs to those who use that database",
 	"modernc.org/sqlite":                  "a database driver belongs to those who use that database",
 	"github.com/redis/go-redis":           "an engine belongs to those who use it",
+	"github.com/minio/minio-go":           "a bucket belongs to those who use one",
 	"google.golang.org/grpc":              "it doubles the size of a small server",
 	"go.opentelemetry.io/otel/exporters":  "the program chooses where telemetry goes",
 	"go.opentelemetry.io/otel/sdk":        "the program chooses where telemetry goes",

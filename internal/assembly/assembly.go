@@ -81,10 +81,10 @@ type Options struct {
 	TLS     Certificates   // what the listener shows its clients; nil: plain HTTP
 	Proxies []netip.Prefix // of plain HTTP: other peers but this machine are refused; nil: none are
 
-	StateKey       []byte   // 32 bytes that seal requestState; nil: random, states end with the process
-	AllowedHosts   []string // beside loopback names
-	AllowedOrigins []string // beside the server's own
-	ArtifactDir    string   // where large results are kept; "": in memory
+	StateKey       []byte           // 32 bytes that seal requestState; nil: random, states end with the process
+	AllowedHosts   []string         // beside loopback names
+	AllowedOrigins []string         // beside the server's own
+	Artifacts      artifact.Options // where large results are kept, and for how long; its Logger is that of the house
 }
 
 // Effects say how calls with effects are treated. Zero means the default in brackets.
@@ -135,6 +135,7 @@ type House struct {
 	backends   []call.Backend
 	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
 	stdio      *mcpstdio.Door
+	artifacts  *artifact.Store
 	effects    *effect.Effects
 	drain      *drain
 	ready      ready
@@ -148,11 +149,12 @@ func (h *House) main() *face { return h.faces[0] }
 func Build(ctx context.Context, given *Options) (*House, error) {
 	o := *given
 	setDefaults(&o)
-	artifacts, err := artifact.New(artifact.Options{Dir: o.ArtifactDir})
+	o.Artifacts.Logger = o.Logger
+	artifacts, err := artifact.New(ctx, o.Artifacts)
 	if err != nil {
 		return nil, fmt.Errorf("artifacts: %w", err)
 	}
-	h := &House{opts: o, drain: newDrain(), backends: append(o.Backends[:len(o.Backends):len(o.Backends)], artifacts)}
+	h := &House{opts: o, artifacts: artifacts, drain: newDrain(), backends: append(o.Backends[:len(o.Backends):len(o.Backends)], artifacts)}
 	snapshot, err := h.register(ctx)
 	if err != nil {
 		return nil, err
