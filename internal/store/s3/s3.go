@@ -16,6 +16,7 @@ import (
 	"iter"
 	"net/http"
 	"net/url"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
 	"github.com/minio/minio-go/v7/pkg/encrypt"
+	"github.com/minio/minio-go/v7/pkg/s3utils"
 
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/secret"
@@ -69,6 +71,12 @@ func Open(o Options) (*Bucket, error) {
 	}
 	if o.Bucket == "" || o.AccessKey.IsZero() || o.SecretKey.IsZero() {
 		return nil, errors.New("a bucket needs bucket, access_key and secret_key")
+	}
+	if err := s3utils.CheckValidBucketNameStrict(o.Bucket); err != nil {
+		return nil, fmt.Errorf("%q cannot be the name of a bucket: %w", o.Bucket, err)
+	}
+	if o.Prefix != "" && (!strings.HasSuffix(o.Prefix, "/") || path.Clean("/"+o.Prefix)+"/" != "/"+o.Prefix || s3utils.CheckValidObjectName(o.Prefix) != nil) {
+		return nil, fmt.Errorf("%q is no prefix; write names with a / after each, such as newel/", o.Prefix)
 	}
 	if o.Transport == nil {
 		return nil, errors.New("s3: Transport is needed")
