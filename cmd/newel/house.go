@@ -15,7 +15,6 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
-	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/effect"
@@ -143,6 +142,10 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		}
 		store = st.store
 	}
+	kept, err := artifacts(f, st.key, base, listen != nil)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	shared, err := sharedStore(f, o)
 	if err != nil {
 		return nil, exit(exitFailed, err)
@@ -189,7 +192,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,
-		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, Artifacts: artifact.Options{Dir: c.Artifacts.Dir},
+		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, Artifacts: kept,
 	})
 	if err != nil {
 		return nil, exit(exitFailed, err)
