@@ -493,6 +493,29 @@ func (f short) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// unsynced is a file whose data does not reach the disk.
+type unsynced struct{ target }
+
+func (f unsynced) Sync() error { return errors.New("input/output error") }
+
+func TestSyncFails(t *testing.T) {
+	s := open(t, Options{Dir: t.TempDir()})
+	d := s.shelf.(*dir)
+	create := d.create
+	d.create = func(name string) (target, error) {
+		f, err := create(name)
+		return unsynced{f}, err
+	}
+	if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("x")); codeOf(err) != call.Unavailable {
+		t.Errorf("got %v", err)
+	}
+	check(t, s)
+	entries, err := fs.ReadDir(d.root.FS(), ".")
+	if err != nil || len(entries) != 0 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+}
+
 func TestDiskFull(t *testing.T) {
 	for room := 0; ; room += 17 { // some in the data, some in the record
 		s := open(t, Options{Dir: t.TempDir()})

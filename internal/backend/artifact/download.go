@@ -33,6 +33,7 @@ const DownloadPath = "/artifacts/{id}"
 const (
 	maxDownloads = 64               // at the same time
 	writeTimeout = 30 * time.Second // for a reader to take a piece
+	slowest      = 32 << 10         // bytes a second, after the first minute: who is slower is cut
 )
 
 type links struct {
@@ -137,7 +138,15 @@ func (s *Store) send(w http.ResponseWriter, r *http.Request, id, tenant, owner s
 		http.Error(w, "not found", http.StatusNotFound)
 		return
 	}
-	body := &reader{ctx: ctx, s: s, it: it, deadline: http.NewResponseController(w).SetWriteDeadline}
+	end := time.Now().Add(time.Minute + time.Duration(it.size/slowest)*time.Second)
+	control := http.NewResponseController(w)
+	body := &reader{ctx: ctx, s: s, it: it, before: func() {
+		piece := time.Now().Add(writeTimeout)
+		if end.Before(piece) {
+			piece = end
+		}
+		_ = control.SetWriteDeadline(piece) // what cannot have one is in memory
+	}}
 	if it.size > 0 {
 		if _, err := body.Read(make([]byte, 1)); err != nil { // while a status can still say so
 			s.cannot(w, s.notRead(ctx, it, err))
@@ -178,14 +187,14 @@ func (s *Store) cannot(w http.ResponseWriter, err error) {
 
 // A reader reads an artifact as a whole, chunk by chunk, each checked.
 type reader struct {
-	ctx      context.Context
-	s        *Store
-	it       *item
-	deadline func(time.Time) error // for the piece that is about to be sent
-	offset   int64
-	chunk    []byte
-	from     int64 // where chunk begins
-	err      error // the first
+	ctx    context.Context
+	s      *Store
+	it     *item
+	before func() // a piece is sent
+	offset int64
+	chunk  []byte
+	from   int64 // where chunk begins
+	err    error // the first
 }
 
 // Read implements io.Reader.
@@ -198,7 +207,7 @@ func (r *reader) Read(p []byte) (int, error) {
 			return 0, r.err
 		}
 	}
-	_ = r.deadline(time.Now().Add(writeTimeout)) // what cannot have one is in memory
+	r.before()
 	n := copy(p, r.chunk[r.offset-r.from:])
 	r.offset += int64(n)
 	return n, nil

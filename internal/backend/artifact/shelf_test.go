@@ -1,10 +1,16 @@
 package artifact_test
 
 import (
+	"bufio"
+	"bytes"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"newel.dev/newel/call"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/store/shelftest"
 )
@@ -50,6 +56,95 @@ func TestMemory(t *testing.T) {
 			}
 		},
 	})
+}
+
+// TestWriter is the process that TestKilled kills.
+func TestWriter(t *testing.T) {
+	dir := os.Getenv("NEWEL_TEST_ARTIFACTS")
+	if dir == "" {
+		t.Skip("it runs as a child of TestKilled")
+	}
+	s, err := artifact.New(t.Context(), artifact.Options{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; ; i++ {
+		a, err := s.Put(t.Context(), nil, "report", "text/plain", bytes.Repeat([]byte{byte('a' + i%26)}, 300<<10))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println(a.URI)
+	}
+}
+
+// A process that is killed at any moment leaves what it had promised, whole, and nothing that is half.
+func TestKilled(t *testing.T) {
+	dir := t.TempDir()
+	promised := 0
+	for round := range 8 {
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestWriter$", "-test.count=1")
+		cmd.Env = append(os.Environ(), "NEWEL_TEST_ARTIFACTS="+dir)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var uris []string
+		lines := bufio.NewScanner(out)
+		for lines.Scan() {
+			if strings.HasPrefix(lines.Text(), "artifact://") {
+				if uris = append(uris, lines.Text()); len(uris) == 2+round {
+					if err := cmd.Process.Kill(); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
+		_ = cmd.Wait() // it was killed
+		if len(uris) < 2+round {
+			t.Fatalf("it ended by itself after %d", len(uris))
+		}
+		s, err := artifact.New(t.Context(), artifact.Options{Dir: dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		caps, err := s.Capabilities(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, uri := range uris {
+			for _, part := range []string{"", "?offset=300000"} { // the first chunk and the last
+				if _, err := caps[0].Run(t.Context(), &call.Call{Kind: call.Resource, Name: uri + part}); err != nil {
+					t.Errorf("round %d: %s%s was promised: %v", round, uri, part, err)
+				}
+			}
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		promised += len(uris)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sizes, half := map[int64]int{}, 0
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), ".tmp") {
+			half++ // deleted when they are old
+			continue
+		}
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		sizes[info.Size()>>10]++
+	}
+	if len(sizes) != 1 || len(entries)-half < promised || half > 8 {
+		t.Errorf("%d promised, %d there; KiB: %v; %d half", promised, len(entries)-half, sizes, half)
+	}
 }
 
 // Nothing outside the folder is reached, through links neither, and nothing that is no artifact is
