@@ -192,6 +192,32 @@ func TestBucketGone(t *testing.T) {
 	}
 }
 
+// pause stops all threads of the server where they are, and waits until they have.
+func (s server) pause(t *testing.T) {
+	t.Helper()
+	if err := s.process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for begun := time.Now(); ; {
+		running := 0
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", s.process.Pid))
+		if err != nil || len(tasks) == 0 {
+			t.Skip("needs Linux's /proc")
+		}
+		for _, task := range tasks {
+			if b, err := os.ReadFile(task); err == nil && !bytes.Contains(b, []byte(") T ")) {
+				running++
+			}
+		}
+		if running == 0 {
+			return
+		}
+		if time.Since(begun) > 10*time.Second {
+			t.Fatalf("%d threads do not stop", running)
+		}
+	}
+}
+
 // A server that does not go on holds nobody up for longer than the timeout allows.
 func TestSlowServer(t *testing.T) {
 	s := start(t)
@@ -205,9 +231,7 @@ func TestSlowServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	s.pause(t)
 	within := func(what string, f func() error) {
 		t.Helper()
 		begun := time.Now()
