@@ -417,7 +417,8 @@ func (s *Store) find(ctx context.Context, id, tenant, owner string) (*item, erro
 		return nil, nil
 	}
 	s.mu.Lock()
-	it, no := s.items[id], s.doomed[id] || s.writing[id]
+	_, foreign := s.foreign[id]
+	it, no := s.items[id], foreign || s.doomed[id] || s.writing[id]
 	s.mu.Unlock()
 	if it == nil && !no {
 		var err error

@@ -358,6 +358,106 @@ func TestFull(t *testing.T) {
 	})
 }
 
+// A tenant with many principals pays for all of them.
+func TestTenantOfManyPaysForAll(t *testing.T) {
+	s := open(t, Options{MaxBytes: 100})
+	eve := &call.Principal{ID: "eve", Tenant: "other"}
+	put(t, s, eve, "e1"+strings.Repeat(".", 28))
+	for _, id := range []string{"a", "b", "c"} {
+		put(t, s, &call.Principal{ID: id, Tenant: "acme"}, id+"1"+strings.Repeat(".", 18))
+	}
+	put(t, s, eve, "e2"+strings.Repeat(".", 18))
+	if got := left(t, s); !strings.Contains(got, "e1 e2") || len(got) != len("a1 b1 e1 e2") {
+		t.Errorf("left: %s", got)
+	}
+}
+
+// A busy shelf lets something happen between what a look reads and what it makes of it, and loses
+// the answers to what it did.
+type busy struct {
+	Shelf
+	between func()
+	lost    bool
+}
+
+func (b *busy) Get(ctx context.Context, name string, offset, length int64) ([]byte, error) {
+	data, err := b.Shelf.Get(ctx, name, offset, length)
+	if f := b.between; f != nil {
+		b.between = nil
+		f()
+	}
+	return data, err
+}
+
+func (b *busy) Put(ctx context.Context, name string, blob []byte) error {
+	err := b.Shelf.Put(ctx, name, blob)
+	if b.lost {
+		return errors.New("the connection was cut")
+	}
+	return err
+}
+
+// What was found, dropped and deleted while a look was on its way does not come back with it.
+func TestDroppedDuringLook(t *testing.T) {
+	b := &busy{Shelf: Memory()}
+	s := open(t, Options{Shelf: b})
+	a := put(t, open(t, Options{Shelf: b}), alice, "of another process")
+	b.between = func() {
+		if _, err := read(t, s, alice, a.URI); err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		s.drop(s.items[strings.TrimPrefix(a.URI, scheme)])
+		s.mu.Unlock()
+		s.sweep(t.Context())
+	}
+	if err := s.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s)
+	if len(s.items) != 0 {
+		t.Error("it is back")
+	}
+}
+
+// What another process deleted is forgotten; what was put while the look was on its way is not.
+func TestLook(t *testing.T) {
+	b := &busy{Shelf: Memory()}
+	s := open(t, Options{Shelf: b})
+	if err := b.Delete(t.Context(), strings.TrimPrefix(put(t, s, alice, "a1").URI, scheme)); err != nil {
+		t.Fatal(err)
+	}
+	put(t, open(t, Options{Shelf: b}), alice, "b1")
+	b.between = func() {
+		if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("c1")); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := s.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s)
+	if got := left(t, s); got != "b1 c1" {
+		t.Errorf("known: %s", got)
+	}
+}
+
+// What arrived although its answer was lost is deleted.
+func TestLostAnswer(t *testing.T) {
+	b := &busy{Shelf: Memory(), lost: true}
+	s := open(t, Options{Shelf: b})
+	if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("x")); codeOf(err) != call.Unavailable {
+		t.Errorf("got %v", err)
+	}
+	if err := s.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s)
+	for e := range b.List(t.Context()) {
+		t.Errorf("%s is left", e.Name)
+	}
+}
+
 func TestClasses(t *testing.T) {
 	everywhere(t, func(t *testing.T, dir string) {
 		synctest.Test(t, func(t *testing.T) {
@@ -430,8 +530,12 @@ func TestAnotherProcess(t *testing.T) {
 	broken := put(t, s, alice, "broken")
 	id := func(a call.Artifact) string { return strings.TrimPrefix(a.URI, scheme) }
 	foreign, old, young := strings.Repeat("A", idLength), strings.Repeat("B", idLength)+tmpSuffix, strings.Repeat("C", idLength)+tmpSuffix
+	cut, err := os.ReadFile(filepath.Join(dir, id(truncated)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, data := range map[string]string{
-		id(truncated): "trunc",
+		id(truncated): string(cut[:len(cut)-1]),
 		id(broken):    strings.Repeat("0", 64) + "\n{\"owner\":",
 		foreign:       "not made with this key",
 		old:           "half of the da", // of a process that is gone
