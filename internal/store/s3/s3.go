@@ -95,7 +95,7 @@ func Open(o Options) (*Bucket, error) {
 	c, err := minio.NewCore(u.Host, &minio.Options{
 		Creds:  credentials.NewStaticV4(o.AccessKey.Reveal(), o.SecretKey.Reveal(), o.SessionToken.Reveal()),
 		Secure: u.Scheme == "https", Region: cmp.Or(o.Region, "us-east-1"), BucketLookup: style,
-		Transport: o.Transport, MaxRetries: maxTries,
+		Transport: bounded{o.Transport}, MaxRetries: maxTries,
 	})
 	if err != nil {
 		return nil, err
@@ -118,6 +118,27 @@ func encryption(kind, key string) (encrypt.ServerSide, error) {
 		return nil, nil
 	}
 	return nil, fmt.Errorf("%q is no encryption; write s3 or kms", kind)
+}
+
+// bounded bounds answers, of which the client also reads what nobody asked for: objects to the range
+// that was asked for, pages of a list, which have at most a thousand names, and errors.
+type bounded struct{ next http.RoundTripper }
+
+const maxAnswer = 4 << 20 // bytes, of what is no object
+
+// RoundTrip implements http.RoundTripper.
+func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := b.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	limit := int64(maxAnswer)
+	var from, to int64
+	if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &from, &to); err == nil && resp.StatusCode == http.StatusPartialContent {
+		limit = to - from + 1
+	}
+	resp.Body = http.MaxBytesReader(nil, resp.Body, limit)
+	return resp, nil
 }
 
 func (b *Bucket) within(ctx context.Context, bytes int64) (context.Context, context.CancelFunc) {
