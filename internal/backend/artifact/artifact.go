@@ -19,13 +19,12 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"path"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/pattern"
 )
 
 // Options configure a Store. Zero means the default in brackets; below zero is refused.
@@ -159,10 +158,8 @@ func (o *Options) check() error {
 		if len(c.Tools) == 0 || c.Retention < 0 || c.MaxBytes < 0 {
 			return fmt.Errorf("class %d of artifacts needs tools, and its bounds must not be below zero", i+1)
 		}
-		for _, p := range c.Tools {
-			if _, err := path.Match(p, ""); err != nil {
-				return fmt.Errorf("class %d of artifacts: %q is not a pattern: %w", i+1, p, err)
-			}
+		if err := pattern.Check(c.Tools...); err != nil {
+			return fmt.Errorf("class %d of artifacts: %w", i+1, err)
 		}
 	}
 	return nil
@@ -194,10 +191,8 @@ const noClass = -1
 // tenant may have.
 func (s *Store) classOf(tool string) (class int, retention time.Duration, most int64) {
 	class, retention = noClass, s.o.Retention
-	// A slash has no meaning in these names: * stands for it too.
-	flat := func(s string) string { return strings.ReplaceAll(s, "/", "\x00") }
 	for i, c := range s.o.Classes {
-		if !slices.ContainsFunc(c.Tools, func(p string) bool { ok, _ := path.Match(flat(p), flat(tool)); return ok }) {
+		if !pattern.Any(c.Tools, tool) {
 			continue
 		}
 		if class = i; c.Retention > 0 {

@@ -699,7 +699,8 @@ func TestManyAtOnce(t *testing.T) {
 }
 
 func TestNewRefuses(t *testing.T) {
-	for _, o := range []Options{{MaxBytes: -1}, {MaxCount: -1}, {Retention: -1}, {PartBytes: -1}, {PartBytes: 100}} {
+	for _, o := range []Options{{MaxBytes: -1}, {MaxCount: -1}, {Retention: -1}, {PartBytes: -1}, {PartBytes: 100}, {Key: []byte("short")}, {Shelf: Memory(), Dir: "x"},
+		{Classes: []Class{{}}}, {Classes: []Class{{Tools: []string{"["}}}}, {Links: Links{Base: "https://x", Life: 1}}, {Key: make([]byte, 32), Links: Links{Base: "x", Life: 1}}} {
 		if _, err := New(t.Context(), o); err == nil {
 			t.Errorf("%+v was taken", o)
 		}
