@@ -16,6 +16,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
@@ -177,6 +178,13 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		}
 		store = st.store
 	}
+	stored, err := reuse(o, before, "artifacts", nil, func() (artifact.Options, func(context.Context) error, error) {
+		stored, err := artifacts(f, st.key, base, listen != nil)
+		return stored, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
 	if err != nil {
 		return nil, exit(exitFailed, err)
@@ -229,7 +237,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,
-		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
+		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, Artifacts: stored,
 	}
 	return o, nil
 }

@@ -80,10 +80,10 @@ type Options struct {
 	TLS     Certificates   // what the listener shows its clients; nil: plain HTTP
 	Proxies []netip.Prefix // of plain HTTP: other peers but this machine are refused; nil: none are
 
-	StateKey       []byte   // 32 bytes that seal requestState; nil: random, states end with the process
-	AllowedHosts   []string // beside loopback names
-	AllowedOrigins []string // beside the server's own
-	ArtifactDir    string   // where large results are kept; "": in memory
+	StateKey       []byte           // 32 bytes that seal requestState; nil: random, states end with the process
+	AllowedHosts   []string         // beside loopback names
+	AllowedOrigins []string         // beside the server's own
+	Artifacts      artifact.Options // where large results are kept, and for how long; its Logger is that of the house
 }
 
 // Effects say how calls with effects are treated. Zero means the default in brackets.
@@ -138,8 +138,8 @@ type House struct {
 	unruled    bool          // no policy was given
 	handler    http.Handler
 	stdio      *mcpstdio.Door
-	effects    *effect.Effects
 	artifacts  *artifact.Store
+	effects    *effect.Effects
 	kept       *kept
 	drain      *drain
 	users      users
@@ -158,7 +158,7 @@ func build(ctx context.Context, given *Options, before *House) (*House, error) {
 	setDefaults(&o)
 	h := &House{opts: o, drain: newDrain(), users: users{idle: make(chan struct{})}}
 	h.users.n.Store(1)
-	if err := h.keep(before); err != nil {
+	if err := h.keep(ctx, before); err != nil {
 		return nil, err
 	}
 	h.backends = append(o.Backends[:len(o.Backends):len(o.Backends)], h.artifacts)

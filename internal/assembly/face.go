@@ -23,6 +23,7 @@ import (
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/pattern"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/strictjson"
 	"newel.dev/newel/internal/toolsearch"
@@ -116,12 +117,7 @@ func (s *Server) check() error {
 	if !slices.Contains([]string{"", "off", "on", "auto"}, s.Search) {
 		return fmt.Errorf("tool search must be auto, on or off, not %q", s.Search)
 	}
-	for _, p := range slices.Concat(s.Tools, s.Resources, s.Prompts) {
-		if _, err := path.Match(p, ""); err != nil {
-			return fmt.Errorf("%q is not a pattern: %w", p, err)
-		}
-	}
-	return nil
+	return pattern.Check(slices.Concat(s.Tools, s.Resources, s.Prompts)...)
 }
 
 // keep reports whether a capability is of this server.
@@ -157,11 +153,7 @@ func (f *face) knows(kind call.Kind, name string) bool {
 const artifactBackend = "artifacts"
 
 func matches(patterns []string, name string) bool {
-	return len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool {
-		// A slash has no meaning in these names: * stands for it too.
-		ok, _ := path.Match(strings.ReplaceAll(p, "/", "\x00"), strings.ReplaceAll(name, "/", "\x00")) // checked at start
-		return ok
-	})
+	return len(patterns) == 0 || pattern.Any(patterns, name)
 }
 
 // view is the part of a snapshot that this server shows.

@@ -3,6 +3,7 @@ package assembly
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -54,7 +55,7 @@ func (p *place) next(o mcpsession.Options) (*mcpsession.Generation, error) {
 }
 
 // keep takes over what outlives a configuration, or makes it.
-func (h *House) keep(before *House) error {
+func (h *House) keep(ctx context.Context, before *House) error {
 	l := &h.opts.Limits
 	limits := admit.Options{
 		MaxConcurrent: l.ConcurrentCalls, MaxQueued: l.QueuedCalls, QueueTimeout: l.QueueTimeout,
@@ -69,8 +70,9 @@ func (h *House) keep(before *House) error {
 		return err
 	}
 	h.limits = limits
-	if h.artifacts, err = artifact.New(artifact.Options{Dir: h.opts.ArtifactDir}); err != nil {
-		return errors.Join(errors.New("artifacts"), err)
+	h.opts.Artifacts.Logger = h.opts.Logger
+	if h.artifacts, err = artifact.New(ctx, h.opts.Artifacts); err != nil {
+		return fmt.Errorf("artifacts: %w", err)
 	}
 	if h.gate, err = admit.New(limits); err != nil {
 		return err

@@ -56,7 +56,7 @@ func (l *Live) House() *House {
 
 // Replace builds a house from o beside the one that serves, and goes over to it. What o shares with
 // the options of that one (backends, identities) goes on as it is; Logger, Tracer, Meter, Metrics,
-// TLS, State, Key, StateKey, Cluster, Events and ArtifactDir stay what they were. After an error everything is as it was. done is
+// TLS, State, Key, StateKey, Cluster, Events and Artifacts stay what they were. After an error everything is as it was. done is
 // called once, when nothing of the old house is used any more.
 func (l *Live) Replace(ctx context.Context, o *Options, done func()) error {
 	l.replacing.Lock()
@@ -66,7 +66,7 @@ func (l *Live) Replace(ctx context.Context, o *Options, done func()) error {
 	l.mu.Unlock()
 	given := *o
 	given.Logger, given.Tracer, given.Meter, given.Metrics = old.opts.Logger, old.opts.Tracer, old.opts.Meter, old.opts.Metrics
-	given.TLS, given.StateKey, given.ArtifactDir = old.opts.TLS, old.opts.StateKey, old.opts.ArtifactDir
+	given.TLS, given.StateKey, given.Artifacts = old.opts.TLS, old.opts.StateKey, old.opts.Artifacts
 	given.Cluster, given.Events = old.opts.Cluster, old.opts.Events
 	next, err := build(ctx, &given, old)
 	if err != nil {

@@ -14,10 +14,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
 )
@@ -33,6 +35,7 @@ var public = map[string]string{
 	"/oauth/": "the authorization servers, where tokens come from",
 	"/.well-known/oauth-authorization-server": "its metadata (RFC 8414)",
 	"/.well-known/openid-configuration":       "its metadata under the other name",
+	"GET /artifacts/{id}":                     "stored results, to whoever has an address that this server signed a while ago",
 	"GET /metrics":                            "served when the configuration asks for it, to whoever reaches the port",
 }
 
@@ -75,7 +78,7 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 	h, err := Build(t.Context(), &Options{ // everything that adds a route
 		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens}, Login: dev.Handler(),
 		Access:  &Access{Resource: base + "/mcp", Issuers: []string{base}, Nonce: tokens.Nonce},
-		Metrics: http.NotFoundHandler(),
+		Metrics: http.NotFoundHandler(), Artifacts: artifact.Options{Key: make([]byte, 32), Links: artifact.Links{Base: base, Life: time.Minute}},
 		Servers: []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
 	})
 	if err != nil {

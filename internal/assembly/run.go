@@ -11,6 +11,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"newel.dev/newel/internal/backend/artifact"
 )
 
 // Time-outs of the HTTP server: slow clients may not hold what others need.
@@ -66,6 +68,9 @@ func (h *House) routes() *routes {
 	})
 	if h.opts.Metrics != nil {
 		mux.Handle("GET /metrics", h.opts.Metrics)
+	}
+	if downloads := h.artifacts.Download(); downloads != nil {
+		mux.Handle("GET "+artifact.DownloadPath, downloads)
 	}
 	return mux
 }

@@ -17,15 +17,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"path"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/pattern"
 )
 
 // Who a result is kept for.
@@ -122,12 +121,7 @@ func (r *Rule) Check() error {
 	case !slices.Contains([]string{"", Caller, Tenant, Everybody}, r.For):
 		return fmt.Errorf("results are kept for the caller, the tenant or everybody, not %q", r.For)
 	}
-	for _, p := range slices.Concat(r.Names, r.RefreshOn) {
-		if _, err := path.Match(p, ""); err != nil {
-			return fmt.Errorf("%q is not a pattern", p)
-		}
-	}
-	return nil
+	return pattern.Check(slices.Concat(r.Names, r.RefreshOn)...)
 }
 
 // Guard returns the guard for one server.
@@ -141,7 +135,7 @@ func (c *Cache) Guard(server string) call.Guard {
 				defer c.refresh(cl.Name) // also if it fails: it may have done something
 				return next(ctx, cl)
 			}
-			i := slices.IndexFunc(c.o.Rules, func(r Rule) bool { return fits(r.Names, cl.Name) })
+			i := slices.IndexFunc(c.o.Rules, func(r Rule) bool { return pattern.Any(r.Names, cl.Name) })
 			if i < 0 || cl.Resume != "" {
 				return next(ctx, cl)
 			}
@@ -290,7 +284,7 @@ func (c *Cache) refresh(tool string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i := range c.o.Rules {
-		if fits(c.o.Rules[i].RefreshOn, tool) {
+		if pattern.Any(c.o.Rules[i].RefreshOn, tool) {
 			c.old[i]++
 		}
 	}
@@ -304,11 +298,3 @@ func (c *Cache) Size() int64 {
 }
 
 func size(r *call.Result) int { return len(r.Content) + len(r.Structured) + len(r.Extra) }
-
-func fits(patterns []string, name string) bool {
-	return slices.ContainsFunc(patterns, func(p string) bool {
-		// A slash has no meaning in these names: * stands for it too.
-		ok, _ := path.Match(strings.ReplaceAll(p, "/", "\x00"), strings.ReplaceAll(name, "/", "\x00"))
-		return ok
-	})
-}
