@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"time"
@@ -13,16 +14,15 @@ import (
 )
 
 // sharedStore opens what nodes share; nil: nothing is.
-func sharedStore(f *config.File, o *opened) (*redis.DB, error) {
+func sharedStore(f *config.File) (*redis.DB, func(context.Context) error, error) {
 	if f.Config.Redis.URL.IsZero() {
-		return nil, nil
+		return nil, nil, nil
 	}
 	db, err := redis.Open(f.Config.Redis.URL)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
+		return nil, nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
 	}
-	o.closers = append(o.closers, db)
-	return db, nil
+	return db, func(context.Context) error { return db.Close() }, nil
 }
 
 // nodes makes what lets nodes share sessions; nil: they do not.

@@ -16,11 +16,11 @@ import (
 const OperatorKey = "newel operators"
 
 // openApprovals makes the door for people who decide. Tokens are those for the main server.
-func (h *House) openApprovals(observer *observe.Observer) error {
+func (h *House) openApprovals() error {
 	o := approvals.Options{
 		Approvals: h.approvals, Webhook: h.opts.Webhook,
 		Refused: func(ctx context.Context, status int, peer, reason string) {
-			observer.Refused(ctx, observe.Refusal{Door: "approvals", Code: refusals[status], Status: status, Peer: peer, Reason: reason})
+			h.kept.observer.Refused(ctx, observe.Refusal{Door: "approvals", Code: refusals[status], Status: status, Peer: peer, Reason: reason})
 		},
 	}
 	if h.opts.Identity != nil {
@@ -33,7 +33,7 @@ func (h *House) openApprovals(observer *observe.Observer) error {
 		}
 	}
 	if h.opts.State != nil { // another process can have the key
-		key, err := h.opts.Key.Derive(OperatorKey)
+		key, err := h.kept.key.Derive(OperatorKey)
 		if err != nil {
 			return err
 		}

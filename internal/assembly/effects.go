@@ -21,14 +21,15 @@ type Store interface {
 	approve.Store
 }
 
-// openEffects makes the durable line and the step before it, in which people approve. Without a store it only lasts as long as the process, and
-// says so if there is something to lose.
+// openEffects makes the durable line and the step before it, in which people approve. Without a store
+// it only lasts as long as the process, and says so if there is something to lose.
 func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) error {
-	o := &h.opts
-	store, key := o.State, o.Key
-	if store == nil {
-		store, key = inmem.New(), secret.RandomKey()
-		h.opts.Key = key
+	o, k := &h.opts, h.kept
+	if k.store == nil {
+		k.store, k.key = o.State, o.Key
+	}
+	if k.store == nil {
+		k.store, k.key = inmem.New(), secret.RandomKey()
 		for _, t := range snapshot.Tools() {
 			if t.Effect != call.Read {
 				o.Logger.LogAttrs(ctx, slog.LevelWarn, "tools have effects, and what is known of their calls is kept in memory: after a restart a call that is tried again runs again",
@@ -38,7 +39,7 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		}
 	}
 	if o.StateKey == nil { // any node, and this one after a restart, goes on with calls that asked something
-		state, err := key.Derive("newel request states")
+		state, err := k.key.Derive("newel request states")
 		if err != nil {
 			return err
 		}
@@ -55,34 +56,38 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 			return err
 		}
 	}
-	if h.approvals, err = approve.New(approve.Options{Store: store, Key: key, Webhook: o.Webhook, Logger: o.Logger}); err != nil {
+	if h.approvals, err = approve.New(approve.Options{Store: k.store, Key: k.key, Webhook: o.Webhook, Logger: o.Logger}); err != nil {
 		return err
 	}
 	h.effects, err = effect.New(effect.Options{
-		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Logger: o.Logger,
+		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Logger: o.Logger,
 	})
 	return err
 }
 
-// Configured writes down that the house has the configuration with a digest, and who started it.
-func (h *House) Configured(ctx context.Context, digest, by string) error {
-	return h.effects.Note(ctx, &audit.Record{Act: audit.Configured, By: by, Pin: digest, Server: h.opts.Name, Time: audit.Time(time.Now())})
+// configured writes down which configuration a house has, and who gave it. Without that it does not
+// serve.
+func (h *House) configured(ctx context.Context) error {
+	if h.opts.Configuration == "" {
+		return nil
+	}
+	return h.effects.Note(ctx, &audit.Record{Act: audit.Configured, By: h.opts.By, Pin: h.opts.Configuration, Server: h.opts.Name, Time: audit.Time(time.Now())})
 }
 
-// A runner is a store that works, or watches itself, while the house runs.
+// A runner works, or watches itself, while a house is served.
 type runner interface {
 	Run(ctx context.Context) error
 }
 
 // runState runs the store until ctx ends. If it fails, what it holds can no longer be trusted, and
 // stop ends the house.
-func (h *House) runState(ctx context.Context, stop context.CancelCauseFunc) {
-	r, ok := h.opts.State.(runner)
+func (k *kept) runState(ctx context.Context, stop context.CancelCauseFunc) {
+	r, ok := k.store.(runner)
 	if !ok {
 		return
 	}
 	if err := r.Run(ctx); err != nil && ctx.Err() == nil {
-		h.opts.Logger.LogAttrs(ctx, slog.LevelError, "the server ends: its state can no longer be trusted", slog.String("error", err.Error()))
+		k.log.LogAttrs(ctx, slog.LevelError, "the server ends: its state can no longer be trusted", slog.String("error", err.Error()))
 		stop(err)
 	}
 }

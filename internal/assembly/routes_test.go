@@ -14,10 +14,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
@@ -35,6 +37,7 @@ var public = map[string]string{
 	"/oauth/": "the authorization servers, where tokens come from",
 	"/.well-known/oauth-authorization-server": "its metadata (RFC 8414)",
 	"/.well-known/openid-configuration":       "its metadata under the other name",
+	"GET /artifacts/{id}":                     "stored results, to whoever has an address that this server signed a while ago",
 	"GET /metrics":                            "served when the configuration asks for it, to whoever reaches the port",
 }
 
@@ -78,7 +81,8 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens}, Login: dev.Handler(),
 		Access:  &Access{Resource: base + "/mcp", Issuers: []string{base}, Nonce: tokens.Nonce},
 		Metrics: http.NotFoundHandler(), Webhook: &approve.Webhook{URL: base, Secret: secret.New(strings.Repeat("s", 32)), HTTP: http.DefaultClient},
-		Servers: []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
+		Artifacts: artifact.Options{Key: make([]byte, 32), Links: artifact.Links{Base: base, Life: time.Minute}},
+		Servers:   []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
 	})
 	if err != nil {
 		t.Fatal(err)

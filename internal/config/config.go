@@ -266,7 +266,7 @@ type State struct {
 	Engine  string        `yaml:"engine" enum:"sqlite,postgres,memory" default:"sqlite" doc:"sqlite: a file, for one node. postgres: a database, for any number of nodes. memory: nothing outlives the process, so a call that is tried again after a restart runs again."`
 	Path    string        `yaml:"path" default:".newel/state.db" doc:"File of sqlite, from the folder of the configuration on. One process has it at a time; newel stdio takes one of its own beside it."`
 	DSN     secret.String `yaml:"dsn" doc:"How to connect to postgres, such as postgres://newel@db.internal/newel."`
-	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed."`
+	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed, and stored results cannot be read."`
 	Heads   string        `yaml:"checkpoint" default:".newel/checkpoint" doc:"File that gets the newest signed head of the audit log, every minute. Keep copies elsewhere: the log is checked against them. A log that does not continue the head in the file is not served."`
 	Origin  string        `yaml:"origin" default:"newel" doc:"Name of the audit log in its signed heads, such as newel.example.com/audit."`
 }
@@ -308,9 +308,39 @@ type Webhook struct {
 	Private []string      `yaml:"private_ranges" doc:"Private address ranges in which it may be, besides this machine."`
 }
 
-// Artifacts is where large results are kept.
+// Artifacts is where large results are kept, and for how long.
 type Artifacts struct {
-	Dir string `yaml:"dir" doc:"Folder; empty keeps them in memory."`
+	Dir      string          `yaml:"dir" doc:"Folder, from the folder of the configuration on. Without it and s3 they are kept in memory."`
+	S3       S3              `yaml:"s3" doc:"Bucket instead, which nodes may share; all need the same state.key_file."`
+	KeepFor  time.Duration   `yaml:"keep_for" default:"1h" doc:"How long they are kept."`
+	MaxBytes Size            `yaml:"max_bytes" default:"256MiB" doc:"Most bytes of all together. When it is full, the oldest of the tenant with the most go first."`
+	MaxCount int             `yaml:"max_count" default:"10000" doc:"How many there may be."`
+	LinksFor time.Duration   `yaml:"links_for" doc:"How long an address works with which people can download a result, such as 10m; whoever has the address can. 0: none are made."`
+	Classes  []ArtifactClass `yaml:"classes" doc:"Results of some tools; the first that fits counts."`
+}
+
+// ArtifactClass is results of some tools.
+type ArtifactClass struct {
+	Tools    []string      `yaml:"tools" required:"true" doc:"Names of the tools; * stands for any text."`
+	KeepFor  time.Duration `yaml:"keep_for" doc:"How long they are kept; default: artifacts.keep_for. A shorter time holds for those that are there too."`
+	MaxBytes Size          `yaml:"max_bytes" doc:"Most bytes that one tenant may have of them; the oldest go first. 0: as all together."`
+}
+
+// S3 is a bucket.
+type S3 struct {
+	Endpoint     string        `yaml:"endpoint" doc:"Address of the server, such as https://s3.eu-central-1.amazonaws.com."`
+	Bucket       string        `yaml:"bucket" doc:"Name of the bucket; it has to be there."`
+	Prefix       string        `yaml:"prefix" default:"newel/" doc:"What the names of objects begin with. Nothing else may be there."`
+	Region       string        `yaml:"region" default:"us-east-1" doc:"Region of the bucket."`
+	Style        string        `yaml:"style" enum:"path,host" default:"path" doc:"Where the name of the bucket stands in addresses."`
+	AccessKey    secret.String `yaml:"access_key" doc:"Name of the credentials."`
+	SecretKey    secret.String `yaml:"secret_key" doc:"Their secret."`
+	SessionToken secret.String `yaml:"session_token" doc:"Token of credentials that end."`
+	Encryption   string        `yaml:"encryption" enum:"none,s3,kms" default:"none" doc:"Encryption that is asked for: s3 with keys of the server, kms with the key kms_key; none: as the bucket says."`
+	KMSKey       string        `yaml:"kms_key" doc:"Name of the key, for kms."`
+	CA           string        `yaml:"ca" doc:"File of the authorities that are trusted for the endpoint, in PEM form; default: the system's."`
+	Timeout      time.Duration `yaml:"timeout" default:"10s" doc:"Longest wait for a request; a second more for each MiB."`
+	Private      []string      `yaml:"private_ranges" doc:"Private address ranges in which the server may be, such as 10.0.0.0/8."`
 }
 
 // Backend is one backend; its settings depend on its type.

@@ -129,7 +129,7 @@ func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, session string,
 // adopt goes on with a session whose node is gone.
 func (d *Door) adopt(w http.ResponseWriter, r *http.Request, session, user string, state []byte, m *message) bool {
 	var s continued
-	if err := json.Unmarshal(state, &s); err != nil || d.full() {
+	if err := json.Unmarshal(state, &s); err != nil || d.current.Load().full() {
 		w.Header().Set("Retry-After", "10")
 		refuse(w, &mcpwire.Failure{ID: m.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "this node cannot go on with the session; try again later"})
 		return false
@@ -141,7 +141,7 @@ func (d *Door) adopt(w http.ResponseWriter, r *http.Request, session, user strin
 	}
 	transport := &mcp.StreamableServerTransport{SessionID: session, EventStore: d.o.Events}
 	ctx := context.WithoutCancel(r.Context()) // the session outlives the request
-	ss, err := d.server.Connect(ctx, transport, &mcp.ServerSessionOptions{State: &s.SDK})
+	ss, err := d.current.Load().server.Connect(ctx, transport, &mcp.ServerSessionOptions{State: &s.SDK})
 	if err != nil {
 		d.o.Logger.LogAttrs(ctx, slog.LevelWarn, "a session does not go on here", slog.String("error", err.Error()))
 		refuse(w, &mcpwire.Failure{ID: m.id, Status: http.StatusNotFound, Code: -32600, Message: "session not found"})
@@ -229,8 +229,10 @@ func (d *Door) serveAdopted(next http.Handler) http.Handler {
 // sweep ends adopted sessions that nobody uses, and forgets sessions that ended.
 func (d *Door) sweep(ctx context.Context) {
 	alive := map[string]bool{}
-	for s := range d.server.Sessions() {
-		alive[s.ID()] = true
+	for _, server := range d.all() {
+		for s := range server.Sessions() {
+			alive[s.ID()] = true
+		}
 	}
 	oldest := time.Now().Add(-d.o.IdleTimeout).Unix()
 	var idle []io.Closer

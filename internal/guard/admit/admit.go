@@ -170,6 +170,9 @@ func (g *Gate) openStream(c *call.Call) (leave func(), err error) {
 	}, nil
 }
 
+// Longest returns how long a call takes at most, with its wait.
+func (g *Gate) Longest() time.Duration { return g.o.QueueTimeout + g.o.CallTimeout }
+
 // Running returns the number of calls that run now, subscriptions apart.
 func (g *Gate) Running() int64 { return int64(len(g.slots)) }
 
