@@ -136,9 +136,12 @@ func (o *office) reach(ctx context.Context, cmd *cobra.Command, env *environment
 	if err != nil {
 		return "", nil, nil, err
 	}
-	base = strings.TrimSuffix(o.server, "/mcp")
-	if base == "" {
+	if base = strings.TrimSuffix(o.server, "/mcp"); base == "" {
 		base = here(&f.Config)
+		if c, err := (&net.Dialer{}).DialContext(ctx, "unix", socketOf(o.config)); err == nil { // whatever it listens on
+			_ = c.Close()
+			base, plain = "http://newel", throughSocket(socketOf(o.config))
+		}
 	}
 	name := operatorName()
 	return base, &http.Client{Transport: plain}, func(r *http.Request, body []byte) {

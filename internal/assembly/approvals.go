@@ -65,6 +65,15 @@ func (h *House) undo(ctx context.Context, id, by string) (*call.Result, error) {
 	return h.faces[i].path(ctx, c)
 }
 
+// Deciding is the door for people who decide and for operators, alone.
+func (h *House) Deciding() http.Handler {
+	mux := http.NewServeMux()
+	for pattern, serve := range h.deciding.Routes() {
+		mux.HandleFunc(pattern, serve)
+	}
+	return mux
+}
+
 // serveApprovals serves the door, if there is anybody to serve.
 func (h *House) serveApprovals(mux *routes) {
 	if h.opts.Identity == nil && h.opts.State == nil && h.opts.Webhook == nil {
