@@ -32,6 +32,9 @@ func (h *House) openApprovals() error {
 			return h.main().identity(&h.opts).Verify(r.Context(), c)
 		}
 	}
+	if h.opts.Access != nil {
+		o.Nonce = h.opts.Access.Nonce
+	}
 	if h.opts.State != nil { // another process can have the key
 		key, err := h.kept.key.Derive(OperatorKey)
 		if err != nil {

@@ -205,7 +205,7 @@ func (d *desk) do(r *http.Request) response {
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	return response{status: resp.StatusCode, challenge: resp.Header.Get("WWW-Authenticate"), body: string(raw)}
+	return response{status: resp.StatusCode, challenge: resp.Header.Get("WWW-Authenticate"), body: string(raw), nonce: resp.Header.Get("DPoP-Nonce")}
 }
 
 // decides has a user decide, and returns the status.
@@ -353,6 +353,44 @@ func TestWhoApproves(t *testing.T) {
 		t.Error("dave gets alice's approval")
 	}
 	d.pays(d.stateless(d.agent, "tools/call", "pay", `{"amount":1}`), 1)
+}
+
+// A bound token is worth nothing at /approvals without a proof for that.
+func TestApprovalsWithBoundTokens(t *testing.T) {
+	is := newBoundIssuer(t)
+	w := startWith(t, []verify.Issuer{{URL: is.url, JWKS: is.url + "/jwks"}})
+	h := is.hold(w)
+	d := &desk{world: w}
+	nonce := ""
+	ask := func(headers []string) (int, string) {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, w.base+"/approvals", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := 0; i < len(headers); i += 2 {
+			r.Header.Set(headers[i], headers[i+1])
+		}
+		resp := d.do(r)
+		nonce = resp.nonce
+		return resp.status, resp.body
+	}
+	ask(h.headersAt(http.MethodGet, "/approvals"))
+	if h.nonce = nonce; nonce == "" {
+		t.Fatal("no nonce")
+	}
+	if status, body := ask([]string{"Authorization", "Bearer " + h.token}); status != 401 {
+		t.Errorf("without a proof: %d %s", status, body)
+	}
+	if status, body := ask(h.headersAt(http.MethodGet, "/mcp")); status != 401 {
+		t.Errorf("with a proof for something else: %d %s", status, body)
+	}
+	proof := h.headersAt(http.MethodGet, "/approvals")
+	if status, body := ask(proof); status != 200 {
+		t.Errorf("with its proof: %d %s", status, body)
+	}
+	if status, body := ask(proof); status != 401 {
+		t.Errorf("with a proof that was shown before: %d %s", status, body)
+	}
 }
 
 // An operator proves to have the key. The proof is of one request, and of now.

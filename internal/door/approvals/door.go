@@ -32,6 +32,9 @@ type Options struct {
 	Webhook   *approve.Webhook // nil: the callback is not there
 	// Who tells whose access token a request carries; nil: none is taken.
 	Who func(r *http.Request) (*call.Principal, error)
+	// Nonce makes one for the next proof of a client whose token is bound to a key (RFC 9449); nil: such
+	// tokens are not taken.
+	Nonce func() string
 	// Operators is the key of the proofs of operators; nil: none is taken.
 	Operators []byte
 	// Undo has an operation undone by an operator; nil: nothing is.
@@ -128,6 +131,10 @@ func (d *Door) known(h handler) http.HandlerFunc {
 		}
 		if err != nil {
 			w.Header().Set("WWW-Authenticate", "Bearer")
+			if e := (*call.Error)(nil); errors.As(err, &e) && e.OAuth == "use_dpop_nonce" && d.o.Nonce != nil {
+				w.Header().Set("WWW-Authenticate", `DPoP error="use_dpop_nonce"`)
+				w.Header().Set("DPoP-Nonce", d.o.Nonce())
+			}
 			d.fail(w, r, http.StatusUnauthorized, "unauthenticated", "authentication is required: an access token for this server, or newel approvals with the key file of its configuration", err)
 			return
 		}
