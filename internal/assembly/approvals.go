@@ -40,7 +40,7 @@ func (h *House) openApprovals() error {
 		if err != nil {
 			return err
 		}
-		o.Operators, o.Undo = key, h.undo
+		o.Operators, o.Undo = key, h.Undo
 	}
 	h.deciding = approvals.New(o)
 	return nil
@@ -51,9 +51,9 @@ var refusals = map[int]call.Code{
 	http.StatusBadRequest: call.Malformed, http.StatusRequestEntityTooLarge: call.TooLarge, http.StatusServiceUnavailable: call.Unavailable, http.StatusInternalServerError: call.Internal,
 }
 
-// undo has an operation undone by an operator, through the whole path. Whoever it is, the caller is
+// Undo has an operation undone by an operator, through the whole path. Whoever it is, the caller is
 // the principal "operator" of the operation's tenant: so two of them undo it once.
-func (h *House) undo(ctx context.Context, id, by string) (*call.Result, error) {
+func (h *House) Undo(ctx context.Context, id, by string) (*call.Result, error) {
 	op, c, err := h.effects.Compensation(ctx, id, by)
 	if err != nil {
 		return nil, err
@@ -70,10 +70,8 @@ func (h *House) undo(ctx context.Context, id, by string) (*call.Result, error) {
 
 // Deciding is the door for people who decide and for operators, alone.
 func (h *House) Deciding() http.Handler {
-	mux := http.NewServeMux()
-	for pattern, serve := range h.deciding.Routes() {
-		mux.HandleFunc(pattern, serve)
-	}
+	mux := newRoutes()
+	h.serveApprovals(mux)
 	return mux
 }
 
