@@ -4,6 +4,7 @@ SHELL := bash -o pipefail
 
 FUZZTIME ?= 20s
 BENCHFLAGS ?=
+SOAKFLAGS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -56,6 +57,9 @@ bench: ## what a call costs, against the floor and other libraries (six minutes,
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
 
+soak: ## an hour of mixed load with reloads; memory, goroutines and descriptors must stay flat (Linux)
+	@go run ./test/soak $(SOAKFLAGS)
+
 fuzz: ## run every fuzz target for FUZZTIME (20s)
 	@set -e; targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ {names[++n]=$$1} /^ok/ {for (i=1; i<=n; i++) print $$2, names[i]; n=0}'); \
 	test -n "$$targets" || { echo "fuzz: no targets found"; exit 1; }; \
@@ -72,4 +76,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak bench fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak bench fuzz sbom ci

@@ -236,7 +236,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		Limits: assembly.Limits{
 			MessageBytes: int(l.MaxMessageBytes), Depth: l.MaxDepth, Elements: l.MaxElements,
 			ConcurrentCalls: l.MaxConcurrentCalls, QueuedCalls: l.MaxQueuedCalls, QueueTimeout: l.QueueTimeout, CallTimeout: l.CallTimeout,
-			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
+			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
 		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects), Webhook: hook,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -82,6 +83,9 @@ func (e *environment) serve(ctx context.Context, from *source, listen string) (e
 	f, err := from.load()
 	if err != nil {
 		return err
+	}
+	if most := f.Config.Limits.MaxMemory; most > 0 { // the collector works harder before calls are refused
+		debug.SetMemoryLimit(int64(float64(most) * 0.9))
 	}
 	// The port first: it tells soonest that something is wrong, and what connects waits.
 	if err := errors.Join(production(f), checkTLS(f)); err != nil {

@@ -125,6 +125,8 @@ type Limits struct {
 	QueuedCalls     int           // calls waiting to run [1,024]
 	QueueTimeout    time.Duration // longest wait [5 s]
 	CallTimeout     time.Duration // longest call [60 s]
+	NotCritical     []string      // names of tools that are refused first
+	Memory          int64         // bytes that the process may have; calls are refused near it [nobody looks]
 	Streams         int           // open subscriptions [10,000]
 	StreamsPerPeer  int           // open subscriptions of one client address [1,000]
 	Sessions        int           // sessions of older revisions [10,000]

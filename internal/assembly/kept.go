@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"sync"
 	"sync/atomic"
 
@@ -58,12 +59,12 @@ func (h *House) keep(ctx context.Context, before *House) error {
 	l := &h.opts.Limits
 	limits := admit.Options{
 		MaxConcurrent: l.ConcurrentCalls, MaxQueued: l.QueuedCalls, QueueTimeout: l.QueueTimeout,
-		CallTimeout: l.CallTimeout, MaxStreams: l.Streams, MaxStreamsPerPeer: l.StreamsPerPeer,
+		CallTimeout: l.CallTimeout, MaxStreams: l.Streams, MaxStreamsPerPeer: l.StreamsPerPeer, MaxMemory: l.Memory, NotCritical: l.NotCritical,
 	}
 	var err error
 	if before != nil {
 		h.kept, h.artifacts, h.gate, h.limits = before.kept, before.artifacts, before.gate, limits
-		if limits != before.limits { // calls of before are not counted by the new gate
+		if !reflect.DeepEqual(limits, before.limits) { // calls of before are not counted by the new gate
 			h.gate, err = admit.New(limits)
 		}
 		return err
