@@ -469,6 +469,10 @@ func TestReadsAndBounds(t *testing.T) {
 	if got := d.acts(); strings.Count(got, "intent !, outcome completed !") != 2 {
 		t.Errorf("the audit log has %s", got)
 	}
+	long := fmt.Sprintf(`{"to":%q}`, strings.Repeat("x", 300<<10))
+	if r := d.stateless(d.agent, "tools/call", "pay", long); !strings.Contains(r.body, "longer than anybody reads") {
+		t.Errorf("long arguments: %.200s", r.body)
+	}
 	for i := range 98 {
 		d.waits(d.stateless(d.agent, "tools/call", "pay", fmt.Sprintf(`{"amount":%d}`, i)), "pending")
 	}

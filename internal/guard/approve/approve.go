@@ -46,13 +46,16 @@ type Approvals struct {
 	box   *secret.Box
 	hook  *Webhook
 	log   *slog.Logger
-	kick  chan struct{} // something is to be announced
+	kick  chan struct{}        // something is to be announced
+	told  map[string]time.Time // when the webhook is told next of an approval; only Run touches it
 }
 
 // Bounds.
 const (
 	maxPending = 100             // that one caller may wait for
 	retryAfter = 5 * time.Second // what callers who wait are told
+	maxArgs    = 256 << 10       // bytes of arguments
+	maxName    = 4 << 10         // bytes of a name or URI
 	maxShown   = 4 << 10         // bytes of arguments in a question
 	maxReason  = 1 << 10         // bytes of what somebody says
 	sweepEvery = 5 * time.Second // how often ends are looked for
@@ -109,6 +112,9 @@ func (p *Approvals) begin(server string, c *call.Call) (*waiting, error) {
 	args, err := catalog.Canonical(c.Args)
 	if err != nil {
 		return nil, err
+	}
+	if len(args) > maxArgs || len(c.Name) > maxName {
+		return nil, call.Errorf(call.TooLarge, "a person has to approve this call, and its arguments are longer than anybody reads (%d bytes); send less at once", maxArgs)
 	}
 	n := c.Approval
 	f := Facts{
@@ -515,7 +521,8 @@ func (p *Approvals) Show(ctx context.Context, id string, to Person) (*View, erro
 	return p.View(&a)
 }
 
-// List returns what somebody may decide about, or has asked for, the newest first.
+// List returns what somebody may decide about, or has asked for, the newest first. Long arguments are
+// left out.
 func (p *Approvals) List(ctx context.Context, to Person, state State, limit int) ([]*View, error) {
 	q := Query{State: state, Limit: limit}
 	if !to.Operator {
@@ -533,6 +540,9 @@ func (p *Approvals) List(ctx context.Context, to Person, state State, limit int)
 		v, err := p.View(&list[i])
 		if err != nil {
 			return nil, err
+		}
+		if len(v.Arguments) > maxShown {
+			v.Arguments = jsontext.Value("null") // Show has them
 		}
 		out = append(out, v)
 	}

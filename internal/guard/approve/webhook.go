@@ -29,8 +29,6 @@ type Webhook struct {
 	Secret   secret.String // of both sides; at least 32 bytes
 	Callback string        // address of this server, such as https://mcp.example.com; "": it can only answer
 	HTTP     *http.Client
-
-	told map[string]time.Time // when it is told next; only Run touches it
 }
 
 // SignatureHeader carries "t=<seconds since 1970>,v1=<hex>": HMAC-SHA256 of the secret over the
@@ -98,7 +96,7 @@ func (h *Webhook) tell(ctx context.Context, p *Approvals, wait []Approval) {
 	next, away := map[string]time.Time{}, false
 	for i := range wait {
 		a := &wait[i]
-		if at, known := h.told[a.ID]; known && time.Now().Before(at) {
+		if at, known := p.told[a.ID]; known && time.Now().Before(at) {
 			next[a.ID] = at
 			continue
 		}
@@ -113,7 +111,7 @@ func (h *Webhook) tell(ctx context.Context, p *Approvals, wait []Approval) {
 		var unreachable *url.Error
 		away = errors.As(err, &unreachable)
 	}
-	h.told = next
+	p.told = next
 }
 
 // send announces one approval and takes the decision of the answer, if there is one.
