@@ -24,7 +24,7 @@ const (
 	formResult = 1
 	formError  = 2
 	formLost   = 3
-	formAway   = 4 // a result that is not there yet
+	formAway   = 5 // a result that is not there yet
 )
 
 // Encode returns the stored form.

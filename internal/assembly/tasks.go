@@ -10,6 +10,7 @@ import (
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/task"
 )
 
 func (t *Tasks) check() error {
@@ -46,12 +47,29 @@ func (t *Tasks) apply(caps []*call.Capability) []*call.Capability {
 	return out
 }
 
-func (h *House) taskMetrics(o *observe.Observer) error {
+// openTasks makes the tasks, or checks the bounds of the ones that are there: they count once the house serves.
+func (h *House) openTasks() (err error) {
+	k, l := h.kept, &h.opts.Tasks
+	o := task.Options{
+		Store: k.store, Key: k.key, Path: k.worker, Logger: k.log,
+		Workers: l.Workers, MaxQueued: l.MaxQueued, MaxPerUser: l.MaxPerUser, TTL: l.TTL, MaxTTL: l.MaxTTL, Timeout: l.Timeout, Poll: l.Poll,
+	}
+	if k.tasks != nil {
+		h.bound, err = k.tasks.Bound(o)
+		return err
+	}
+	if k.tasks, err = task.New(o); err != nil {
+		return err
+	}
+	return taskMetrics(k.observer, k.tasks)
+}
+
+func taskMetrics(o *observe.Observer, t *task.Tasks) error {
 	return errors.Join(
-		o.Gauge("newel.tasks.queued", "Tasks of all nodes that wait for a worker.", h.tasks.Queued),
-		o.Gauge("newel.tasks.running", "Tasks of all nodes that run.", h.tasks.Running),
-		o.Gauge("newel.tasks.waiting", "Tasks of all nodes that wait for answers of their callers.", h.tasks.Waiting),
-		o.Gauge("newel.tasks.oldest", "Seconds that the first of the tasks which wait for a worker has waited.", h.tasks.Oldest))
+		o.Gauge("newel.tasks.queued", "Tasks of all nodes that wait for a worker.", t.Queued),
+		o.Gauge("newel.tasks.running", "Tasks of all nodes that run.", t.Running),
+		o.Gauge("newel.tasks.waiting", "Tasks of all nodes that wait for answers of their callers.", t.Waiting),
+		o.Gauge("newel.tasks.oldest", "Seconds that the first of the tasks which wait for a worker has waited.", t.Oldest))
 }
 
 // taskPath is the way of a task that a worker runs: that of every call, but who calls was found out when

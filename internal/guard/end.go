@@ -66,20 +66,30 @@ func End(cat *catalog.Catalog, hub *catalog.Hub, tasks *task.Server) call.Handle
 
 // subscribe acknowledges, then delivers changes until the context ends; that end is a success.
 func subscribe(ctx context.Context, hub *catalog.Hub, tasks *task.Server, c *call.Call) (*call.Result, error) {
-	if err := c.Sink.Notify(ctx, call.Notification{Method: call.Acknowledged}); err != nil {
-		return nil, err
-	}
+	first := call.Notification{Method: call.Acknowledged}
 	if ids := c.Filter.Tasks; len(ids) > 0 {
 		var failed error
 		var done sync.WaitGroup
 		listening, stop := context.WithCancel(ctx)
+		begun := make(chan struct{}) // closed when first was delivered
 		done.Go(func() {
 			defer stop()
+			select {
+			case <-begun:
+			case <-listening.Done():
+				return
+			}
 			failed = tasks.Follow(listening, c.Principal, ids, func(t *call.Task) error {
 				return c.Sink.Notify(listening, call.Notification{Method: call.TaskChanged, TaskID: t.ID, Task: t})
 			})
 		})
-		err := hub.Listen(listening, c.Filter, func(n call.Notification) error { return c.Sink.Notify(listening, n) })
+		err := hub.Listen(listening, c.Filter, func(n call.Notification) error {
+			err := c.Sink.Notify(listening, n)
+			if n.Method == call.Acknowledged && err == nil {
+				close(begun)
+			}
+			return err
+		}, first)
 		stop()
 		done.Wait()
 		if err = cmp.Or(err, failed); err != nil {
@@ -87,7 +97,7 @@ func subscribe(ctx context.Context, hub *catalog.Hub, tasks *task.Server, c *cal
 		}
 		return &call.Result{}, nil
 	}
-	err := hub.Listen(ctx, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) })
+	err := hub.Listen(ctx, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) }, first)
 	if err != nil {
 		return nil, err
 	}

@@ -37,6 +37,20 @@ type Options struct {
 	Timeout    time.Duration // longest run [1 h]
 	Poll       time.Duration // how often callers are told to ask [1 s]
 	Logger     *slog.Logger  // nil discards
+	// Path is the path that a run takes now at a server; nil: there is none, and other nodes have it.
+	Path func(server string) call.Handler // required
+}
+
+// check refuses what makes no sense, and fills in defaults.
+func (o *Options) check() error {
+	if o.Workers < 0 || o.MaxQueued < 0 || o.MaxPerUser < 0 || o.TTL < 0 || o.MaxTTL < 0 || o.Timeout < 0 || o.Poll < 0 {
+		return errors.New("task: Workers, MaxQueued, MaxPerUser, TTL, MaxTTL, Timeout and Poll must not be below zero")
+	}
+	o.Workers, o.MaxQueued, o.MaxPerUser = or(o.Workers, 16), or(o.MaxQueued, 10_000), or(o.MaxPerUser, 1000)
+	o.MaxTTL = max(or(o.MaxTTL, 7*24*time.Hour), minTTL)
+	o.TTL = min(max(or(o.TTL, 24*time.Hour), minTTL), o.MaxTTL)
+	o.Timeout, o.Poll = or(o.Timeout, time.Hour), or(o.Poll, time.Second)
+	return nil
 }
 
 const (
@@ -48,11 +62,11 @@ const (
 
 // Tasks makes, runs and tells of tasks. It is safe for concurrent use.
 type Tasks struct {
-	o       Options
+	o       atomic.Pointer[Options]
 	store   Store
 	box     *secret.Box
 	log     *slog.Logger
-	paths   map[string]call.Handler // by server; complete before Run
+	path    func(server string) call.Handler
 	kick    chan struct{}
 	counts  atomic.Pointer[Counts]
 	since   atomic.Int64 // made since counts were read
@@ -67,16 +81,12 @@ type Tasks struct {
 
 // New returns tasks that nobody works on yet, or an error that names the option that makes no sense.
 func New(o Options) (*Tasks, error) {
-	if o.Store == nil {
-		return nil, errors.New("task: there is no store")
+	if o.Store == nil || o.Path == nil {
+		return nil, errors.New("task: Store and Path are required")
 	}
-	if o.Workers < 0 || o.MaxQueued < 0 || o.MaxPerUser < 0 || o.TTL < 0 || o.MaxTTL < 0 || o.Timeout < 0 || o.Poll < 0 {
-		return nil, errors.New("task: Workers, MaxQueued, MaxPerUser, TTL, MaxTTL, Timeout and Poll must not be below zero")
+	if err := o.check(); err != nil {
+		return nil, err
 	}
-	o.Workers, o.MaxQueued, o.MaxPerUser = or(o.Workers, 16), or(o.MaxQueued, 10_000), or(o.MaxPerUser, 1000)
-	o.MaxTTL = max(or(o.MaxTTL, 7*24*time.Hour), minTTL)
-	o.TTL = min(max(or(o.TTL, 24*time.Hour), minTTL), o.MaxTTL)
-	o.Timeout, o.Poll = or(o.Timeout, time.Hour), or(o.Poll, time.Second)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -85,12 +95,25 @@ func New(o Options) (*Tasks, error) {
 		return nil, err
 	}
 	t := &Tasks{
-		o: o, store: o.Store, box: box, log: o.Logger, paths: map[string]call.Handler{}, kick: make(chan struct{}, 1),
+		store: o.Store, box: box, log: o.Logger, path: o.Path, kick: make(chan struct{}, 1),
 		runs: map[string]*run{}, watchers: map[string]map[*Follower]struct{}{}, versions: map[string]int64{},
 	}
+	t.o.Store(&o)
 	t.counts.Store(&Counts{})
 	return t, nil
 }
+
+// Bound checks other bounds for the same tasks and returns what takes them over: they count for
+// what begins after. Store, Key, Logger and Path stay.
+func (t *Tasks) Bound(o Options) (take func(), err error) {
+	if err := o.check(); err != nil {
+		return nil, err
+	}
+	return func() { t.o.Store(&o) }, nil
+}
+
+// Timeout is the longest run.
+func (t *Tasks) Timeout() time.Duration { return t.o.Load().Timeout }
 
 func or[T ~int | ~int64](v, otherwise T) T {
 	if v == 0 {
@@ -215,6 +238,9 @@ func (t *Tasks) Guard(server string, check func(*call.Call) error) call.Guard {
 				e.RetryAfter = time.Second
 				return nil, e
 			}
+			if a := c.Approval; a != nil && (a.ID == "" || a.Spent && c.Key == "") {
+				return nil, call.Errorf(call.Denied, "nobody approved this call").Because(call.ErrUnapproved)
+			}
 			return t.create(ctx, server, c, check)
 		}
 	}
@@ -301,18 +327,18 @@ func (r *recorder) Ask(ctx context.Context, questions ...call.Question) (map[str
 // room refuses new tasks while too many wait.
 func (t *Tasks) room(ctx context.Context, owner []byte) error {
 	n := t.counts.Load()
-	if n.Queued+t.since.Load() >= int64(t.o.MaxQueued) {
+	if n.Queued+t.since.Load() >= int64(t.o.Load().MaxQueued) {
 		e := call.Errorf(call.Exhausted, "as many tasks wait as may wait; try again later")
 		e.RetryAfter = min(max(n.Oldest, time.Second), time.Minute)
 		return e
 	}
-	mine, err := t.store.OpenTasks(ctx, owner, t.o.MaxPerUser)
+	mine, err := t.store.OpenTasks(ctx, owner, t.o.Load().MaxPerUser)
 	if err != nil {
 		return away(ctx, err)
 	}
-	if mine >= t.o.MaxPerUser {
+	if mine >= t.o.Load().MaxPerUser {
 		e := call.Errorf(call.Exhausted, "this caller has as many tasks as it may have; wait for some of them to end, or cancel some")
-		e.RetryAfter = t.o.Poll
+		e.RetryAfter = t.o.Load().Poll
 		return e
 	}
 	return nil
@@ -330,9 +356,9 @@ func away(ctx context.Context, err error) error {
 
 // record is the new task.
 func (t *Tasks) record(c *call.Call, server string, owner []byte, answers map[string]jsontext.Value) (*Write, error) {
-	ttl := t.o.TTL
+	ttl := t.o.Load().TTL
 	if c.AsTask.TTL > 0 {
-		ttl = min(max(c.AsTask.TTL, minTTL), t.o.MaxTTL)
+		ttl = min(max(c.AsTask.TTL, minTTL), t.o.Load().MaxTTL)
 	}
 	id := fmt.Sprintf("%012x", time.Now().UnixMilli()) + rand.Text()
 	args := c.Args

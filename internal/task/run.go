@@ -37,9 +37,6 @@ var (
 	errStopping  = errors.New("this node stops")
 )
 
-// Serve says which path the tasks of a server take. It is called before Run.
-func (t *Tasks) Serve(server string, path call.Handler) { t.paths[server] = path }
-
 // Queued, Running, Waiting and Oldest (seconds) are of all nodes, as of a moment ago.
 func (t *Tasks) Queued() int64  { return t.counts.Load().Queued }
 func (t *Tasks) Running() int64 { return t.counts.Load().Running }
@@ -110,14 +107,14 @@ func (t *Tasks) count(ctx context.Context) {
 // fill has free workers take what is due.
 func (t *Tasks) fill(ctx, work context.Context, workers *sync.WaitGroup) {
 	t.mu.Lock()
-	free := t.o.Workers - len(t.runs)
+	free := t.o.Load().Workers - len(t.runs)
 	busy := len(t.runs)
 	t.mu.Unlock()
 	if free <= 0 {
 		return
 	}
 	if len(t.backlog) < free {
-		due, err := t.store.DueTasks(ctx, busy+ahead*t.o.Workers)
+		due, err := t.store.DueTasks(ctx, busy+ahead*t.o.Load().Workers)
 		if err != nil {
 			if ctx.Err() == nil {
 				t.log.LogAttrs(ctx, slog.LevelWarn, "tasks cannot be looked for", slog.String("error", err.Error()))
@@ -128,7 +125,7 @@ func (t *Tasks) fill(ctx, work context.Context, workers *sync.WaitGroup) {
 	}
 	for len(t.backlog) > 0 {
 		r := &t.backlog[0]
-		path := t.paths[r.Server]
+		path := t.path(r.Server)
 		if path == nil && !r.Over {
 			t.backlog = t.backlog[1:]
 			continue // of a server that other nodes have
@@ -137,7 +134,7 @@ func (t *Tasks) fill(ctx, work context.Context, workers *sync.WaitGroup) {
 		one := &run{cancel: cancel, rec: *r}
 		t.mu.Lock()
 		_, mine := t.runs[r.ID]
-		full := len(t.runs) >= t.o.Workers
+		full := len(t.runs) >= t.o.Load().Workers
 		if !mine && !full {
 			t.runs[r.ID] = one
 		}
@@ -280,7 +277,7 @@ func (t *Tasks) work(ctx context.Context, r *run, path call.Handler) {
 		fail("a task cannot be read", err)
 		return
 	}
-	limit := min(t.o.Timeout, time.Until(time.UnixMicro(r.rec.Created).Add(time.Duration(req.TTL)*time.Millisecond)))
+	limit := min(t.o.Load().Timeout, time.Until(time.UnixMicro(r.rec.Created).Add(time.Duration(req.TTL)*time.Millisecond)))
 	limit = max(limit, time.Second)
 	w := &Write{Record: r.rec, Take: true, Lease: limit + leeway}
 	w.State = Running
@@ -475,7 +472,7 @@ func (s *sink) Progress(_ context.Context, p call.Progress) error {
 		return nil
 	}
 	r.flushed = time.Now()
-	w := &Write{Record: r.rec, Lease: s.t.o.Timeout + leeway}
+	w := &Write{Record: r.rec, Lease: s.t.o.Load().Timeout + leeway}
 	ok, err := s.t.put(r, w)
 	if err == nil && !ok {
 		r.cancel(errTaken)

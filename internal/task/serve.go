@@ -68,7 +68,7 @@ func (t *Tasks) view(r *Record) (*call.Task, error) {
 	}
 	v := &call.Task{
 		ID: r.ID, Tool: r.Tool, Message: n.Message, Created: time.UnixMicro(r.Created), Updated: time.UnixMicro(r.Updated),
-		TTL: time.Duration(req.TTL) * time.Millisecond, Poll: t.o.Poll, Args: req.Args,
+		TTL: time.Duration(req.TTL) * time.Millisecond, Poll: t.o.Load().Poll, Args: req.Args,
 	}
 	switch r.State {
 	case Waiting:

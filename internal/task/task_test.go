@@ -31,13 +31,12 @@ func nodes(t *testing.T) func(o task.Options, run call.Handler) *node {
 	store, key := inmem.New(), secret.RandomKey()
 	return func(o task.Options, run call.Handler) *node {
 		t.Helper()
-		o.Store, o.Key = store, key
+		o.Store, o.Key, o.Path = store, key, func(string) call.Handler { return run }
 		tasks, err := task.New(o)
 		if err != nil {
 			t.Fatal(err)
 		}
 		n := &node{Tasks: tasks, make: tasks.Guard("/mcp", func(*call.Call) error { return nil })(run)}
-		tasks.Serve("/mcp", run)
 		ctx, cancel := context.WithCancel(context.Background())
 		tasks.Accept()
 		var done sync.WaitGroup

@@ -37,15 +37,15 @@ var taskKinds = map[string]call.Kind{
 }
 
 // addTasks has the SDK let the methods through; takeOver answers them.
-func (d *Door) addTasks() error {
+func (d *Door) addTasks(s *server) error {
 	if d.o.Tasks == nil {
 		return nil
 	}
 	for method, kind := range taskKinds {
-		if kind == call.ListTasks && !d.o.Has.TaskList {
+		if kind == call.ListTasks && !s.about.has.TaskList {
 			continue // callers that cannot be told apart would see each other's
 		}
-		err := mcp.AddReceivingCustomMethod(d.server, method, func(context.Context, *mcp.ServerSession, *taskParams) (*result, error) {
+		err := mcp.AddReceivingCustomMethod(s.Server, method, func(context.Context, *mcp.ServerSession, *taskParams) (*result, error) {
 			return nil, wireError(&mcpwire.Failure{Code: codeMethodNotFound, Message: "not served"})
 		})
 		if err != nil {
@@ -56,8 +56,8 @@ func (d *Door) addTasks() error {
 }
 
 // announceTasks adds to an initialize result that tools may be tasks: the SDK knows no such capability.
-func (d *Door) announceTasks(r *mcp.InitializeResult) (mcp.Result, error) {
-	if d.o.Tasks == nil || !d.o.Has.Tasks || r.ProtocolVersion != tasksRevision {
+func (d *Door) announceTasks(has mcpwire.Has, r *mcp.InitializeResult) (mcp.Result, error) {
+	if d.o.Tasks == nil || !has.Tasks || r.ProtocolVersion != tasksRevision {
 		return r, nil
 	}
 	raw, err := json.Marshal(r)
@@ -70,7 +70,7 @@ func (d *Door) announceTasks(r *mcp.InitializeResult) (mcp.Result, error) {
 		return r, nil
 	}
 	capabilities["tasks"] = json.RawMessage(`{"cancel":{},"requests":{"tools":{"call":{}}}}`)
-	if d.o.Has.TaskList {
+	if has.TaskList {
 		capabilities["tasks"] = json.RawMessage(`{"list":{},"cancel":{},"requests":{"tools":{"call":{}}}}`)
 	}
 	if members["capabilities"], err = json.Marshal(capabilities); err != nil {
@@ -86,7 +86,7 @@ func (d *Door) announceTasks(r *mcp.InitializeResult) (mcp.Result, error) {
 const lifted = "dev.newel/task"
 
 // wish reads what a call wants of tasks, and refuses sessions of revisions without them.
-func (d *Door) wish(c *call.Call, params mcp.Params) error {
+func (d *Door) wish(has mcpwire.Has, c *call.Call, params mcp.Params) error {
 	if d.o.Tasks == nil {
 		return nil
 	}
@@ -106,7 +106,7 @@ func (d *Door) wish(c *call.Call, params mcp.Params) error {
 	}
 	c.AsTask.Refusal = codeMethodNotFound
 	want, asks := params.GetMeta()[lifted]
-	if !asks || c.Revision != tasksRevision || !d.o.Has.Tasks {
+	if !asks || c.Revision != tasksRevision || !has.Tasks {
 		return nil // a receiver without the capability ignores it
 	}
 	c.AsTask.Asks = true
@@ -250,8 +250,8 @@ type followed struct {
 	listeners      map[string]map[*func([]byte)]struct{} // streams to clients
 }
 
-// maxFollowed bounds the tasks whose sessions hear of them; of others clients have to ask.
-const maxFollowed = 10_000
+// maxTold bounds the tasks whose sessions hear of them; of others clients have to ask.
+const maxTold = 10_000
 
 func newFollowed(tasks *task.Server) *followed {
 	f := &followed{owners: map[string]*owner{}, listeners: map[string]map[*func([]byte)]struct{}{}}
@@ -264,7 +264,7 @@ func newFollowed(tasks *task.Server) *followed {
 func (f *followed) add(id string, o *owner) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if len(f.owners) < maxFollowed {
+	if len(f.owners) < maxTold {
 		f.owners[id] = o
 		f.Add(id)
 	}
@@ -359,8 +359,10 @@ func (d *Door) tell(session string, message []byte) {
 // dropLost forgets tasks of sessions that are gone.
 func (d *Door) dropLost() {
 	there := map[*mcp.ServerSession]bool{}
-	for s := range d.server.Sessions() {
-		there[s] = true
+	for _, server := range d.all() {
+		for s := range server.Sessions() {
+			there[s] = true
+		}
 	}
 	d.tasks.mu.Lock()
 	defer d.tasks.mu.Unlock()

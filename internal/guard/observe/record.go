@@ -81,8 +81,12 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 		a = append(a, slog.Int64("queued_us", c.Event.QueueTime.Microseconds()))
 	}
 	a = optional(a, "operation", c.Event.Operation)
+	a = optional(a, "approval", c.Event.Approval)
 	if c.Event.Replayed {
 		a = append(a, slog.Bool("replayed", true))
+	}
+	if c.Event.Cached {
+		a = append(a, slog.Bool("cached", true))
 	}
 	if c.Event.Paged {
 		a = append(a, slog.Bool("paged", true))

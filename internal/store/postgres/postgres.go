@@ -24,6 +24,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/task"
@@ -37,9 +38,10 @@ type DB struct {
 }
 
 var (
-	_ effect.Store = (*DB)(nil)
-	_ audit.Source = (*DB)(nil)
-	_ task.Store   = (*DB)(nil)
+	_ effect.Store  = (*DB)(nil)
+	_ approve.Store = (*DB)(nil)
+	_ task.Store    = (*DB)(nil)
+	_ audit.Source  = (*DB)(nil)
 )
 
 const (
@@ -99,6 +101,13 @@ CREATE TABLE newel_operations (
 	tenant text NOT NULL, principal text NOT NULL, server text NOT NULL, tool text NOT NULL);
 CREATE INDEX newel_operations_live ON newel_operations (until) WHERE ended = 0;
 CREATE INDEX newel_operations_ended ON newel_operations (ended) WHERE ended > 0;
+`, `
+ALTER TABLE newel_operations ADD COLUMN undo bytea;
+CREATE TABLE newel_approvals (
+	id text PRIMARY KEY, binding bytea UNIQUE, tenant text NOT NULL, principal text NOT NULL, state smallint NOT NULL, until bigint NOT NULL,
+	deadline bigint NOT NULL, ended bigint NOT NULL, operation text NOT NULL, round bytea, idx bigint NOT NULL, args bytea, facts bytea NOT NULL);
+CREATE INDEX newel_approvals_state ON newel_approvals (state, tenant, principal);
+CREATE INDEX newel_approvals_ended ON newel_approvals (ended) WHERE ended > 0;
 `, `
 CREATE TABLE newel_tasks (
 	id text COLLATE "C" PRIMARY KEY, scope bytea UNIQUE, print bytea NOT NULL, owner bytea NOT NULL, state smallint NOT NULL, version bigint NOT NULL, holder text NOT NULL,
@@ -214,6 +223,9 @@ func (db *DB) beat(ctx context.Context) error {
 // how many operations and tasks there were.
 func (db *DB) Prune(ctx context.Context) (int, error) {
 	if _, err := db.pool.Exec(ctx, "DELETE FROM newel_nodes WHERE seen < clock_timestamp() - interval '1 day' AND id <> $1", db.node); err != nil {
+		return 0, err
+	}
+	if _, err := db.pool.Exec(ctx, "DELETE FROM newel_approvals WHERE ended > 0 AND ended < "+clock+" - $1", approve.Retention.Microseconds()); err != nil {
 		return 0, err
 	}
 	total, err := db.pruneTasks(ctx)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/task"
 )
@@ -22,6 +23,7 @@ import (
 // An Engine is a store with its log.
 type Engine interface {
 	effect.Store
+	approve.Store
 	task.Store
 	audit.Source
 	Prune(ctx context.Context) (int, error)
@@ -32,7 +34,7 @@ type Engine interface {
 func Run(t *testing.T, open func(t *testing.T) (engine, other Engine)) {
 	for name, test := range map[string]func(*testing.T, Engine, Engine){
 		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets,
-		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "every failure": everyFailure, "canceled": canceled,
+		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "approvals": approvals, "approvals run out": approvalsRunOut, "approvals are used once": approvalsOnce, "approvals are given back": approvalsBack, "approvals, every failure": approvalsEveryFailure, "every failure": everyFailure, "canceled": canceled,
 		"tasks": tasks, "task scopes": taskScopes, "task claims": taskClaims, "due tasks": dueTasks, "task pages": taskPages, "task expiry": taskExpiry,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -150,8 +152,14 @@ func states(t *testing.T, e, other Engine) {
 	if seen := find(t, other, "k"); seen.State != effect.Dispatched || seen.ID != r.ID || seen.Tool != "pay" || seen.Principal != "alice" || seen.Tenant != "acme" || seen.Server != "/mcp" || seen.Lease == 0 {
 		t.Errorf("found %+v", seen)
 	}
-	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Completed, Answer: []byte("answer")}); err != nil {
+	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Completed, Answer: []byte("answer"), Undo: []byte("undo")}); err != nil {
 		t.Fatal(err)
+	}
+	if seen, err := other.Operation(t.Context(), r.ID); err != nil || seen.State != effect.Completed || string(seen.Undo) != "undo" {
+		t.Errorf("by its name: %+v, %v", seen, err)
+	}
+	if seen, err := other.Operation(t.Context(), "nobody"); err != nil || seen.ID != "" {
+		t.Errorf("one that is not there: %+v, %v", seen, err)
 	}
 	seen := find(t, other, "k")
 	if seen.State != effect.Completed || string(seen.Answer) != "answer" || seen.Index != 1 || seen.Lease != 0 {
