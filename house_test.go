@@ -18,7 +18,7 @@ const modulePath = "newel.dev/newel"
 // floors are the house from the ground up: a package imports only from floors below its own, never
 // from its own. A package that stands on none fails: a new idea gets a place here first.
 var floors = []string{
-	"call internal/strictjson internal/secret internal/nearest internal/egress internal/certs",
+	"call internal/faultpoint internal/strictjson internal/secret internal/nearest internal/egress internal/certs",
 	"internal/module internal/catalog internal/process internal/policy internal/audit",
 	"internal/config internal/guard/* internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",
 	"internal/guard internal/mcpwire internal/durable",

@@ -130,7 +130,11 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	}
 	o.closers = append(o.closers, st)
 	var store effect.Store
+	var sealing []byte // of what travels through clients; random if nothing outlives the process anyway
 	if st.store != nil {
+		if sealing, err = st.key.Derive("newel requestState"); err != nil {
+			return nil, exit(exitFailed, err)
+		}
 		st.store.failed = func(err error) {
 			t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
 		}
@@ -162,7 +166,7 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		State: store, Key: st.key, Effects: effects(&c.Effects),
+		State: store, Key: st.key, StateKey: sealing, Effects: effects(&c.Effects),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,

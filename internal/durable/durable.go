@@ -17,6 +17,7 @@ import (
 	"sync"
 
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/guard/effect"
 )
 
@@ -259,7 +260,30 @@ func (w *Writer) safely(batch []*Work) (err error) {
 			err = fmt.Errorf("%w: panic: %v", ErrFatal, v)
 		}
 	}()
-	return w.commit(context.Background(), batch) // callers may go; what is being written is written
+	err = w.commit(context.Background(), batch) // callers may go; what is being written is written
+	if err == nil {
+		reached(batch, faultpoint.IntentCommitted, faultpoint.OutcomeCommitted)
+	}
+	return err
+}
+
+// Committing marks for tests that the engine commits next.
+func Committing(work []*Work) { reached(work, faultpoint.IntentCommit, faultpoint.OutcomeCommit) }
+
+func reached(work []*Work, intent, outcome faultpoint.Point) {
+	if !faultpoint.On {
+		return
+	}
+	for _, u := range work {
+		switch {
+		case u.Dispatch != nil:
+			faultpoint.Reached(intent)
+		case u.Complete != nil:
+			faultpoint.Reached(outcome)
+		case u.Prune != nil:
+			faultpoint.Reached(faultpoint.Pruning)
+		}
+	}
 }
 
 // Reserve implements effect.Store.

@@ -13,6 +13,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/faultpoint"
 )
 
 // keyed runs a call with a key: once, however often it comes.
@@ -137,6 +138,7 @@ func busy() error {
 
 // recover deals with an operation of which nobody knows whether it ran.
 func (o *operation) recover(ctx context.Context, op *Operation, claim func(bool) (*call.Result, error, bool)) (*call.Result, error, bool) {
+	faultpoint.Reached(faultpoint.Recovering)
 	switch o.rule.Recovery {
 	case call.RecoverSafe, call.RecoverResend:
 		return claim(true) // with the same Once: what runs it knows it again, or does not mind
@@ -221,8 +223,10 @@ func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, e
 			}
 		}
 	}()
+	faultpoint.Reached(faultpoint.Dispatched)
 	r, err := o.next(run, o.c)
 	returned = true
+	faultpoint.Reached(faultpoint.Answered)
 	return o.conclude(ctx, &op, r, err)
 }
 
@@ -252,6 +256,7 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 	if _, failed := o.end(ctx, op, state, a, nil, code); failed != nil {
 		return nil, o.unstored(ctx, op, failed)
 	}
+	faultpoint.Reached(faultpoint.Concluded)
 	if state == Unknown {
 		return nil, unknown(err)
 	}
@@ -356,6 +361,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 	if found {
 		return o.conclude(ctx, &mine, answer, nil)
 	}
+	faultpoint.Reached(faultpoint.Held)
 	o.res.Expect = mine.Fence - 1 // the record names the attempt that holds it: this one
 	mine, held, err = o.dispatch(ctx)
 	if err != nil {

@@ -24,6 +24,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 )
@@ -128,6 +129,7 @@ func (db *DB) prepare(ctx context.Context, key secret.Key) error {
 			if _, err := tx.Exec(ctx, migrations[found]); err != nil {
 				return fmt.Errorf("schema %d: %w", found+1, err)
 			}
+			faultpoint.Reached(faultpoint.Migrating)
 			_, err = tx.Exec(ctx, "INSERT INTO newel_meta VALUES ('schema', $1) ON CONFLICT (key) DO UPDATE SET value = excluded.value", strconv.Itoa(found+1))
 			return err
 		})

@@ -56,7 +56,11 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
 		return nil
 	}
-	err = db.within(ctx, func() error { return db.store(ctx, b, changed) })
+	err = db.within(ctx, func() error {
+		err := db.store(ctx, b, changed)
+		durable.Committing(work)
+		return err
+	})
 	if err != nil {
 		return classify(err)
 	}

@@ -1,0 +1,4 @@
+package main
+
+// scenarios are faults of the environment.
+func scenarios() []task { return nil }
