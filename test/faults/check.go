@@ -21,7 +21,6 @@ const (
 	faulted  = "fault"    // something was broken while Op ran; Point says what
 	outage   = "outage"   // from Time until Until nothing could be written down
 	gaveUp   = "gave up"  // Op did not come to an end in time
-	paused   = "paused"   // the process that ran Op slept from Time until Until, and another one took over
 	expected = "expected" // what should have happened did not: Detail says what
 )
 
@@ -99,7 +98,7 @@ func recovers(tool string) bool { return tool == "resend" || tool == "lookup" }
 // Reserve and dispatch are one transaction, so after its commit it may.
 func mayBeUnknown(point string) bool {
 	switch point {
-	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head":
+	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E16", "MRTR":
 		return false
 	}
 	return true
@@ -200,12 +199,12 @@ func (v *Verdict) call(h *history, outages []Event) {
 	}
 	v.audited(h)
 	last, answer := "", ""
-	var began, first int64
-	done := false
+	var first, doneAt, unknownAt int64
+	began := map[int]int64{}
 	for _, e := range h.events {
 		switch e.Kind {
 		case invoked:
-			began = e.Time
+			began[e.Attempt] = e.Time
 			if first == 0 {
 				first = e.Time
 			}
@@ -217,7 +216,7 @@ func (v *Verdict) call(h *history, outages []Event) {
 				if len(h.rows) == 0 {
 					v.add(h, "I2", "", "its caller was told that it is done, and it is not")
 				}
-				if last == unknown && !recovers(h.tool) {
+				if unknownAt > 0 && began[e.Attempt] > unknownAt && !recovers(h.tool) {
 					v.add(h, "I4", "", "it was done after its outcome had been unknown")
 				}
 				if answer != "" && answer != e.Answer {
@@ -226,15 +225,17 @@ func (v *Verdict) call(h *history, outages []Event) {
 				if e.Got != e.Nonce {
 					v.add(h, "I10", "", "the answer to %q is that to %q", e.Nonce, e.Got)
 				}
-				answer, last, done = e.Answer, succeeded, true
+				answer, last, doneAt = e.Answer, succeeded, e.Time
 			case unknown:
-				if done {
+				if doneAt > 0 && began[e.Attempt] > doneAt {
 					v.add(h, "I4", "", "it was done, and then its outcome was unknown")
 				}
-				last = unknown
+				if unknownAt = e.Time; doneAt == 0 {
+					last = unknown
+				}
 			case notExecuted:
 				for _, r := range h.rows {
-					if r.Time >= began && r.Time <= e.Time {
+					if r.Time >= began[e.Attempt] && r.Time <= e.Time && !h.byAnother(e.Attempt, r.Time) {
 						v.add(h, "I3", "", "its caller was told that nothing was done, and it was")
 					}
 				}
@@ -278,6 +279,25 @@ func (v *Verdict) call(h *history, outages []Event) {
 			l.One++
 		}
 	}
+}
+
+// byAnother reports whether another attempt was under way at a time: it may have done it.
+func (h *history) byAnother(attempt int, at int64) bool {
+	from, to := map[int]int64{}, map[int]int64{}
+	for _, e := range h.events {
+		switch e.Kind {
+		case invoked:
+			from[e.Attempt], to[e.Attempt] = e.Time, math.MaxInt64
+		case returned:
+			to[e.Attempt] = e.Time
+		}
+	}
+	for other := range from {
+		if other != attempt && from[other] <= at && at <= to[other] {
+			return true
+		}
+	}
+	return false
 }
 
 // audited checks that the intent of each execution was written down before it, and the outcome of

@@ -2,8 +2,6 @@ package main
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 )
 
@@ -90,7 +88,7 @@ func (l *lane) recoverSome(n *node, most int) (done int, err error) {
 // crowded kills the node at any time while many clients call.
 func (l *lane) crowded(n *node) error {
 	stop := make(chan struct{})
-	wait := l.crowd(8, func() string { return n.addr }, stop)
+	wait := l.crowd(8, "crowd", func() string { return n.addr }, stop)
 	<-time.After(time.Duration(20+l.rand.IntN(150)) * time.Millisecond)
 	n.kill()
 	close(stop)
@@ -105,12 +103,12 @@ func (l *lane) crowded(n *node) error {
 func (l *lane) upkeep(count int) error {
 	n := l.nodes[0]
 	for i := range count {
-		p := []string{"K14 head", "K14 prune", "K14 schema"}[i%3]
-		if p == "K14 schema" && i > 2 {
-			p = "K14 head" // the schema is made once
-		}
-		if i == 0 {
-			p = "K14 schema"
+		p := "K14 head"
+		switch {
+		case i == 0:
+			p = "K14 schema" // it is made once
+		case i%2 == 1 && l.engine == "sqlite":
+			p = "K14 prune" // PostgreSQL's nodes do it every ten minutes
 		}
 		if i > 0 {
 			if err := l.restart(n, false); err != nil {
@@ -136,9 +134,6 @@ func (l *lane) upkeep(count int) error {
 			return err
 		}
 		if err := l.gone(n, p); err != nil {
-			if _, statErr := os.Stat(filepath.Join(n.dir, "checkpoint")); p == "K14 schema" && statErr == nil {
-				continue
-			}
 			return err
 		}
 		l.journal.add(Event{Kind: faulted, Point: p, Cycle: true})

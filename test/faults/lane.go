@@ -36,6 +36,7 @@ type lane struct {
 	nodes   []*node
 	ledger  *process
 	ledgers string // address
+	host    *host
 	server  *engines.Server
 	dsn     string
 	report  func(cycles int) // progress
@@ -59,8 +60,8 @@ func (l *lane) lease() time.Duration {
 func (l *lane) patience() time.Duration { return l.lease() + 30*time.Second }
 
 // newLane starts a ledger and writes the configuration of nodes.
-func newLane(o *options, engine, name string, nodes int, server *engines.Server, dsn, extra string) (*lane, error) {
-	l := &lane{engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), server: server, dsn: dsn, report: func(int) {}}
+func newLane(o *options, h *host, engine, name string, nodes int, server *engines.Server, dsn, extra string) (*lane, error) {
+	l := &lane{engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, report: func(int) {}}
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -85,9 +86,9 @@ func newLane(o *options, engine, name string, nodes int, server *engines.Server,
 		return nil, err
 	}
 	for i := range nodes {
-		state := "{engine: sqlite, path: state.db, key_file: ../key, checkpoint: checkpoint}"
+		state := "{engine: sqlite, path: state.db, key_file: ../key, checkpoint: heads/checkpoint}"
 		if engine == "postgres" {
-			state = fmt.Sprintf("{engine: postgres, dsn: %q, key_file: ../key, checkpoint: checkpoint}", "${env:NEWEL_FAULTS_DSN}")
+			state = fmt.Sprintf("{engine: postgres, dsn: %q, key_file: ../key, checkpoint: heads/checkpoint}", "${env:NEWEL_FAULTS_DSN}")
 		}
 		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, state, extra)
 		if err != nil {
@@ -238,7 +239,7 @@ func (l *lane) restart(n *node, power bool) error {
 
 // note keeps the head that a node published.
 func (l *lane) note(n *node) error {
-	b, err := os.ReadFile(filepath.Join(n.dir, "checkpoint"))
+	b, err := os.ReadFile(filepath.Join(n.dir, "heads", "checkpoint"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -363,7 +364,7 @@ func intentOf(key secret.Key, r *audit.Row) (i Intent, operation string, err err
 }
 
 // crowd is many clients at once until stop is closed; each operation is tried until it has ended.
-func (l *lane) crowd(clients int, addr func() string, stop <-chan struct{}) (wait func()) {
+func (l *lane) crowd(clients int, point string, addr func() string, stop <-chan struct{}) (wait func()) {
 	var all sync.WaitGroup
 	var mu sync.Mutex
 	tools := []string{"plain", "resend", "lookup"}
@@ -379,7 +380,7 @@ func (l *lane) crowd(clients int, addr func() string, stop <-chan struct{}) (wai
 				o := l.operation(tools[l.rand.IntN(len(tools))])
 				o.Args.Delay = l.rand.IntN(8)
 				mu.Unlock()
-				l.journal.add(Event{Kind: faulted, Op: o.ID, Point: "crowd", Tool: o.Tool})
+				l.journal.add(Event{Kind: faulted, Op: o.ID, Point: point, Tool: o.Tool})
 				for tries := 0; ; tries++ {
 					e := l.try(o, addr(), way{})
 					if e.Outcome == succeeded || e.Outcome == unknown && !recovers(o.Tool) || e.Outcome == refused {

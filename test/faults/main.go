@@ -42,6 +42,9 @@ type options struct {
 	binary  string
 	only    string // environment: names of scenarios
 	keep    bool
+	first   bool // end at the first violation
+	quiet   bool
+	mutant  string // part of the names of mutants
 }
 
 func main() {
@@ -64,6 +67,7 @@ func main() {
 	flag.StringVar(&o.binary, "binary", "", "program to test, built with the tag faults; default: it is built")
 	flag.BoolVar(&o.keep, "keep", false, "keep the files of a run that succeeds, too")
 	flag.BoolVar(&mutants, "mutants", false, "build programs with a mistake each, and show that every mistake is found")
+	flag.StringVar(&o.mutant, "mutant", "", "with -mutants: those with this in their name")
 	flag.Parse()
 	o.engines = strings.Split(engine, ",")
 	do := suite
@@ -185,6 +189,7 @@ type task struct {
 	name, engine string
 	nodes        int
 	extra        string // of effects, in the configuration
+	dsn          string // added to that of the database
 	own          bool   // needs a database server of its own
 	do           func(l *lane) error
 }
@@ -195,7 +200,7 @@ func run(ctx context.Context, o *options) (_ *result, err error) {
 	defer cancel()
 	begun := time.Now()
 	r := &result{Seed: o.seed, lines: map[string]map[string]*Line{}}
-	bar := newBar(o.cycles)
+	bar := newBar(o.cycles, o.quiet)
 	defer bar.done()
 	var mu sync.Mutex
 	var all sync.WaitGroup
@@ -204,27 +209,33 @@ func run(ctx context.Context, o *options) (_ *result, err error) {
 		if i == 0 {
 			share += o.cycles % len(o.engines)
 		}
-		all.Go(func() {
-			h := &host{ctx: ctx}
-			defer h.end()
-			failed := try(func() error {
-				for _, t := range tasks(o, engine, share) {
-					v, err := t.run(ctx, o, h, bar)
-					mu.Lock()
-					if v != nil {
-						r.add(engine, v)
+		crashes, others := tasks(o, engine, share)
+		for _, lanes := range [][]task{crashes, others} {
+			all.Go(func() {
+				h := &host{ctx: ctx}
+				defer h.end()
+				failed := try(func() error {
+					for _, t := range lanes {
+						v, err := t.run(ctx, o, h, bar)
+						if v != nil {
+							mu.Lock()
+							r.add(engine, v)
+							mu.Unlock()
+							if o.first && len(v.Violations) > 0 {
+								cancel()
+							}
+						}
+						if err != nil {
+							return fmt.Errorf("%s on %s: %w", t.name, engine, err)
+						}
 					}
-					mu.Unlock()
-					if err != nil {
-						return fmt.Errorf("%s on %s: %w", t.name, engine, err)
-					}
-				}
-				return nil
+					return nil
+				})
+				mu.Lock()
+				defer mu.Unlock()
+				err = errors.Join(err, failed)
 			})
-			mu.Lock()
-			defer mu.Unlock()
-			err = errors.Join(err, failed)
-		})
+		}
 	}
 	all.Wait()
 	r.Seconds = int(time.Since(begun).Seconds())
@@ -244,9 +255,9 @@ func (t *task) run(ctx context.Context, o *options, h *host, bar *bar) (*Verdict
 	dsn := ""
 	if t.engine == "postgres" {
 		server = h.server(t.own)
-		dsn = server.Database(h)
+		dsn = server.Database(h) + t.dsn
 	}
-	l, err := newLane(o, t.engine, t.engine+"-"+t.name, t.nodes, server, dsn, t.extra)
+	l, err := newLane(o, h, t.engine, t.engine+"-"+t.name, t.nodes, server, dsn, t.extra)
 	if err != nil {
 		return nil, err
 	}
@@ -280,24 +291,23 @@ func (h *host) server(own bool) *engines.Server {
 	return s
 }
 
-// tasks are what is done on one engine.
-func tasks(o *options, engine string, cycles int) []task {
-	upkeep := max(3, cycles/50)
-	out := []task{
-		{name: "crash", engine: engine, nodes: 1, do: func(l *lane) error { return l.cycles(cycles - upkeep) }},
-		{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }},
-	}
-	if cycles == 0 {
-		out = nil
+// tasks are what is done on one engine: crashes, and what else goes wrong.
+func tasks(o *options, engine string, cycles int) (crashes, others []task) {
+	if cycles > 0 {
+		upkeep := max(3, cycles/50)
+		crashes = []task{
+			{name: "crash", engine: engine, nodes: 1, do: func(l *lane) error { return l.cycles(cycles - upkeep) }},
+			{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }},
+		}
 	}
 	for _, s := range scenarios() {
 		if o.only != "all" && !slices.Contains(strings.Split(o.only, ","), s.name) || s.engine != "" && s.engine != engine {
 			continue
 		}
 		s.engine = engine
-		out = append(out, s)
+		others = append(others, s)
 	}
-	return out
+	return crashes, others
 }
 
 func (r *result) add(engine string, v *Verdict) {
@@ -384,7 +394,9 @@ type bar struct {
 	shown bool
 }
 
-func newBar(total int) *bar { return &bar{total: total, shown: term.IsTerminal(int(os.Stderr.Fd()))} }
+func newBar(total int, quiet bool) *bar {
+	return &bar{total: total, shown: !quiet && term.IsTerminal(int(os.Stderr.Fd()))}
+}
 
 func (b *bar) add(n int) {
 	at := int(b.n.Add(int64(n)))

@@ -15,6 +15,7 @@ import (
 type answer struct {
 	result *call.Result // or
 	err    *call.Error
+	ask    *call.InputRequired
 	lost   bool // it was over the bound: only its digest is recorded
 }
 
@@ -22,6 +23,7 @@ const (
 	formResult = 1
 	formError  = 2
 	formLost   = 3
+	formAsk    = 4
 )
 
 // encode is a form of our own: an encoder of JSON would write numbers and white space anew.
@@ -38,6 +40,14 @@ func (a *answer) encode() []byte {
 		b = binary.AppendUvarint(b, uint64(len(e.Scopes)))
 		for _, s := range e.Scopes {
 			b = appendBytes(b, []byte(s))
+		}
+		return b
+	}
+	if a.ask != nil {
+		b := appendBytes([]byte{formAsk}, []byte(a.ask.State))
+		b = binary.AppendUvarint(b, uint64(len(a.ask.Questions)))
+		for _, q := range a.ask.Questions {
+			b = appendBytes(appendBytes(appendBytes(b, []byte(q.Key)), []byte(q.Method)), q.Params)
 		}
 		return b
 	}
@@ -128,6 +138,11 @@ func decodeAnswer(b []byte) (*answer, error) {
 			e.Scopes = append(e.Scopes, string(c.bytes()))
 		}
 		a.err = e
+	case formAsk:
+		a.ask = &call.InputRequired{State: string(c.bytes())}
+		for range min(c.uint(), uint64(len(c.b))) {
+			a.ask.Questions = append(a.ask.Questions, call.Question{Key: string(c.bytes()), Method: string(c.bytes()), Params: c.bytes()})
+		}
 	case formResult:
 		flags := c.byte()
 		a.result = &call.Result{IsError: flags&1 != 0, Public: flags&2 != 0, TTL: time.Duration(c.int()), Content: c.bytes(), Structured: c.bytes(), Extra: c.bytes(), Next: string(c.bytes())}
@@ -146,6 +161,8 @@ func (a *answer) replay(index int64) (*call.Result, error) {
 	mark := append(jsontext.Value(`{"replayed":true,"auditIndex":`), strconv.FormatInt(index, 10)...)
 	mark = append(mark, '}')
 	switch {
+	case a.ask != nil:
+		return nil, a.ask // asked once more: the sealed state says which call it is
 	case a.lost:
 		e := call.Errorf(call.TooLarge, "this call was done before; its answer was too large to be kept, and it is not done again")
 		e.Data = jsontext.Value(`{"code":"too_large","retryable":false,"idempotency":` + string(mark) + `}`)

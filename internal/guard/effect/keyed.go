@@ -115,8 +115,8 @@ func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result
 		if bytes.Equal(o.res.Resume, op.Round) {
 			return claim(false)
 		}
-		e := call.Errorf(call.Conflict, "the call with this idempotency key waits for answers to what it asked; send them, with the requestState that came with the questions")
-		return nil, e, true
+		r, err := o.askAgain(op)
+		return r, err, true
 	case Unknown:
 		return o.recover(ctx, op, claim)
 	}
@@ -200,6 +200,16 @@ func (o *operation) replay(op *Operation) (*call.Result, error) {
 	return a.replay(op.Index)
 }
 
+// askAgain tells a caller what its call waits for: the questions may not have arrived.
+func (o *operation) askAgain(op *Operation) (*call.Result, error) {
+	if len(op.Answer) > 0 { // an older program did not keep them
+		if r, err := o.replay(op); call.AsError(err).Code != call.TooLarge {
+			return r, err
+		}
+	}
+	return nil, call.Errorf(call.Conflict, "the call with this idempotency key waits for answers to what it asked; send them, with the requestState that came with the questions")
+}
+
 // runToEnd runs a dispatched call with a key. It does not stop when its caller goes away: what is
 // done is stored, and told when the caller comes back.
 func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, error) {
@@ -235,11 +245,11 @@ func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, e
 func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result, err error) (*call.Result, error) {
 	var ask *call.InputRequired
 	if errors.As(err, &ask) {
-		state, round := NotExecuted, []byte(nil) // a handler asks before its first effect, and starts over
+		state, round, kept := NotExecuted, []byte(nil), (*answer)(nil) // a handler asks before its first effect, and starts over
 		if ask.State != "" {
-			state, round = Waiting, roundOf(ask.State)
+			state, round, kept = Waiting, roundOf(ask.State), &answer{ask: ask}
 		}
-		if _, failed := o.end(ctx, op, state, nil, round, "input_required"); failed != nil {
+		if _, failed := o.end(ctx, op, state, kept, round, "input_required"); failed != nil {
 			return nil, o.unstored(ctx, op, failed)
 		}
 		return nil, ask

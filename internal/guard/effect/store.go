@@ -50,7 +50,7 @@ type Operation struct {
 	Ended       int64  // when it ended, or 0
 	Retain      int64  // microseconds to keep it after that
 	Index       int64  // of the audit record of its last step
-	Answer      []byte // Completed: sealed
+	Answer      []byte // Completed: sealed; Waiting: what was asked, sealed
 
 	Tenant, Principal, Server, Tool string
 

@@ -197,8 +197,12 @@ func (db *DB) Run(ctx context.Context) error {
 func (db *DB) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatEvery)
 	defer cancel()
-	_, err := db.pool.Exec(ctx, "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), '') ON CONFLICT (id) DO UPDATE SET seen = clock_timestamp()", db.node)
-	return err
+	q := &pgx.Batch{}
+	// Nobody was heard of in the future: the clock was set back. Who is gone would hold what it has
+	// until the clock is there again.
+	q.Queue("UPDATE newel_nodes SET seen = clock_timestamp() WHERE seen > clock_timestamp()")
+	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), '') ON CONFLICT (id) DO UPDATE SET seen = clock_timestamp()", db.node)
+	return db.pool.SendBatch(ctx, q).Close()
 }
 
 // Prune deletes operations past their retention, and nodes that have long been gone, and returns
