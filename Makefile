@@ -4,6 +4,7 @@ SHELL := bash -o pipefail
 
 FUZZTIME ?= 20s
 BENCHFLAGS ?=
+FAULTSFLAGS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -54,6 +55,15 @@ bench: ## what a call costs, against the floor and other libraries (three minute
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
 
+faults: ## crash a real server 500 times, at every moment of a call, on both engines, and check what is left (Linux; needs postgresql; five minutes)
+	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults $(FAULTSFLAGS)
+
+faults-long: ## the same 30,000 times, in runs of 500 with a seed each; goes on where it was interrupted
+	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults -cycles 30000 -resume dist/faults-long.json $(FAULTSFLAGS)
+
+faults-mutants: ## programs with one mistake each: the suite has to find every one
+	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults -mutants $(FAULTSFLAGS)
+
 fuzz: ## run every fuzz target for FUZZTIME (20s)
 	@set -e; targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ {names[++n]=$$1} /^ok/ {for (i=1; i<=n; i++) print $$2, names[i]; n=0}'); \
 	test -n "$$targets" || { echo "fuzz: no targets found"; exit 1; }; \
@@ -70,4 +80,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak bench fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak bench faults faults-long faults-mutants fuzz sbom ci

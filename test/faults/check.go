@@ -136,7 +136,7 @@ func check(e *Evidence) *Verdict {
 		case outage:
 			outages = append(outages, ev)
 		case expected:
-			v.add(nil, ev.Point, "", "%s", ev.Detail)
+			v.add(nil, "", ev.Point, "%s", ev.Detail)
 		case faulted:
 			if ev.Cycle {
 				v.line(ev.Point).Cycles++

@@ -16,6 +16,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"os/exec"
@@ -44,6 +45,7 @@ type options struct {
 	keep    bool
 	first   bool // end at the first violation
 	quiet   bool
+	resume  string // file that remembers what was done
 	mutant  string // part of the names of mutants
 }
 
@@ -67,12 +69,16 @@ func main() {
 	flag.StringVar(&o.binary, "binary", "", "program to test, built with the tag faults; default: it is built")
 	flag.BoolVar(&o.keep, "keep", false, "keep the files of a run that succeeds, too")
 	flag.BoolVar(&mutants, "mutants", false, "build programs with a mistake each, and show that every mistake is found")
+	flag.StringVar(&o.resume, "resume", "", "do the crashes in runs of 500, remember in this file what was done, and go on from there")
 	flag.StringVar(&o.mutant, "mutant", "", "with -mutants: those with this in their name")
 	flag.Parse()
 	o.engines = strings.Split(engine, ",")
 	do := suite
-	if mutants {
+	switch {
+	case mutants:
 		do = runMutants
+	case o.resume != "":
+		do = long
 	}
 	if err := do(ctx, &o, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "faults:", err)
@@ -111,6 +117,87 @@ func suite(ctx context.Context, o *options, out io.Writer) error {
 		return err
 	}
 	return os.RemoveAll(o.dir)
+}
+
+// progress is what a long run remembers.
+type progress struct {
+	Total  result                      `json:"total"`
+	Runs   int                         `json:"runs"`
+	Commit string                      `json:"commit"` // of the sources; another one begins anew
+	Lines  map[string]map[string]*Line `json:"lines"`
+}
+
+const atOnce = 500
+
+// long does many crashes in runs of their own, each with its own seed, so that one that fails can be
+// done again. It ends at the first violation.
+func long(ctx context.Context, o *options, out io.Writer) error {
+	commit, err := exec.CommandContext(ctx, "git", "describe", "--always", "--dirty", "--abbrev=40").Output()
+	if err != nil {
+		return fmt.Errorf("what is tested is not known: %w", err)
+	}
+	p := progress{Commit: strings.TrimSpace(string(commit))}
+	b, err := os.ReadFile(o.resume)
+	if err == nil {
+		before := progress{}
+		if err := json.Unmarshal(b, &before); err != nil {
+			return fmt.Errorf("%s: %w", o.resume, err)
+		}
+		if before.Commit == p.Commit {
+			p = before
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if p.Lines == nil {
+		p.Lines = map[string]map[string]*Line{}
+	}
+	p.Total.lines = p.Lines
+	for p.Total.Cycles < o.cycles {
+		one := *o
+		one.cycles, one.seed = min(atOnce, o.cycles-p.Total.Cycles), o.seed+uint64(p.Runs)
+		if err := one.prepare(ctx); err != nil {
+			return err
+		}
+		r, err := run(ctx, &one)
+		if err != nil || r.Violations > 0 {
+			r.print(out)
+			fmt.Fprintf(os.Stderr, "faults: do it again with -cycles %d -seed %d; what was written is in %s\n", one.cycles, one.seed, one.dir)
+			return errors.Join(err, errViolated)
+		}
+		p.Total.sum(r)
+		p.Runs++
+		if b, err = json.Marshal(&p); err != nil {
+			return err
+		}
+		if err := errors.Join(os.WriteFile(o.resume, b, 0o600), os.RemoveAll(one.dir)); err != nil {
+			return err
+		}
+		fmt.Fprintf(out, "%d of %d cycles, seed %d: no violation\n", p.Total.Cycles, o.cycles, one.seed)
+	}
+	p.Total.Seed = o.seed
+	p.Total.print(out)
+	return nil
+}
+
+// sum adds another run.
+func (r *result) sum(other *result) {
+	for engine, lines := range other.lines {
+		r.add(engine, &Verdict{Lines: lines})
+	}
+	r.Calls += other.Calls
+	r.Unknown += other.Unknown
+	r.Violations += other.Violations
+	r.Seconds += other.Seconds
+	r.found = append(r.found, other.found...)
+	r.bound()
+}
+
+func (r *result) bound() {
+	r.Bound = "none"
+	if r.Violations == 0 && r.Cycles > 0 {
+		r.Bound = fmt.Sprintf("%.2g", 3/float64(r.Cycles))
+	}
 }
 
 // prepare makes the scratch folder and builds the program.
@@ -239,10 +326,7 @@ func run(ctx context.Context, o *options) (_ *result, err error) {
 	}
 	all.Wait()
 	r.Seconds = int(time.Since(begun).Seconds())
-	r.Bound = "none"
-	if r.Violations == 0 && r.Cycles > 0 {
-		r.Bound = fmt.Sprintf("%.2g", 3/float64(r.Cycles))
-	}
+	r.bound()
 	return r, err
 }
 
