@@ -12,7 +12,7 @@ func (l *lane) cycles(count int) error {
 		return err
 	}
 	all := points()
-	for i := 0; i < count; {
+	for i := 0; i < count && !l.stuck; {
 		done, err := l.recoverSome(n, count-i)
 		if err != nil {
 			return err

@@ -47,7 +47,7 @@ func databaseGoes(l *lane) error {
 	for i := range 6 {
 		told := l.operation("plain")
 		l.touched(told, "E1")
-		for l.try(told, n.addr, way{}).Outcome == notExecuted && time.Since(told.Broken) < l.patience() {
+		for l.try(told, n.addr, way{}).Outcome == notExecuted && time.Since(told.Broken) < l.patience() && !l.over(n.addr) {
 			<-time.After(20 * time.Millisecond) // connections that the last crash broke
 		}
 		var wait func()
@@ -79,6 +79,9 @@ func databaseGoes(l *lane) error {
 			}
 		}
 		l.pending = nil
+		if l.stuck {
+			return nil
+		}
 	}
 	return nil
 }
@@ -181,6 +184,9 @@ func clockJumps(l *lane) error {
 		}
 		l.pending = append(l.pending, held)
 		l.settleAll(n.addr, true)
+		if l.stuck {
+			return nil
+		}
 	}
 	return nil
 }
@@ -203,7 +209,9 @@ func callerGoes(l *lane) error {
 		}
 		l.try(o, n.addr, cut)
 		l.incident("E10")
-		l.settle(o, n.addr)
+		if l.settle(o, n.addr); l.stuck {
+			return nil
+		}
 	}
 	return nil
 }

@@ -42,6 +42,7 @@ type lane struct {
 	report  func(cycles int) // progress
 
 	count    int
+	stuck    bool // a call did not come to an end: what follows says nothing more
 	pending  []*operation
 	finished []*operation
 	seen     []tlog.Tree // checkpoints
@@ -182,9 +183,9 @@ func (l *lane) settle(o *operation, addr string) bool {
 		case asked:
 			pause = time.Millisecond
 		}
-		if time.Now().After(deadline) {
+		if time.Now().After(deadline) || e.Outcome == lost && l.over(addr) {
 			l.journal.add(Event{Kind: gaveUp, Op: o.ID, Tool: o.Tool, Detail: e.Outcome + " " + e.Detail})
-			o.Ended = true
+			o.Ended, l.stuck = true, true
 			return true
 		}
 		if e.Outcome == busy && time.Since(o.Broken) < l.lease() {
@@ -192,6 +193,16 @@ func (l *lane) settle(o *operation, addr string) bool {
 		}
 		<-time.After(pause)
 	}
+}
+
+// over reports whether the process at an address has ended by itself: nobody will answer any more.
+func (l *lane) over(addr string) bool {
+	for _, n := range l.nodes {
+		if n.addr == addr && n.process != nil && n.ended(0) {
+			return true
+		}
+	}
+	return false
 }
 
 // settleAll settles what is not held any more; with all it waits for the rest.
@@ -285,6 +296,15 @@ func (l *lane) evidence(ctx context.Context) (*Evidence, error) {
 			return nil, err
 		}
 	}
+	if err := l.readLog(ctx, e); err != nil {
+		l.expect("", "I6: the audit log cannot be read: %v", err)
+	}
+	e.Events = l.journal.events
+	return e, nil
+}
+
+// readLog reads the audit log where it is kept.
+func (l *lane) readLog(ctx context.Context, e *Evidence) (err error) {
 	var log interface {
 		audit.Source
 		Close() error
@@ -295,35 +315,34 @@ func (l *lane) evidence(ctx context.Context) (*Evidence, error) {
 		log, err = sqlite.OpenLog(filepath.Join(l.nodes[0].dir, "state.db"))
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer log.Close()
+	defer func() { err = errors.Join(err, log.Close()) }()
 	_, key, err := l.signer()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if _, err := audit.Check(ctx, log); err != nil {
-		l.expect("", "I6: %v", err)
-		e.Events = l.journal.events
+		return err
 	}
 	head, err := log.Head(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	e.Checkpoints = append(slices.Clone(l.seen), head.Tree())
 	ops := map[string]string{} // by name of the operation
 	for from := int64(0); from < head.Size; {
 		rows, err := log.Read(ctx, from, int(min(512, head.Size-from)))
 		if err != nil || len(rows) == 0 {
-			return nil, errors.Join(fmt.Errorf("the log ends at %d of %d", from, head.Size), err)
+			return errors.Join(fmt.Errorf("it ends at %d of %d", from, head.Size), err)
 		}
 		for _, r := range rows {
 			if e.Log, err = audit.AppendLine(e.Log, &audit.Line{Index: r.Index, Record: r.Record}); err != nil {
-				return nil, err
+				return err
 			}
 			i, name, err := intentOf(key, &r)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			if i.Op != "" {
 				ops[name] = i.Op
@@ -335,7 +354,7 @@ func (l *lane) evidence(ctx context.Context) (*Evidence, error) {
 		}
 		from += int64(len(rows))
 	}
-	return e, nil
+	return nil
 }
 
 func intentOf(key secret.Key, r *audit.Row) (i Intent, operation string, err error) {

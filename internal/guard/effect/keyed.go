@@ -252,6 +252,7 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 		if _, failed := o.end(ctx, op, state, kept, round, "input_required"); failed != nil {
 			return nil, o.unstored(ctx, op, failed)
 		}
+		faultpoint.Reached(faultpoint.Concluded)
 		return nil, ask
 	}
 	a := &answer{result: r}
