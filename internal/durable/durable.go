@@ -391,13 +391,13 @@ func (b *Batch) claim(u *Work) {
 	if r.Scope != nil {
 		op = b.byScope[string(r.Scope)]
 	}
+	again := op != nil && op.State == effect.Dispatched && op.Holder == r.Holder // by an earlier call of the same
 	next, held, replace := r.Claim(b.Now, op)
 	if !held {
 		u.Op = next.At(b.Now)
 		return
 	}
-	dispatched := next.State == effect.Dispatched // before, by ourselves
-	if u.Dispatch != nil && !dispatched {
+	if u.Dispatch != nil && !again {
 		next.State = effect.Dispatched
 		next.Index = b.append(u.Dispatch.Entry)
 	}

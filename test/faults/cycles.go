@@ -88,8 +88,9 @@ func (l *lane) recoverSome(n *node, most int) (done int, err error) {
 // crowded kills the node at any time while many clients call.
 func (l *lane) crowded(n *node) error {
 	stop := make(chan struct{})
+	most := time.Duration(20+l.rand.IntN(150)) * time.Millisecond
 	wait := l.crowd(8, "crowd", func() string { return n.addr }, stop)
-	<-time.After(time.Duration(20+l.rand.IntN(150)) * time.Millisecond)
+	<-time.After(most)
 	n.kill()
 	close(stop)
 	wait()

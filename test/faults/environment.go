@@ -20,6 +20,7 @@ func scenarios() []task {
 		{name: "E9", engine: "postgres", nodes: 1, dsn: "&search_path=public,pg_catalog", do: clockJumps},
 		{name: "E10", nodes: 1, do: callerGoes},
 		{name: "E16", engine: "sqlite", nodes: 1, do: headCannotBePublished},
+		{name: "lookup", nodes: 1, do: finderDies},
 		{name: "mrtr", nodes: 1, do: stateIsUsedAgain},
 		{name: "two", engine: "postgres", nodes: 2, do: holderSleeps},
 	}
@@ -44,6 +45,15 @@ func databaseGoes(l *lane) error {
 	if err := l.restart(n, false); err != nil {
 		return err
 	}
+	db, err := pgx.Connect(l.host.ctx, l.dsn)
+	if err != nil {
+		return err
+	}
+	// The schema is not what this is about: on disk, it cannot be what is missing.
+	_, err = db.Exec(l.host.ctx, "CHECKPOINT")
+	if err := errors.Join(err, db.Close(l.host.ctx)); err != nil {
+		return err
+	}
 	for i := range 6 {
 		told := l.operation("plain")
 		l.touched(told, "E1")
@@ -53,8 +63,9 @@ func databaseGoes(l *lane) error {
 		var wait func()
 		stop := make(chan struct{})
 		if i%2 == 1 {
+			most := time.Duration(50+l.rand.IntN(100)) * time.Millisecond
 			wait = l.crowd(6, "E1", func() string { return n.addr }, stop)
-			<-time.After(time.Duration(50+l.rand.IntN(100)) * time.Millisecond)
+			<-time.After(most)
 		}
 		l.server.Stop()
 		down := time.Now().UnixNano()
@@ -260,6 +271,52 @@ func headCannotBePublished(l *lane) error {
 		return err
 	}
 	do(succeeded)
+	return nil
+}
+
+// finderDies has a process die that is finding out what became of a call: when it knows and has not
+// written it down, and when it is about to do it again.
+func finderDies(l *lane) error {
+	n := l.nodes[0]
+	if err := l.restart(n, false); err != nil {
+		return err
+	}
+	rounds := 4
+	if l.lease() > 0 {
+		rounds = 1
+	}
+	for i := range 2 * rounds {
+		o := l.operation("lookup")
+		first, then := plan{Step: "done", PID: n.pid(), Signal: syscall.SIGKILL}, "K9 before"
+		if i%2 == 1 {
+			first.Step, then = "request", "K3"
+		}
+		if err := l.plan(first); err != nil {
+			return err
+		}
+		l.try(o, n.addr, way{})
+		if err := l.gone(n, first.Step); err != nil {
+			return err
+		}
+		o.Broken = time.Now()
+		if err := l.restart(n, false); err != nil {
+			return err
+		}
+		<-time.After(l.lease())
+		if err := n.arm(then); err != nil {
+			return err
+		}
+		l.try(o, n.addr, way{})
+		if err := l.gone(n, then); err != nil {
+			return err
+		}
+		l.fault(o, "K13")
+		if err := l.restart(n, false); err != nil {
+			return err
+		}
+		l.pending = append(l.pending, o)
+		l.settleAll(n.addr, true)
+	}
 	return nil
 }
 

@@ -231,6 +231,7 @@ func build(ctx context.Context, to, overlay string) error {
 type host struct {
 	testing.TB
 	ctx     context.Context
+	shared  *engines.Server // of its lanes
 	mu      sync.Mutex
 	cleanup []func()
 }
@@ -360,19 +361,15 @@ func (t *task) run(ctx context.Context, o *options, h *host, bar *bar) (*Verdict
 	return check(e), failed
 }
 
-var shared sync.Map // server of a host
-
 // server returns the database server that the lanes share, or one of its own.
 func (h *host) server(own bool) *engines.Server {
 	if own {
 		return engines.Start(h)
 	}
-	if s, ok := shared.Load(h); ok {
-		return s.(*engines.Server)
+	if h.shared == nil {
+		h.shared = engines.Start(h)
 	}
-	s := engines.Start(h)
-	shared.Store(h, s)
-	return s
+	return h.shared
 }
 
 // tasks are what is done on one engine: crashes, and what else goes wrong.

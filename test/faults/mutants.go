@@ -58,6 +58,9 @@ func mutants() []mutant {
 		{"what is looked up runs again", "sqlite", 60, "none", []edit{
 			{effect + "keyed.go", "	if found {\n", "	if found && false {\n"},
 		}},
+		{"who looks forgets that it may have run", "sqlite", 0, "lookup", []edit{
+			{effect + "store.go", "	if next.State != Dispatched && next.State != Unknown {", "	if true {"},
+		}},
 		{"a failed sync is taken for a full disk", "sqlite", 0, "E2", []edit{
 			{lite + "commit.go", "	case codePerm, codeBusy,", "	case 10, codePerm, codeBusy,"},
 		}},

@@ -3,6 +3,7 @@ package effect
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"log/slog"
@@ -373,7 +374,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 		return o.conclude(ctx, &mine, answer, nil)
 	}
 	faultpoint.Reached(faultpoint.Held)
-	o.res.Expect = mine.Fence - 1 // the record names the attempt that holds it: this one
+	o.res.Expect, o.res.From, o.res.Holder = mine.Fence, mine.Holder, rand.Text()
 	mine, held, err = o.dispatch(ctx)
 	if err != nil {
 		return nil, err
