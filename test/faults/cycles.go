@@ -22,9 +22,8 @@ func (l *lane) cycles(count int) error {
 		}
 		p := all[i%len(all)]
 		o := l.operation(p.tools[l.rand.IntN(len(p.tools))])
-		o.Point = p.name
 		if err := p.crash(l, n, o); err != nil {
-			return fmt.Errorf("%s: %w", p.name, err)
+			return fmt.Errorf("%s, %s: %w", p.name, p.what, err)
 		}
 		l.fault(o, p.name)
 		l.pending = append(l.pending, o)
@@ -53,8 +52,8 @@ func (l *lane) cycles(count int) error {
 func (l *lane) recoverSome(n *node, most int) (done int, err error) {
 	var rest []*operation
 	for _, o := range l.pending {
-		again1 := l.rand.IntN(4) == 0 && done < most && o.Recoveries < 10 && time.Since(o.Broken) >= l.lease()
-		if !again1 {
+		crash := l.rand.IntN(4) == 0 && done < most && o.Recoveries < 10 && time.Since(o.Broken) >= l.lease()
+		if !crash {
 			rest = append(rest, o)
 			continue
 		}

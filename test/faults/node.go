@@ -221,13 +221,12 @@ func (n *node) forget() error {
 	return nil
 }
 
-// A call is one operation of the driver, with all that is needed to try it again.
+// An operation is one call of the driver, with all that is needed to try it again.
 type operation struct {
 	ID, Key, Tool, Nonce string
 	Args                 arguments
 	State                string // requestState that it goes on with
 	Attempts             int
-	Point                string    // where it was broken
 	Broken               time.Time // last
 	Recoveries           int
 	Ended                bool
