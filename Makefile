@@ -5,6 +5,7 @@ SHELL := bash -o pipefail
 FUZZTIME ?= 20s
 BENCHFLAGS ?=
 FAULTSFLAGS ?=
+SOAKFLAGS ?=
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -17,6 +18,7 @@ test: ## run all tests, real databases and clients included (needs postgresql, n
 	cd test/bench && go test ./...
 	cd test/opa && go test ./...
 	cd test/acme && go test ./...
+	cd test/s3 && go test ./...
 
 race: ## run the tests that use goroutines with the race detector (needs a C compiler)
 	go test -race . ./call/... ./internal/... ./neweltest/... ./test/gateway/... ./test/https/...
@@ -28,6 +30,7 @@ lint: ## gofmt, go vet, staticcheck
 	cd test/bench && go vet ./...
 	cd test/opa && go vet ./...
 	cd test/acme && go vet ./...
+	cd test/s3 && go vet ./...
 	go tool staticcheck ./...
 	@echo "lint: ok"
 
@@ -49,7 +52,7 @@ conformance-gateway: ## the same suite through the gateway, in front of six serv
 conformance-auth: ## the suite's scenarios for authorization servers and their clients: the one for development, the gateway (needs npm)
 	@go run ./test/conformance -auth
 
-bench: ## what a call costs, against the floor and other libraries (three minutes, Linux, two CPUs)
+bench: ## what a call costs, against the floor and other libraries (six minutes, Linux, two CPUs, PostgreSQL)
 	@cd test/bench && go run . $(BENCHFLAGS)
 
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
@@ -63,6 +66,9 @@ faults-long: ## the same 30,000 times, in runs of 500 with a seed each; goes on 
 
 faults-mutants: ## programs with one mistake each: the suite has to find every one
 	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults -mutants $(FAULTSFLAGS)
+
+soak: ## an hour of mixed load with reloads; memory, goroutines and descriptors must stay flat (Linux)
+	@go run ./test/soak $(SOAKFLAGS)
 
 fuzz: ## run every fuzz target for FUZZTIME (20s)
 	@set -e; targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ {names[++n]=$$1} /^ok/ {for (i=1; i<=n; i++) print $$2, names[i]; n=0}'); \
@@ -80,4 +86,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak bench faults faults-long faults-mutants fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak bench faults faults-long faults-mutants fuzz sbom ci

@@ -10,6 +10,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/backend/artifact"
 )
 
 // Limits bound what one server does at once; see the fields for units and defaults.
@@ -46,6 +47,6 @@ func (o *Options) assemble(own call.Backend) *assembly.Options {
 		Backends: append([]call.Backend{own}, o.Backends...),
 		Limits:   o.Limits,
 		Logger:   o.Logger, Tracer: o.Tracer, Meter: o.Meter, Metrics: o.Metrics,
-		StateKey: o.StateKey, AllowedHosts: o.AllowedHosts, AllowedOrigins: o.AllowedOrigins, ArtifactDir: o.ArtifactDir,
+		StateKey: o.StateKey, AllowedHosts: o.AllowedHosts, AllowedOrigins: o.AllowedOrigins, Artifacts: artifact.Options{Dir: o.ArtifactDir},
 	}
 }

@@ -10,4 +10,7 @@ type Artifact struct {
 	SHA256  string // hexadecimal
 	Created time.Time
 	Expires time.Time // it is deleted after this
+
+	Link      string    // address under which whoever has it can download the artifact; "": there is none
+	LinkUntil time.Time // when it ends to work
 }

@@ -176,6 +176,7 @@ type Event struct {
 	QueueTime   time.Duration // time spent waiting for admission
 	ResultBytes int           // bytes of the result as sent
 	Tokens      int           // estimated tokens of the result
+	Cached      bool          // answered from what was answered before
 	Paged       bool          // bound cut the result into pages or an artifact
 	Operation   string        // id of the durable operation, or ""
 	Replayed    bool          // the answer is that of an earlier call with the same key

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -38,7 +39,7 @@ func publicURL(c *config.Config, listen net.Addr) string {
 
 // identities makes what tells who is calling; nil means that nobody is asked. Positions of what is
 // wrong come from f.
-func identities(f *config.File, base string) (*assembly.Identities, *assembly.Access, error) {
+func identities(f *config.File, base string, fed *federation) (*assembly.Identities, *assembly.Access, error) {
 	c := &f.Config
 	a := &c.Auth
 	if a.Mode == "none" {
@@ -71,6 +72,9 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 		issuers = []verify.Issuer{{URL: base, Audiences: resources, JWKS: base + "/oauth/jwks", TenantClaim: "tenant"}}
 		urls = []string{base}
 	}
+	if fed != nil {
+		issuers, urls = []verify.Issuer{fed.own(f, base, resources)}, []string{base}
+	}
 	private, err := ranges(f, a.Private, "auth.private_ranges")
 	if err != nil {
 		return nil, nil, err
@@ -79,7 +83,19 @@ func identities(f *config.File, base string) (*assembly.Identities, *assembly.Ac
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}
-	return &assembly.Identities{Tokens: tokens, Local: local}, &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes, Nonce: tokens.Nonce, DPoPRequired: a.DPoP == "required"}, nil
+	who := &assembly.Identities{Tokens: tokens, Local: local}
+	if fed != nil {
+		who.Provider = fed.signatures
+	}
+	access := &assembly.Access{Resource: resources[0], Issuers: urls, Scopes: a.Scopes, Nonce: tokens.Nonce, DPoPRequired: a.DPoP == "required"}
+	if a.Describe && a.Mode == "tokens" {
+		first, err := tokens.Describe(urls[0])
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", f.Position("auth.serve_metadata"), err)
+		}
+		access.Describe = first.Document
+	}
+	return who, access, nil
 }
 
 // ranges reads ranges of addresses; at is where they stand in the configuration.
@@ -101,8 +117,12 @@ var developers = []devserver.User{
 	{Name: "bob", Scopes: []string{"orders:read", "kb:read"}, Roles: []string{"reader"}},
 }
 
-// loginServer makes the authorization server for development, or nil. scopes are those that exist.
-func loginServer(c *config.Config, base string, scopes []string) (http.Handler, error) {
+// loginServer makes the authorization server, or nil. scopes are those that exist.
+func loginServer(f *config.File, base string, scopes []string, fed *federation, logger *slog.Logger) (http.Handler, error) {
+	c := &f.Config
+	if fed != nil {
+		return fed.server(f, base, scopes, logger)
+	}
 	if c.Auth.Mode != "dev" {
 		return nil, nil
 	}
@@ -113,7 +133,7 @@ func loginServer(c *config.Config, base string, scopes []string) (http.Handler, 
 			users = append(users, devserver.User{Name: u.Name, Tenant: u.Tenant, Scopes: u.Scopes, Roles: u.Roles})
 		}
 	}
-	s, err := devserver.New(devserver.Options{Issuer: base, Resources: resourcesOf(c, base), Scopes: scopes, Users: users})
+	s, err := devserver.New(devserver.Options{Issuer: base, Resources: resourcesOf(c, base), Scopes: scopes, Users: users, DPoP: c.Auth.DPoP == "required"})
 	if err != nil {
 		return nil, err
 	}
@@ -231,7 +251,7 @@ func deciders(f *config.File) ([]policy.Decider, error) {
 // production refuses what has no place there.
 func production(f *config.File) error {
 	if f.Config.Policy.Environment == policy.Production && slices.Contains([]string{"dev", "none"}, f.Config.Auth.Mode) {
-		return fmt.Errorf("%s: in production everybody has to say who they are: write mode: tokens", f.Position("auth.mode"))
+		return fmt.Errorf("%s: in production everybody has to say who they are: write mode: tokens, or broker", f.Position("auth.mode"))
 	}
 	return nil
 }
@@ -239,7 +259,7 @@ func production(f *config.File) error {
 // scopesOf are all scopes that something published asks for, and those that clients are told of.
 func scopesOf(ctx context.Context, c *config.Config, backends []call.Backend) ([]string, error) {
 	all := slices.Clone(c.Auth.Scopes)
-	if c.Auth.Mode != "dev" {
+	if !slices.Contains([]string{"dev", "broker"}, c.Auth.Mode) {
 		return all, nil
 	}
 	for _, b := range backends {

@@ -8,15 +8,22 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"slices"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/backend/artifact"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/module"
+	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/store/redis"
 )
 
 // load reads and checks a configuration file.
@@ -35,49 +42,70 @@ func (e *environment) load(path string, secrets config.Lookup) (*config.File, er
 	return f, nil
 }
 
-// opened is a house and what has to be closed after it.
-type opened struct {
-	*assembly.House
-	closers []io.Closer
-	stop    func(context.Context) error // flushes telemetry
-}
-
-// close closes backends, then flushes telemetry: what they still say is not lost.
-func (o *opened) close(ctx context.Context) error {
-	var errs []error
-	for _, c := range o.closers {
-		errs = append(errs, c.Close())
+// open opens everything a configuration names, and builds the first house of it.
+func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr) (*opened, error) {
+	o, err := e.openParts(ctx, f, listen, nil)
+	if err != nil {
+		return nil, err
 	}
-	return errors.Join(append(errs, o.stop(context.WithoutCancel(ctx)))...)
+	if o.House, err = assembly.Build(ctx, &o.options); err != nil {
+		return nil, errors.Join(exit(exitFailed, err), o.close(ctx))
+	}
+	return o, nil
 }
 
-// open opens everything a configuration names.
-func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr) (_ *opened, err error) {
+// openParts opens what a configuration names; what the one before it named in the same words stays
+// as it is. before is nil for the first.
+func (e *environment) openParts(ctx context.Context, f *config.File, listen net.Addr, before *opened) (_ *opened, err error) {
 	c := &f.Config
 	base := publicURL(c, listen)
-	who, access, err := identities(f, base)
-	if err != nil {
-		return nil, exit(exitFailed, err)
-	}
-	rules, shadow, err := policies(ctx, f)
-	if err != nil {
-		return nil, exit(exitFailed, err)
-	}
-	t, err := startTelemetry(ctx, c, e.err)
-	if err != nil {
-		return nil, exit(exitFailed, err)
-	}
-	o := &opened{stop: t.stop}
+	o := &opened{file: f, things: map[string]*thing{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, o.close(ctx))
 		}
 	}()
-	var shown assembly.Certificates
-	if listen != nil { // over stdio nobody sees them
-		if shown, err = certificates(f, t.logger); err != nil {
-			return nil, exit(exitFailed, err)
+	t, err := reuse(o, before, "telemetry", nil, func() (*telemetry, func(context.Context) error, error) {
+		t, err := startTelemetry(ctx, c, e.err)
+		if err != nil {
+			return nil, nil, err
 		}
+		return t, t.stop, nil
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	o.telemetry = t
+	shown, err := reuse(o, before, "certificates", nil, func() (assembly.Certificates, func(context.Context) error, error) {
+		if listen == nil { // over stdio nobody sees them
+			return nil, nil, nil
+		}
+		shown, err := certificates(f, t.logger)
+		return shown, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	// Who logged in stays so, and keys of issuers that cannot be asked now are still known.
+	authSettings := []any{c.Auth, base, resourcesOf(c, base), tenantsOf(c, base+"/mcp"), digest(signingKeys(f)...)}
+	door, err := reuse(o, before, "auth", authSettings, func() (*doorkeeper, func(context.Context) error, error) {
+		fed, err := federated(f)
+		if err != nil {
+			return nil, nil, err
+		}
+		who, access, err := identities(f, base, fed)
+		return &doorkeeper{who, access, fed}, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	who, access := door.who, door.access
+	ruled, err := reuse(o, before, "policy", []any{c.Policy, digest(cedarFiles(f)...)}, func() (*ruling, func(context.Context) error, error) {
+		rules, shadow, err := policies(ctx, f)
+		return &ruling{rules, shadow}, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
 	}
 	proxies, err := ranges(f, c.TLS.Proxies, "tls.trusted_proxies")
 	if err != nil {
@@ -88,21 +116,23 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	var backends []call.Backend
 	var problems []error
 	for i := range c.Backends {
-		b := &c.Backends[i]
-		if _, err := e.giveAccess(f, b); err != nil {
-			problems = append(problems, err)
-			continue
-		}
-		backend, err := b.Module.Open(ctx, b.Name, b.Settings, module.Env{
-			Dir: f.Dir, Logger: t.logger, Progress: bar.report,
-			Position: func(path string) string { return f.BackendPosition(b, path) },
+		b := c.Backends[i] // a copy: what the configuration says is compared later
+		backend, err := reuse(o, before, "backend "+b.Name, []any{b.Type, b.Settings, digest(keyFile(f, &b))}, func() (call.Backend, func(context.Context) error, error) {
+			if _, err := e.giveAccess(f, &b); err != nil {
+				return nil, nil, err
+			}
+			backend, err := b.Module.Open(ctx, b.Name, b.Settings, module.Env{
+				Dir: f.Dir, Logger: t.logger, Progress: bar.report,
+				Position: func(path string) string { return f.BackendPosition(&b, path) },
+			})
+			if closer, ok := backend.(io.Closer); ok && err == nil {
+				return backend, func(context.Context) error { return closer.Close() }, nil
+			}
+			return backend, nil, err
 		})
 		if err != nil {
 			problems = append(problems, err)
 			continue
-		}
-		if closer, ok := backend.(io.Closer); ok {
-			o.closers = append(o.closers, closer)
 		}
 		backends = append(backends, backend)
 	}
@@ -124,23 +154,57 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}
-	st, err := openState(ctx, f, listen == nil)
+	st, err := reuse(o, before, "state", nil, func() (*state, func(context.Context) error, error) {
+		if c.State.Engine == "sqlite" && e.turn != nil {
+			if err := e.turn(ctx); err != nil {
+				return nil, nil, err
+			}
+		}
+		st, err := openState(ctx, f, listen == nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		return st, func(context.Context) error { return st.Close() }, nil
+	})
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	o.closers = append(o.closers, st)
 	var store effect.Store
-	var sealing []byte // of what travels through clients; random if nothing outlives the process anyway
 	if st.store != nil {
-		if sealing, err = st.key.Derive("newel requestState"); err != nil {
-			return nil, exit(exitFailed, err)
-		}
-		st.store.failed = func(err error) {
-			t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
+		if before == nil {
+			st.store.failed = func(err error) {
+				t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
+			}
 		}
 		store = st.store
 	}
-	counted, err := limiter(f, o, t.logger)
+	stored, err := reuse(o, before, "artifacts", nil, func() (artifact.Options, func(context.Context) error, error) {
+		stored, err := artifacts(f, st.key, base, listen != nil)
+		return stored, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	counted, err := limiter(f, o, before, shared, t.logger)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	others, err := reuse(o, before, "nodes", nil, func() (*cluster.Cluster, func(context.Context) error, error) {
+		others, err := nodes(f, shared, st.key, t.logger)
+		return others, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	var events mcp.EventStore
+	if others != nil {
+		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
+	}
+	results, err := resultCache(f) // its own of each configuration: another may answer otherwise
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
@@ -153,30 +217,40 @@ func (e *environment) open(ctx context.Context, f *config.File, listen net.Addr)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	authorization, err := loginServer(c, base, scopes)
+	authorization, err := reuse(o, before, "login", []any{authSettings, scopes}, func() (http.Handler, func(context.Context) error, error) {
+		h, err := loginServer(f, base, scopes, door.fed, t.logger)
+		return h, nil, err
+	})
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	o.House, err = assembly.Build(ctx, &assembly.Options{
+	o.options = assembly.Options{
 		Name: c.Server.Name, Title: c.Server.Title, Version: c.Server.Version, Instructions: c.Server.Instructions,
 		Backends: backends, Servers: servers, Search: c.ToolSearch,
 		Limits: assembly.Limits{
 			MessageBytes: int(l.MaxMessageBytes), Depth: l.MaxDepth, Elements: l.MaxElements,
 			ConcurrentCalls: l.MaxConcurrentCalls, QueuedCalls: l.MaxQueuedCalls, QueueTimeout: l.QueueTimeout, CallTimeout: l.CallTimeout,
-			Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
+			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		State: store, Key: st.key, StateKey: sealing, Effects: effects(&c.Effects),
-		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: rules, Shadow: shadow, Explicit: c.Policy.Explicit,
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
+		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,
-		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, ArtifactDir: c.Artifacts.Dir,
-	})
-	if err != nil {
-		return nil, exit(exitFailed, err)
+		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, Artifacts: stored,
 	}
 	return o, nil
 }
+
+// doorkeeper is who tells callers apart.
+type doorkeeper struct {
+	who    *assembly.Identities
+	access *assembly.Access
+	fed    *federation // nil: people log in elsewhere
+}
+
+// ruling is the policy and the one that is tried beside it.
+type ruling struct{ rules, shadow *policy.Policy }
 
 // levels are the names of log levels in the configuration.
 var levels = map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}

@@ -63,12 +63,11 @@ func (e *environment) readClient(path string) (*config.Imported, error) {
 }
 
 // loadClient is load for a client's file: its secrets stay where they are.
-func (e *environment) loadClient(path string) (*config.File, error) {
+func (e *environment) loadClient(path string, outside config.Lookup) (*config.File, error) {
 	im, err := e.readClient(path)
 	if err != nil {
 		return nil, err
 	}
-	outside := e.secrets(path)
 	f, err := config.Load(path, im.YAML, e.modules, func(kind, name string) (string, error) {
 		if v, ok := im.Secrets[name]; ok && kind == "env" {
 			return v, nil

@@ -15,7 +15,7 @@ func main() {
 	// The first signal asks for a clean end; from then on a second one ends at once.
 	context.AfterFunc(ctx, stop)
 	code := run(ctx, os.Args[1:], environment{
-		in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.LookupEnv, modules: standard.Modules(),
+		in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.LookupEnv, modules: standard.Modules(), program: os.Args,
 	})
 	os.Exit(code)
 }

@@ -6,19 +6,35 @@ import (
 	"log/slog"
 
 	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/store/redis"
 )
 
 // limiter makes what holds calls to the quotas; nil means that nothing is counted. Positions of what
 // is wrong come from f.
-func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error) {
+func limiter(f *config.File, o, before *opened, shared *redis.DB, log *slog.Logger) (*quota.Limiter, error) {
 	c := &f.Config
-	if len(c.Quotas.Rules) == 0 {
-		return nil, nil
+	// What was counted stays counted when rules change.
+	store, err := reuse(o, before, "counts", nil, func() (quota.Store, func(context.Context) error, error) {
+		if shared == nil {
+			return quota.NewMemory(), nil, nil
+		}
+		return shared, nil, nil
+	})
+	if err != nil || len(c.Quotas.Rules) == 0 {
+		return nil, err
 	}
+	return reuse(o, before, "quotas", c.Quotas, func() (*quota.Limiter, func(context.Context) error, error) {
+		l, err := newLimiter(f, store, log)
+		return l, nil, err
+	})
+}
+
+func newLimiter(f *config.File, store quota.Store, log *slog.Logger) (*quota.Limiter, error) {
+	c := &f.Config
 	options := quota.Options{
-		NotCritical: c.Quotas.NotCritical, Share: c.Quotas.Share, Store: quota.NewMemory(),
+		NotCritical: c.Quotas.NotCritical, Share: c.Quotas.Share, Store: store,
 		Alert: func(ctx context.Context, a quota.Alert) {
 			if a.Err != nil {
 				log.LogAttrs(ctx, slog.LevelError, "quotas cannot be counted for all nodes; this node grants its share", slog.String("error", a.Err.Error()))
@@ -27,14 +43,6 @@ func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error
 			log.LogAttrs(ctx, slog.LevelWarn, "a budget runs out", slog.String("quota", a.Rule), slog.String("of", a.Of),
 				slog.String("what", a.What), slog.Int64("used", a.Used), slog.Int64("limit", a.Limit))
 		},
-	}
-	if c.Redis.URL.Reveal() != "" {
-		db, err := redis.Open(c.Redis.URL)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", f.Position("redis.url"), err)
-		}
-		o.closers = append(o.closers, db)
-		options.Store = db
 	}
 	for i := range c.Quotas.Rules {
 		q := &c.Quotas.Rules[i]
@@ -62,4 +70,25 @@ func limiter(f *config.File, o *opened, log *slog.Logger) (*quota.Limiter, error
 		return nil, fmt.Errorf("%s: %w", f.Position("quotas"), err)
 	}
 	return l, nil
+}
+
+// resultCache makes what keeps results; nil means that every call is made.
+func resultCache(f *config.File) (*cache.Cache, error) {
+	c := &f.Config.Cache
+	if len(c.Rules) == 0 {
+		return nil, nil
+	}
+	o := cache.Options{MaxBytes: int(c.MaxBytes), MaxEntry: int(c.MaxEntry)}
+	for i, r := range c.Rules {
+		one := cache.Rule(r)
+		if err := one.Check(); err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Position(fmt.Sprintf("cache.rules[%d]", i)), err)
+		}
+		o.Rules = append(o.Rules, one)
+	}
+	results, err := cache.New(o)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("cache"), err)
+	}
+	return results, nil
 }

@@ -29,6 +29,9 @@ type environment struct {
 	err     io.Writer
 	getenv  func(string) (string, bool)
 	modules []module.Module
+	program []string // command line of this process, for its successor
+	// turn, if set, waits until this process may open what only one can have.
+	turn func(context.Context) error
 }
 
 // exitError carries an exit code; a nil err prints nothing more.
@@ -86,7 +89,7 @@ func command(env *environment) *cobra.Command {
 	}
 	root.AddGroup(&cobra.Group{ID: "serve", Title: "Serving:"}, &cobra.Group{ID: "client", Title: "Talking to a server:"}, &cobra.Group{ID: "config", Title: "Configuration:"}, &cobra.Group{ID: "audit", Title: "What was done:"})
 	for group, verbs := range map[string][]*cobra.Command{
-		"serve":  {serveCommand(env), stdioCommand(env)},
+		"serve":  {serveCommand(env), reloadCommand(env), stdioCommand(env)},
 		"client": {loginCommand(env), tokenCommand(env), toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
 		"audit":  {auditCommand(env)},
 		"config": {configCommand(env), importCommand(env), policyCommand(env), initCommand(env)},

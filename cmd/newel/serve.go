@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -27,17 +29,9 @@ func serveCommand(env *environment) *cobra.Command {
 				return errors.New("--from and --config name one file each; choose one")
 			}
 			if from != "" {
-				f, err := env.loadClient(from)
-				if err != nil {
-					return err
-				}
-				return env.serve(cmd.Context(), f, from, listen)
+				path = from
 			}
-			f, err := env.load(path, env.secrets(path))
-			if err != nil {
-				return err
-			}
-			return env.serve(cmd.Context(), f, path, listen)
+			return env.serve(cmd.Context(), &source{environment: env, path: path, client: from != ""}, listen)
 		},
 	}
 	c.Flags().StringVar(&from, "from", "", "serve the MCP servers of a client's file (Claude, Cursor, VS Code) instead")
@@ -77,25 +71,40 @@ func (e *environment) secrets(path string) config.Lookup {
 	return config.Secrets(e.getenv, filepath.Dir(path))
 }
 
-func (e *environment) serve(ctx context.Context, f *config.File, path, listen string) error {
-	if listen == "" {
-		listen = f.Config.Listen
+func (e *environment) serve(ctx context.Context, from *source, listen string) (err error) {
+	relay, err := e.inherited()
+	if err != nil {
+		return exit(exitFailed, err)
+	}
+	defer func() { relay.failed(err) }()
+	e.turn = relay.turn
+	from.reloads, from.restarts = make(chan os.Signal, 1), make(chan os.Signal, 1)
+	notify(from.reloads, from.restarts) // first of all: a signal that nobody waits for ends the process
+	f, err := from.load()
+	if err != nil {
+		return err
+	}
+	if most := f.Config.Limits.MaxMemory; most > 0 { // the collector works harder before calls are refused
+		debug.SetMemoryLimit(int64(float64(most) * 0.9))
 	}
 	// The port first: it tells soonest that something is wrong, and what connects waits.
 	if err := errors.Join(production(f), checkTLS(f)); err != nil {
 		return exit(exitFailed, err)
 	}
-	l, err := assembly.Listen(ctx, listen, exposure(&f.Config))
+	l, err := relay.listen(ctx, cmp.Or(listen, f.Config.Listen), exposure(&f.Config))
 	if err != nil {
 		return exit(exitFailed, err)
 	}
-	house, err := e.open(ctx, f, l.Addr())
+	first, err := e.open(ctx, f, l.Addr())
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	e.announce(house.Summary(), address(&f.Config, l.Addr()), path)
-	err = house.Serve(ctx, l)
-	if err = errors.Join(err, house.close(ctx)); err != nil {
+	s, err := e.newServing(from, l, first, relay.successor)
+	if err != nil {
+		return errors.Join(exit(exitFailed, err), first.close(ctx), l.Close())
+	}
+	e.announce(first.Summary(), address(&f.Config, l.Addr()), from.path)
+	if err := s.run(ctx, relay); err != nil {
 		return exit(exitFailed, err)
 	}
 	return nil

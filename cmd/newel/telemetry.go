@@ -28,6 +28,7 @@ import (
 // telemetry is where logs, traces and metrics go.
 type telemetry struct {
 	logger  *slog.Logger
+	level   *slog.LevelVar
 	tracer  trace.TracerProvider
 	meter   metric.MeterProvider
 	metrics http.Handler // nil: not served
@@ -44,8 +45,11 @@ func (t *telemetry) stop(ctx context.Context) error {
 }
 
 func startTelemetry(ctx context.Context, c *config.Config, logs io.Writer) (*telemetry, error) {
+	level := &slog.LevelVar{}
+	level.Set(levels[c.Telemetry.LogLevel])
 	t := &telemetry{
-		logger: slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: levels[c.Telemetry.LogLevel]})),
+		logger: slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: level})),
+		level:  level,
 		tracer: tracenoop.NewTracerProvider(),
 		meter:  metricnoop.NewMeterProvider(),
 	}

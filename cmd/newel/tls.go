@@ -19,7 +19,7 @@ import (
 // exposure is what stands between the listener and whoever can reach it.
 func exposure(c *config.Config) assembly.Exposure {
 	return assembly.Exposure{
-		Identities: c.Auth.Mode == "tokens",
+		Identities: c.Auth.Mode == "tokens" || c.Auth.Mode == "broker",
 		Encrypted:  c.TLS.On() || c.TLS.Terminated,
 		Production: c.Policy.Environment == policy.Production,
 	}

@@ -2,16 +2,20 @@ package assembly
 
 import (
 	"context"
+	"errors"
+	"log/slog"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/go-json-experiment/json"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/door/mcphttp"
 	"newel.dev/newel/internal/guard/authenticate"
+	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/identity/verify"
 )
 
@@ -19,6 +23,9 @@ import (
 type Identities struct {
 	Tokens *verify.Verifier // nil: no token is accepted
 	Local  *call.Principal  // of callers over stdio and in memory; nil: none may call
+	// Provider knows the keys of the identity provider at which people log in; nil: there is none.
+	// No token is checked with it here: it is only kept fresh.
+	Provider *verify.Verifier
 }
 
 var _ authenticate.Verifier = (*Identities)(nil)
@@ -46,10 +53,15 @@ func (i *Identities) Verify(ctx context.Context, c call.Credential) (*call.Princ
 
 // Run keeps the keys of issuers fresh until ctx ends.
 func (i *Identities) Run(ctx context.Context) error {
-	if i.Tokens == nil {
-		return nil
+	var all sync.WaitGroup
+	var errs [2]error
+	for n, v := range []*verify.Verifier{i.Tokens, i.Provider} {
+		if v != nil {
+			all.Go(func() { errs[n] = v.Run(ctx) })
+		}
 	}
-	return i.Tokens.Run(ctx)
+	all.Wait()
+	return errors.Join(errs[:]...)
 }
 
 // check is asked before a session sees a request: see mcphttp.Options.
@@ -133,7 +145,7 @@ func (f *face) access(o *Options) *mcphttp.Access {
 	base := origin(resource)
 	return &mcphttp.Access{
 		Resource: resource, Metadata: base + wellKnown + f.server.Path, Scopes: o.Access.Scopes,
-		ProofAlgorithms: verify.ProofAlgorithms, Nonce: o.Access.Nonce,
+		ProofAlgorithms: dpop.Algorithms, Nonce: o.Access.Nonce,
 	}
 }
 
@@ -154,26 +166,40 @@ func (h *House) serveMetadata(mux *routes) {
 	if a == nil {
 		return
 	}
+	if a.Describe != nil && h.opts.Login == nil {
+		mux.HandleFunc("GET /.well-known/oauth-authorization-server", func(w http.ResponseWriter, r *http.Request) {
+			doc, err := a.Describe(r.Context())
+			if err != nil {
+				h.opts.Logger.LogAttrs(r.Context(), slog.LevelWarn, "the authorization server does not describe itself", slog.String("error", err.Error()))
+				http.Error(w, "the authorization server cannot be asked now; try again in a moment", http.StatusBadGateway)
+				return
+			}
+			writePublic(w, doc)
+		})
+	}
 	for i, f := range h.faces {
 		doc, err := json.Marshal(map[string]any{
 			"resource": f.server.Resource(a.Resource), "resource_name": f.server.Name,
 			"authorization_servers": a.Issuers, "scopes_supported": h.scopes(f), "bearer_methods_supported": []string{"header"},
-			"dpop_signing_alg_values_supported": verify.ProofAlgorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
+			"dpop_signing_alg_values_supported": dpop.Algorithms, "dpop_bound_access_tokens_required": a.DPoPRequired,
 		}, json.Deterministic(true))
 		if err != nil {
 			continue // text and lists of it can be encoded
 		}
-		serve := func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			w.Header().Set("Cache-Control", "max-age=300")
-			w.Header().Set("Access-Control-Allow-Origin", "*") // public by its nature: browsers' clients read it
-			_, _ = w.Write(doc)                                // the client is gone if this fails
-		}
+		serve := func(w http.ResponseWriter, _ *http.Request) { writePublic(w, doc) }
 		mux.HandleFunc("GET "+f.server.Host+wellKnown+f.server.Path, serve)
 		if i == 0 || f.server.Host != "" && f.server.Path == "/mcp" {
 			mux.HandleFunc("GET "+f.server.Host+wellKnown, serve)
 		}
 	}
+}
+
+// writePublic answers with a document that is public by its nature: browsers' clients read it.
+func writePublic(w http.ResponseWriter, doc []byte) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "max-age=300")
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	_, _ = w.Write(doc) // the client is gone if this fails
 }
 
 // scopes are all that the capabilities of a server ask for, and those to ask for first.

@@ -2,18 +2,19 @@
 // path behind all doors.
 //
 // Start reading at [Build], which opens nothing but what it is given and fails with every
-// registration problem named; then [House.Run] and [House.Serve] in run.go, the only place that
-// starts long-lived goroutines and the place that spells the order of shutdown.
+// registration problem named; then [Live.Serve] in run.go, the only place that starts long-lived
+// goroutines and the place that spells the order of shutdown; live.go goes over from one house to
+// the next while it serves.
 package assembly
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,19 +24,21 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
+	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/effect"
-	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/guard/validate"
-	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/secret"
 )
@@ -57,10 +60,13 @@ type Options struct {
 	Login    http.Handler          // authorization server, below /oauth/; nil: none is served
 	// Compatibility names what is put up with of clients that do not keep to the protocol.
 	Compatibility []string
-	Quota         *quota.Limiter // nil: nothing is counted
-	Policy        *policy.Policy // nil: what is published needs its scopes and no more
-	Shadow        *policy.Policy // asked too, for the log alone; nil: none
-	Explicit      bool           // say that something is denied although its caller may not see it
+	Cache         *cache.Cache     // nil: every call is made
+	Cluster       *cluster.Cluster // nil: sessions are this node's alone
+	Events        mcp.EventStore   // with Cluster: what was sent on streams of sessions, for all nodes
+	Quota         *quota.Limiter   // nil: nothing is counted
+	Policy        *policy.Policy   // nil: what is published needs its scopes and no more
+	Shadow        *policy.Policy   // asked too, for the log alone; nil: none
+	Explicit      bool             // say that something is denied although its caller may not see it
 
 	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
 	Key     secret.Key   // seals what State holds; with State nil it is not used
@@ -74,10 +80,10 @@ type Options struct {
 	TLS     Certificates   // what the listener shows its clients; nil: plain HTTP
 	Proxies []netip.Prefix // of plain HTTP: other peers but this machine are refused; nil: none are
 
-	StateKey       []byte   // 32 bytes that seal requestState; nil: random, states end with the process
-	AllowedHosts   []string // beside loopback names
-	AllowedOrigins []string // beside the server's own
-	ArtifactDir    string   // where large results are kept; "": in memory
+	StateKey       []byte           // 32 bytes that seal requestState; nil: random, states end with the process
+	AllowedHosts   []string         // beside loopback names
+	AllowedOrigins []string         // beside the server's own
+	Artifacts      artifact.Options // where large results are kept, and for how long; its Logger is that of the house
 }
 
 // Effects say how calls with effects are treated. Zero means the default in brackets.
@@ -93,6 +99,9 @@ type Access struct {
 	Issuers  []string // authorization servers
 	Scopes   []string // that a client may ask for first
 
+	// Describe returns the metadata of the authorization server, which is then served here too
+	// (RFC 8414): for clients of revision 2025-03-26. Nil: it is not served.
+	Describe     func(context.Context) ([]byte, error)
 	Nonce        func() string // makes one for the next proof of a client (RFC 9449); nil: proofs are not taken
 	DPoPRequired bool          // tokens that are bound to no key of their client are refused (RFC 9449)
 }
@@ -109,6 +118,8 @@ type Limits struct {
 	QueuedCalls     int           // calls waiting to run [1,024]
 	QueueTimeout    time.Duration // longest wait [5 s]
 	CallTimeout     time.Duration // longest call [60 s]
+	NotCritical     []string      // names of tools that are refused first
+	Memory          int64         // bytes that the process may have; calls are refused near it [nobody looks]
 	Streams         int           // open subscriptions [10,000]
 	StreamsPerPeer  int           // open subscriptions of one client address [1,000]
 	Sessions        int           // sessions of older revisions [10,000]
@@ -124,10 +135,16 @@ type House struct {
 	faces      []*face // the first is the main one, /mcp
 	backends   []call.Backend
 	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
+	gate       *admit.Gate
+	limits     admit.Options // of gate, as given
+	unruled    bool          // no policy was given
+	handler    http.Handler
 	stdio      *mcpstdio.Door
+	artifacts  *artifact.Store
 	effects    *effect.Effects
+	kept       *kept
 	drain      *drain
-	ready      ready
+	users      users
 }
 
 // main is what stdio and callers in memory see.
@@ -135,73 +152,74 @@ func (h *House) main() *face { return h.faces[0] }
 
 // Build makes a house. All registration happens here, before any door opens; the error joins
 // every problem and names what is wrong and where it was declared.
-func Build(ctx context.Context, given *Options) (*House, error) {
+func Build(ctx context.Context, given *Options) (*House, error) { return build(ctx, given, nil) }
+
+// build makes a house that can follow another one; nil: it is the first.
+func build(ctx context.Context, given *Options, before *House) (*House, error) {
 	o := *given
 	setDefaults(&o)
-	artifacts, err := artifact.New(artifact.Options{Dir: o.ArtifactDir})
-	if err != nil {
-		return nil, fmt.Errorf("artifacts: %w", err)
+	h := &House{opts: o, drain: newDrain(), users: users{idle: make(chan struct{})}}
+	h.users.n.Store(1)
+	if err := h.keep(ctx, before); err != nil {
+		return nil, err
 	}
-	h := &House{opts: o, drain: newDrain(), backends: append(o.Backends[:len(o.Backends):len(o.Backends)], artifacts)}
+	h.backends = append(o.Backends[:len(o.Backends):len(o.Backends)], h.artifacts)
 	snapshot, err := h.register(ctx)
 	if err != nil {
 		return nil, err
 	}
-
-	observer, err := observe.New(observe.Options{Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Server: o.Name, RPCCode: mcpwire.RPCCode})
+	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: h.artifacts, CheckOutput: catalog.CheckOutput})
 	if err != nil {
 		return nil, err
 	}
-	admission, err := admit.New(admit.Options{
-		MaxConcurrent: o.Limits.ConcurrentCalls, MaxQueued: o.Limits.QueuedCalls, QueueTimeout: o.Limits.QueueTimeout,
-		CallTimeout: o.Limits.CallTimeout, MaxStreams: o.Limits.Streams, MaxStreamsPerPeer: o.Limits.StreamsPerPeer,
-	})
-	if err != nil {
-		return nil, err
-	}
-	err = errors.Join(
-		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", admission.Queued),
-		observer.Gauge("newel.calls.running", "Calls that run.", admission.Running),
-		observer.Gauge("newel.streams.open", "Open subscriptions.", admission.Streams))
-	if err != nil {
-		return nil, err
-	}
-	if err := h.expiryMetric(); err != nil {
-		return nil, err
-	}
-	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: artifacts, CheckOutput: catalog.CheckOutput})
-	if err != nil {
+	shared := guard.Set{Observe: h.kept.observer.Guard, Authenticate: authenticate.Nobody, Admit: h.gate.Guard, Validate: validate.Guard, Bound: bounds.Guard}
+	if err := h.rule(before); err != nil {
 		return nil, err
 	}
 	if err := h.openEffects(ctx, snapshot); err != nil {
 		return nil, err
 	}
-	shared := guard.Set{Observe: observer.Guard, Authenticate: authenticate.Nobody, Admit: admission.Guard, Validate: validate.Guard, Bound: bounds.Guard}
-	if o.Policy == nil {
-		var problems []error
-		if o.Policy, problems = policy.Compile(policy.Set{}); problems != nil {
-			return nil, errors.Join(problems...)
-		}
-		h.opts.Policy = o.Policy
-	}
 	main := Server{Path: "/mcp", Name: o.Name, Title: o.Title, Instructions: o.Instructions, Search: o.Search}
-	taken := map[string]bool{}
 	for _, s := range append([]Server{main}, o.Servers...) {
-		if taken[s.Host+s.Path] {
+		if h.faceAt(s.Host+s.Path) != nil {
+			h.forget()
 			return nil, fmt.Errorf("server %s: the address is taken by another server", s.Host+s.Path)
 		}
-		taken[s.Host+s.Path] = true
-		f, err := h.newFace(s, snapshot, shared, observer)
+		f, err := h.newFace(s, snapshot, shared, before)
 		if err != nil {
+			h.forget()
 			return nil, fmt.Errorf("server %s: %w", s.Path, err)
 		}
 		h.faces = append(h.faces, f)
 	}
 	h.stdio, err = mcpstdio.New(mcpstdio.Options{
-		Stateless: h.main().statelessLine, Sessions: h.main().sessions.ServeStdio,
+		Stateless: h.main().statelessLine, Sessions: h.main().place.sessions.ServeStdio,
 		MaxMessageBytes: o.Limits.MessageBytes, MaxConcurrent: o.Limits.ConcurrentCalls, Logger: o.Logger,
 	})
-	return h, err
+	if err != nil {
+		h.forget()
+		return nil, err
+	}
+	h.handler = h.Handler()
+	if before == nil {
+		h.kept.current.Store(h)
+	}
+	return h, nil
+}
+
+// rule makes the policy that counts when none is given.
+func (h *House) rule(before *House) error {
+	if h.opts.Policy != nil {
+		return nil
+	}
+	h.unruled = true
+	if before != nil && before.unruled {
+		h.opts.Policy = before.opts.Policy
+		return nil
+	}
+	var problems []error
+	h.opts.Policy, problems = policy.Compile(policy.Set{})
+	return errors.Join(problems...)
 }
 
 func setDefaults(o *Options) {
@@ -289,8 +307,20 @@ func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
 		return err
 	}
 	for _, f := range h.faces {
-		if err := f.show(snapshot, kinds...); err != nil {
+		changed, err := f.show(snapshot)
+		if err != nil {
 			return err
+		}
+		for _, kind := range kinds { // their backend was told so, even if nothing is different any more
+			if !slices.Contains(changed, kind) {
+				changed = append(changed, kind)
+			}
+		}
+		if h.kept.current.Load() != h {
+			continue // it serves nobody yet
+		}
+		for _, kind := range changed {
+			f.place.hub.ListChanged(kind)
 		}
 	}
 	return nil
@@ -324,9 +354,4 @@ func (h *House) Summary() Summary {
 		Templates: s.Names(call.ListTemplates),
 		Prompts:   s.Names(call.ListPrompts),
 	}
-}
-
-// ServeStdio serves one client on in and out until in ends or ctx does.
-func (h *House) ServeStdio(ctx context.Context, in io.Reader, out io.Writer) error {
-	return h.whileRunning(ctx, func(ctx context.Context) error { return h.stdio.Serve(ctx, in, out) })
 }

@@ -14,10 +14,12 @@ import (
 // openEffects makes the durable line. Without a store it only lasts as long as the process, and
 // says so if there is something to lose.
 func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) error {
-	o := &h.opts
-	store, key := o.State, o.Key
-	if store == nil {
-		store, key = inmem.New(), secret.RandomKey()
+	o, k := &h.opts, h.kept
+	if k.store == nil {
+		k.store, k.key = o.State, o.Key
+	}
+	if k.store == nil {
+		k.store, k.key = inmem.New(), secret.RandomKey()
 		for _, t := range snapshot.Tools() {
 			if t.Effect != call.Read {
 				o.Logger.LogAttrs(ctx, slog.LevelWarn, "tools have effects, and what is known of their calls is kept in memory: after a restart a call that is tried again runs again",
@@ -26,27 +28,34 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 			}
 		}
 	}
+	if o.StateKey == nil { // any node, and this one after a restart, goes on with calls that asked something
+		state, err := k.key.Derive("newel request states")
+		if err != nil {
+			return err
+		}
+		o.StateKey = state
+	}
 	var err error
 	h.effects, err = effect.New(effect.Options{
-		Store: store, Key: key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
+		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
 	})
 	return err
 }
 
-// A runner is a store that works, or watches itself, while the house runs.
+// A runner works, or watches itself, while a house is served.
 type runner interface {
 	Run(ctx context.Context) error
 }
 
 // runState runs the store until ctx ends. If it fails, what it holds can no longer be trusted, and
 // stop ends the house.
-func (h *House) runState(ctx context.Context, stop context.CancelCauseFunc) {
-	r, ok := h.opts.State.(runner)
+func (k *kept) runState(ctx context.Context, stop context.CancelCauseFunc) {
+	r, ok := k.store.(runner)
 	if !ok {
 		return
 	}
 	if err := r.Run(ctx); err != nil && ctx.Err() == nil {
-		h.opts.Logger.LogAttrs(ctx, slog.LevelError, "the server ends: its state can no longer be trusted", slog.String("error", err.Error()))
+		k.log.LogAttrs(ctx, slog.LevelError, "the server ends: its state can no longer be trusted", slog.String("error", err.Error()))
 		stop(err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"path"
 	"slices"
 	"strings"
@@ -22,6 +23,7 @@ import (
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/pattern"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/strictjson"
 	"newel.dev/newel/internal/toolsearch"
@@ -46,25 +48,26 @@ type Server struct {
 // face is one server as callers see it: its catalog, the path over it, and the doors to that.
 type face struct {
 	server   Server
+	place    *place
 	catalog  *catalog.Catalog
-	hub      *catalog.Hub
 	path     call.Handler
 	codec    *mcpwire.Codec
 	door     *mcphttp.Door
-	sessions *mcpsession.Door
+	sessions *mcpsession.Generation
 	search   *toolsearch.Tools
 	open     bool // what is published may come later: features are announced in any case
 	log      *slog.Logger
 }
 
-// newFace makes one server over the guards that all share.
-func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, observer *observe.Observer) (*face, error) {
+// newFace makes one server over the guards that all share. It takes the place of the one that was at
+// its address before.
+func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, before *House) (*face, error) {
 	if err := s.check(); err != nil {
 		return nil, err
 	}
 	o := &h.opts
-	f := &face{server: s, hub: catalog.NewHub(), log: o.Logger, open: slices.ContainsFunc(h.backends, isTolerant)}
-	f.hub.OnFollow = h.follow
+	f := &face{server: s, log: o.Logger, open: slices.ContainsFunc(h.backends, isTolerant)}
+	f.place = h.placeFor(&s, before)
 	f.search = toolsearch.NewTools(func(name string) jsontext.Value { return f.catalog.Load().Definition(name) })
 	view, err := f.view(snapshot)
 	if err != nil {
@@ -83,6 +86,9 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	if o.Identity != nil {
 		shared.Authenticate = authenticate.New(f.identity(o))
 	}
+	if o.Cache != nil {
+		shared.Cache = o.Cache.Guard(f.server.Host + f.server.Path)
+	}
 	if o.Quota != nil {
 		gate := shared.Admit
 		counted := o.Quota.Guard(f.knows)
@@ -90,15 +96,15 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	}
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
 	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
-	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.hub))
+	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.place.hub))
 	if err != nil {
 		return nil, err
 	}
-	f.path = path
 	if s.Search == "on" || s.Search == "auto" {
-		f.path = toolsearch.Unwrap(path)
+		path = toolsearch.Unwrap(path)
 	}
-	return f, f.openDoors(h, observer)
+	f.path = h.counted(s.Host+s.Path, path)
+	return f, f.openDoors(h)
 }
 
 func (s *Server) check() error {
@@ -111,12 +117,7 @@ func (s *Server) check() error {
 	if !slices.Contains([]string{"", "off", "on", "auto"}, s.Search) {
 		return fmt.Errorf("tool search must be auto, on or off, not %q", s.Search)
 	}
-	for _, p := range slices.Concat(s.Tools, s.Resources, s.Prompts) {
-		if _, err := path.Match(p, ""); err != nil {
-			return fmt.Errorf("%q is not a pattern: %w", p, err)
-		}
-	}
-	return nil
+	return pattern.Check(slices.Concat(s.Tools, s.Resources, s.Prompts)...)
 }
 
 // keep reports whether a capability is of this server.
@@ -152,11 +153,7 @@ func (f *face) knows(kind call.Kind, name string) bool {
 const artifactBackend = "artifacts"
 
 func matches(patterns []string, name string) bool {
-	return len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool {
-		// A slash has no meaning in these names: * stands for it too.
-		ok, _ := path.Match(strings.ReplaceAll(p, "/", "\x00"), strings.ReplaceAll(name, "/", "\x00")) // checked at start
-		return ok
-	})
+	return len(patterns) == 0 || pattern.Any(patterns, name)
 }
 
 // view is the part of a snapshot that this server shows.
@@ -173,29 +170,25 @@ func (f *face) view(snapshot *catalog.Snapshot) (*catalog.Snapshot, error) {
 	return snapshot.View(f.server.keep, f.search.Capabilities()...)
 }
 
-// show makes a new snapshot what callers see, and tells subscribers what changed.
-func (f *face) show(snapshot *catalog.Snapshot, kinds ...call.Kind) error {
+// show makes a new snapshot what callers see, and returns the lists that changed.
+func (f *face) show(snapshot *catalog.Snapshot) ([]call.Kind, error) {
 	v, err := f.view(snapshot)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	changed := f.catalog.Swap(v)
-	for _, kind := range kinds { // their backend was told so, even if nothing is different any more
-		if !slices.Contains(changed, kind) {
-			changed = append(changed, kind)
-		}
-	}
-	for _, kind := range changed {
-		f.hub.ListChanged(kind)
-	}
-	return nil
+	return f.catalog.Swap(v), nil
 }
 
 // openDoors makes the doors; they serve nothing until they are asked to.
-func (f *face) openDoors(h *House, observer *observe.Observer) error {
+func (f *face) openDoors(h *House) error {
 	o := &h.opts
 	name := cmp.Or(f.server.Name, o.Name)
 	var err error
+	defer func() {
+		if err != nil && f.sessions != nil {
+			f.sessions.End()
+		}
+	}()
 	f.codec, err = mcpwire.New(mcpwire.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Has: f.has, StateKey: o.StateKey, Retention: h.effects.Retention(),
@@ -204,11 +197,12 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 	if err != nil {
 		return err
 	}
-	f.sessions, err = mcpsession.New(mcpsession.Options{
+	f.sessions, err = f.place.next(mcpsession.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
-		Path: f.path, Hub: f.hub, Has: f.has(), Readable: f.readable,
+		Path: f.path, Hub: f.place.hub, Has: f.has(), Readable: f.readable,
 		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
-		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: o.Identity != nil,
+		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
+		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 	})
 	if err != nil {
 		return err
@@ -217,16 +211,20 @@ func (f *face) openDoors(h *House, observer *observe.Observer) error {
 	if f.server.Host != "" {
 		hosts = []string{f.server.Host}
 	}
+	var forwarded func(*http.Request) (*call.Principal, bool, error)
+	if o.Cluster != nil {
+		forwarded = o.Cluster.Accept
+	}
 	f.door, err = mcphttp.New(mcphttp.Options{
 		Codec: f.codec, Sessions: f.sessions,
 		ParamHeaders: func(tool string) []catalog.ParamHeader { return f.catalog.Load().ParamHeaders(tool) },
 		Refused: func(ctx context.Context, code call.Code, status int, peer string, size int, reason string) {
-			observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
+			h.kept.observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
 		},
 		MaxMessageBytes: o.Limits.MessageBytes,
 		AllowedHosts:    hosts, AllowedOrigins: o.AllowedOrigins,
 		Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
-		Check: f.check(o), Access: f.access(o),
+		Check: f.check(o), Access: f.access(o), Forwarded: forwarded,
 	})
 	return err
 }

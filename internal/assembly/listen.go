@@ -21,17 +21,8 @@ type Exposure struct {
 // identities, as nothing would ask who is calling and every tool would be open to the network; and
 // in production without TLS, as tokens and results could be read on the way.
 func Listen(ctx context.Context, addr string, x Exposure) (net.Listener, error) {
-	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, fmt.Errorf("%q is not an address to listen on; write host:port, for example 127.0.0.1:8080", addr)
-	}
-	ip, err := netip.ParseAddr(host)
-	local := strings.EqualFold(host, "localhost") || err == nil && ip.IsLoopback()
-	if !x.Identities && !local {
-		return nil, fmt.Errorf("refusing to listen on %s: without authentication everybody who can reach it could call every tool; listen on a loopback address such as 127.0.0.1, or configure auth", addr)
-	}
-	if x.Production && !x.Encrypted && !local {
-		return nil, fmt.Errorf("refusing to serve plain HTTP on %s in production: tokens and results could be read on the way; write tls with certificates (files) or acme, or, if a proxy in front speaks TLS, tls: {terminated_by_proxy: true, trusted_proxies: [its address, such as 10.0.3.7/32]}", addr)
+	if err := x.Check(addr); err != nil {
+		return nil, err
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 	if errors.Is(err, syscall.EADDRINUSE) {
@@ -41,4 +32,21 @@ func Listen(ctx context.Context, addr string, x Exposure) (net.Listener, error) 
 		return nil, fmt.Errorf("cannot listen on %s: %w", addr, err)
 	}
 	return l, nil
+}
+
+// Check refuses what Listen refuses, of an address that may be listened on already.
+func (x Exposure) Check(addr string) error {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%q is not an address to listen on; write host:port, for example 127.0.0.1:8080", addr)
+	}
+	ip, err := netip.ParseAddr(host)
+	local := strings.EqualFold(host, "localhost") || err == nil && ip.IsLoopback()
+	if !x.Identities && !local {
+		return fmt.Errorf("refusing to listen on %s: without authentication everybody who can reach it could call every tool; listen on a loopback address such as 127.0.0.1, or configure auth", addr)
+	}
+	if x.Production && !x.Encrypted && !local {
+		return fmt.Errorf("refusing to serve plain HTTP on %s in production: tokens and results could be read on the way; write tls with certificates (files) or acme, or, if a proxy in front speaks TLS, tls: {terminated_by_proxy: true, trusted_proxies: [its address, such as 10.0.3.7/32]}", addr)
+	}
+	return nil
 }

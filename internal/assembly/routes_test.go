@@ -14,10 +14,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
 )
@@ -29,9 +31,11 @@ var public = map[string]string{
 	"GET /ready":  "probes have no token",
 	"GET /.well-known/oauth-protected-resource":     "tells clients where to get a token (RFC 9728)",
 	"GET /.well-known/oauth-protected-resource/mcp": "tells clients where to get a token (RFC 9728)",
-	"/oauth/": "the authorization server for development, where tokens come from",
+	"GET /.well-known/oauth-authorization-server":   "the metadata of the authorization server, where an operator wants it here too",
+	"/oauth/": "the authorization servers, where tokens come from",
 	"/.well-known/oauth-authorization-server": "its metadata (RFC 8414)",
 	"/.well-known/openid-configuration":       "its metadata under the other name",
+	"GET /artifacts/{id}":                     "stored results, to whoever has an address that this server signed a while ago",
 	"GET /metrics":                            "served when the configuration asks for it, to whoever reaches the port",
 }
 
@@ -74,7 +78,7 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 	h, err := Build(t.Context(), &Options{ // everything that adds a route
 		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens}, Login: dev.Handler(),
 		Access:  &Access{Resource: base + "/mcp", Issuers: []string{base}, Nonce: tokens.Nonce},
-		Metrics: http.NotFoundHandler(),
+		Metrics: http.NotFoundHandler(), Artifacts: artifact.Options{Key: make([]byte, 32), Links: artifact.Links{Base: base, Life: time.Minute}},
 		Servers: []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
 	})
 	if err != nil {
@@ -90,8 +94,16 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 		}
 	})
 	patterns := h.routes().patterns
+	other, err := Build(t.Context(), &Options{ // what stands where the authorization server does otherwise
+		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens},
+		Access: &Access{Resource: base + "/mcp", Issuers: []string{base}, Describe: func(context.Context) ([]byte, error) { return nil, nil }},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := append(other.routes().patterns, patterns...)
 	for pattern := range public {
-		if !slices.Contains(patterns, pattern) {
+		if !slices.Contains(all, pattern) {
 			t.Errorf("%s is on the list and is no route", pattern)
 		}
 	}
@@ -106,13 +118,13 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 			method, address = "", pattern
 		}
 		host, path, _ := strings.Cut(address, "/")
-		all := requests(t, base+"/"+path, host)
+		sent := requests(t, base+"/"+path, host)
 		if method != "" {
-			if all = slices.DeleteFunc(all, func(r *http.Request) bool { return r.Method != method }); len(all) == 0 {
+			if sent = slices.DeleteFunc(sent, func(r *http.Request) bool { return r.Method != method }); len(sent) == 0 {
 				t.Errorf("%s: this test sends no %s", pattern, method)
 			}
 		}
-		for _, r := range all {
+		for _, r := range sent {
 			resp, err := http.DefaultClient.Do(r)
 			if err != nil {
 				t.Fatal(err)
@@ -190,9 +202,9 @@ func TestNobodyElseHasRoutes(t *testing.T) {
 		t.Fatal(err)
 	}
 	allowed := map[string]string{
-		"internal/assembly/run.go":                 "routes, asked above",
-		"internal/identity/devserver/devserver.go": "all of it stands below /oauth/ and its metadata",
-		"cmd/newel/login.go":                       "waits for the browser on loopback, during a login",
+		"internal/assembly/run.go":           "routes, asked above",
+		"internal/identity/issuer/issuer.go": "all of it stands below /oauth/ and its metadata",
+		"cmd/newel/login.go":                 "waits for the browser on loopback, during a login",
 	}
 	found := map[string]bool{}
 	for _, dir := range []string{".", "internal", "cmd", "modules"} {

@@ -4,15 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"newel.dev/newel/call"
+	"newel.dev/newel/internal/backend/artifact"
 )
 
 // Time-outs of the HTTP server: slow clients may not hold what others need.
@@ -33,9 +33,6 @@ type drain struct {
 func newDrain() *drain { return &drain{begun: make(chan struct{})} }
 
 func (d *drain) begin() { d.once.Do(func() { close(d.begun) }) }
-
-// ready is what /ready answers.
-type ready struct{ running atomic.Bool }
 
 // Handler serves /mcp, /health, /ready and /metrics. It works without Run, but then watched
 // backends do not notice changes and sessions do not expire.
@@ -63,7 +60,7 @@ func (h *House) routes() *routes {
 			return
 		default:
 		}
-		if !h.ready.running.Load() {
+		if !h.kept.running.Load() {
 			status(w, http.StatusServiceUnavailable, `{"status":"starting"}`)
 			return
 		}
@@ -71,6 +68,9 @@ func (h *House) routes() *routes {
 	})
 	if h.opts.Metrics != nil {
 		mux.Handle("GET /metrics", h.opts.Metrics)
+	}
+	if downloads := h.artifacts.Download(); downloads != nil {
+		mux.Handle("GET "+artifact.DownloadPath, downloads)
 	}
 	return mux
 }
@@ -105,30 +105,46 @@ func status(w http.ResponseWriter, code int, body string) {
 // without large data has a heap of a few MiB.
 const heapFloor = 16 << 20
 
-// Serve serves HTTP on l until ctx ends. Then, in this order: /ready says no and open
-// subscriptions end with their result; no connection is accepted any more and running calls
-// finish (at most 15 seconds, after that they are cut); sessions close; watchers stop.
-func (h *House) Serve(ctx context.Context, l net.Listener) error {
+// ErrHandedOver is the cause (context.Cause) of a context that ends because another process accepts
+// connections on the same socket from now on.
+var ErrHandedOver = errors.New("another process serves on")
+
+// Serve serves HTTP on l until ctx ends; see [Live.Serve].
+func (h *House) Serve(ctx context.Context, l net.Listener) error { return NewLive(h).Serve(ctx, l) }
+
+// Serve serves HTTP on l until ctx ends. Then, in this order: /ready says no and open subscriptions
+// end with their result; sessions close; no connection is accepted any more and running calls finish
+// (at most 15 seconds, after that they are cut); watchers stop; the store is let go. If the socket
+// was handed over, connections have a second to be given up by their clients. It is called once.
+func (l *Live) Serve(ctx context.Context, listener net.Listener) error {
 	floor := make([]byte, heapFloor)
 	defer runtime.KeepAlive(floor)
-	return h.whileRunning(ctx, func(ctx context.Context) error {
+	first := l.House()
+	return l.whileRunning(ctx, func(ctx context.Context) error {
+		out := &leaving{Listener: listener, done: make(chan struct{})}
 		srv := &http.Server{
-			Handler:           h.Handler(),
+			Handler:           out.handler(first.kept),
+			ConnState:         out.count,
 			ReadHeaderTimeout: readHeaderTimeout,
 			ReadTimeout:       readTimeout,
 			IdleTimeout:       idleTimeout,
 			MaxHeaderBytes:    maxHeaderBytes,
-			ErrorLog:          slog.NewLogLogger(h.opts.Logger.Handler(), slog.LevelWarn),
+			ErrorLog:          slog.NewLogLogger(first.opts.Logger.Handler(), slog.LevelWarn),
 		}
 		stopped := make(chan error, 1)
 		go func() {
 			<-ctx.Done()
-			h.drain.begin()
-			for _, f := range h.faces {
-				f.sessions.Close()
+			leaving := errors.Is(context.Cause(ctx), ErrHandedOver)
+			if leaving {
+				out.leave()
+			}
+			l.drain()
+			if leaving {
+				out.linger()
 			}
 			limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 			defer cancel()
+			out.release()
 			err := srv.Shutdown(limit)
 			if err != nil {
 				err = errors.Join(fmt.Errorf("some calls were cut after %v", drainTimeout), srv.Close())
@@ -136,11 +152,11 @@ func (h *House) Serve(ctx context.Context, l net.Listener) error {
 			stopped <- err
 		}()
 		serve := srv.Serve
-		if h.opts.TLS != nil {
-			srv.TLSConfig = h.opts.TLS.Config()
+		if first.opts.TLS != nil {
+			srv.TLSConfig = first.opts.TLS.Config()
 			serve = func(l net.Listener) error { return srv.ServeTLS(l, "", "") }
 		}
-		if err := serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(out); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("http: %w", err)
 		}
 		return <-stopped
@@ -150,78 +166,64 @@ func (h *House) Serve(ctx context.Context, l net.Listener) error {
 // Run watches backends and expires sessions until ctx ends. Serve and ServeStdio do it
 // themselves; only users of Handler call it.
 func (h *House) Run(ctx context.Context) error {
-	return h.whileRunning(ctx, func(ctx context.Context) error {
+	l := NewLive(h)
+	return l.whileRunning(ctx, func(ctx context.Context) error {
 		<-ctx.Done()
-		h.drain.begin()
+		l.drain()
 		return nil
 	})
 }
 
-// whileRunning runs serve beside the long-lived goroutines of the house and waits for all.
-func (h *House) whileRunning(ctx context.Context, serve func(context.Context) error) error {
-	ctx, fail := context.WithCancelCause(ctx)
-	defer fail(nil)
-	background, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var all, state sync.WaitGroup
-	kept, release := context.WithCancel(context.WithoutCancel(ctx)) // the store outlives what writes to it
-	state.Go(func() { h.runState(kept, fail) })
-	all.Go(func() { _ = h.effects.Run(background) }) // it ends with its context
-	for _, b := range h.backends {
-		if w, ok := b.(call.Watcher); ok {
-			all.Go(func() { h.watch(background, w) })
+// ServeStdio serves one client on in and out until in ends or ctx does.
+func (h *House) ServeStdio(ctx context.Context, in io.Reader, out io.Writer) error {
+	return NewLive(h).whileRunning(ctx, func(ctx context.Context) error { return h.stdio.Serve(ctx, in, out) })
+}
+
+// drain tells those that wait for something that the server is stopping.
+func (l *Live) drain() {
+	l.mu.Lock()
+	l.ended = true
+	all := append([]*House{l.now}, l.draining...)
+	l.mu.Unlock()
+	for _, h := range all {
+		h.drain.begin()
+		for _, f := range h.faces {
+			f.place.sessions.Close()
 		}
 	}
-	if r, ok := h.opts.Identity.(interface{ Run(context.Context) error }); ok {
-		all.Go(func() {
-			if err := r.Run(background); err != nil {
-				h.opts.Logger.LogAttrs(background, slog.LevelError, "the keys of issuers are not kept fresh any more", slog.String("error", err.Error()))
-			}
-		})
+}
+
+// whileRunning runs serve beside the long-lived goroutines and waits for all.
+func (l *Live) whileRunning(ctx context.Context, serve func(context.Context) error) error {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var state sync.WaitGroup
+	store, release := context.WithCancel(context.WithoutCancel(ctx)) // the store outlives what writes to it
+	defer release()
+	l.mu.Lock()
+	kept := l.now.kept
+	state.Go(func() { kept.runState(store, fail) })
+	l.begin(l.now)
+	l.mu.Unlock()
+	if c := l.House().opts.Cluster; c != nil {
+		if err := c.Start(ctx); err != nil {
+			kept.log.LogAttrs(ctx, slog.LevelWarn, "the other nodes do not know of this one yet", slog.String("error", err.Error()))
+		}
 	}
-	if h.opts.TLS != nil {
-		all.Go(func() {
-			if err := h.opts.TLS.Run(background); err != nil {
-				h.opts.Logger.LogAttrs(background, slog.LevelError, "certificates are not kept fresh any more", slog.String("error", err.Error()))
-			}
-		})
-	}
-	for _, f := range h.faces {
-		all.Go(func() {
-			if err := f.sessions.Run(background); err != nil {
-				h.opts.Logger.LogAttrs(background, slog.LevelError, "sessions ended", slog.String("error", err.Error()))
-			}
-		})
-	}
-	h.ready.running.Store(true)
+	kept.running.Store(true)
 	err := serve(ctx)
-	h.ready.running.Store(false)
-	stop()
-	all.Wait()
+	kept.running.Store(false)
+	l.mu.Lock()
+	l.ended = true
+	l.mu.Unlock()
+	l.stop()
+	l.all.Wait()
 	release()
 	state.Wait()
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, context.DeadlineExceeded) {
+	switch cause := context.Cause(ctx); {
+	case cause == nil, errors.Is(cause, context.Canceled), errors.Is(cause, context.DeadlineExceeded), errors.Is(cause, ErrHandedOver):
+	default:
 		err = errors.Join(cause, err)
 	}
 	return err
-}
-
-// updated tells subscribers of every server that a resource changed.
-func (h *House) updated(uri string) {
-	for _, f := range h.faces {
-		f.hub.Updated(uri)
-	}
-}
-
-// watch runs one backend's watcher. A watcher that fails is logged: what it published stays.
-func (h *House) watch(ctx context.Context, w call.Watcher) {
-	changed := func(kinds ...call.Kind) {
-		if err := h.refresh(ctx, kinds...); err != nil && ctx.Err() == nil {
-			h.opts.Logger.LogAttrs(ctx, slog.LevelError, "a change was not taken over; the previous catalog stays",
-				slog.String("backend", w.Name()), slog.String("error", err.Error()))
-		}
-	}
-	if err := w.Run(ctx, changed, h.updated); err != nil && ctx.Err() == nil {
-		h.opts.Logger.LogAttrs(ctx, slog.LevelError, "a backend stopped watching for changes",
-			slog.String("backend", w.Name()), slog.String("error", err.Error()))
-	}
 }

@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/base64"
 	"errors"
@@ -488,11 +489,13 @@ func New(s *Snapshot) *Catalog {
 func (c *Catalog) Load() *Snapshot { return c.current.Load() }
 
 // Swap makes s the current snapshot and returns the list kinds whose content changed.
-func (c *Catalog) Swap(s *Snapshot) []call.Kind {
-	old := c.current.Swap(s)
+func (c *Catalog) Swap(s *Snapshot) []call.Kind { return s.Differs(c.current.Swap(s)) }
+
+// Differs returns the list kinds whose content is not that of another snapshot.
+func (s *Snapshot) Differs(other *Snapshot) []call.Kind {
 	var changed []call.Kind
 	for _, k := range []call.Kind{call.ListTools, call.ListResources, call.ListTemplates, call.ListPrompts} {
-		if !slices.Equal(old.lists[k].joined, s.lists[k].joined) {
+		if !bytes.Equal(other.lists[k].joined, s.lists[k].joined) {
 			changed = append(changed, k)
 		}
 	}

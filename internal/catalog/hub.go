@@ -2,6 +2,7 @@ package catalog
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 
@@ -16,9 +17,13 @@ type Hub struct {
 	// its backend can ask for its changes. It returns quickly.
 	OnFollow func(uri string)
 
-	mu        sync.Mutex
+	mu        sync.Mutex // guards what is below
 	listeners map[*listener]struct{}
+	followed  map[string]struct{} // at most maxFollowed
 }
+
+// maxFollowed bounds how many resources are remembered for [Hub.FollowAgain].
+const maxFollowed = 10_000
 
 // listener holds what one subscriber has yet to hear; pending is guarded by Hub.mu.
 type listener struct {
@@ -29,17 +34,21 @@ type listener struct {
 }
 
 // NewHub returns a hub without subscribers.
-func NewHub() *Hub { return &Hub{listeners: map[*listener]struct{}{}} }
+func NewHub() *Hub { return &Hub{listeners: map[*listener]struct{}{}, followed: map[string]struct{}{}} }
 
 // ListenAll is Listen for everything that changes, any resource included; f.URIs is ignored.
 func (h *Hub) ListenAll(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
 	return h.listen(ctx, &listener{filter: f, all: true, wake: make(chan struct{}, 1)}, deliver)
 }
 
-// Listen delivers the changes that f asks for, one after the other, until ctx ends (it returns
-// nil) or deliver fails (it returns that error).
-func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
-	return h.listen(ctx, &listener{filter: f, wake: make(chan struct{}, 1)}, deliver)
+// Listen delivers first, then the changes that f asks for, one after the other, until ctx ends (it
+// returns nil) or deliver fails (it returns that error). No change after first is missed.
+func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error, first ...call.Notification) error {
+	l := &listener{filter: f, pending: first, wake: make(chan struct{}, 1)}
+	if len(first) > 0 {
+		l.wake <- struct{}{}
+	}
+	return h.listen(ctx, l, deliver)
 }
 
 func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notification) error) error {
@@ -76,7 +85,27 @@ func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notific
 
 // Follow says that somebody wants to hear of changes of the resource at uri.
 func (h *Hub) Follow(uri string) {
-	if h.OnFollow != nil {
+	if h.OnFollow == nil {
+		return
+	}
+	h.mu.Lock()
+	if len(h.followed) < maxFollowed {
+		h.followed[uri] = struct{}{}
+	}
+	h.mu.Unlock()
+	h.OnFollow(uri)
+}
+
+// FollowAgain tells OnFollow of every resource that was named before: what it tells may be a
+// backend that was not there then.
+func (h *Hub) FollowAgain() {
+	if h.OnFollow == nil {
+		return
+	}
+	h.mu.Lock()
+	uris := slices.Collect(maps.Keys(h.followed))
+	h.mu.Unlock()
+	for _, uri := range uris {
 		h.OnFollow(uri)
 	}
 }
@@ -91,6 +120,13 @@ func (h *Hub) ListChanged(kind call.Kind) {
 	case call.ListResources, call.ListTemplates:
 		h.publish(call.Notification{Method: "notifications/resources/list_changed"}, func(l *listener) bool { return l.filter.ResourcesChanged })
 	}
+}
+
+// Listeners returns how many subscribers there are.
+func (h *Hub) Listeners() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.listeners)
 }
 
 // Updated says that the content of the resource at uri changed.

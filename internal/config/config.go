@@ -41,6 +41,7 @@ type Config struct {
 	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
 	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
 	Quotas         Quotas    `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
+	Cache          Cache     `yaml:"cache" doc:"Results that are kept and given again."`
 	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
@@ -92,12 +93,14 @@ type ACME struct {
 
 // Auth is who may call.
 type Auth struct {
-	Mode      string      `yaml:"mode" enum:"none,tokens,dev" default:"none" doc:"none: everybody who can reach the server, which is why it listens on loopback only. tokens: access tokens of the issuers. dev: those of the built-in authorization server for development, on loopback only."`
+	Mode      string      `yaml:"mode" enum:"none,tokens,broker,dev" default:"none" doc:"none: everybody who can reach the server, which is why it listens on loopback only. tokens: access tokens of the issuers. broker: those of the built-in authorization server, which logs people in at the company's identity provider. dev: those of the built-in authorization server for development, on loopback only."`
 	PublicURL string      `yaml:"public_url" doc:"Address of the server as clients write it, such as https://mcp.example.com; default: http and the address it listens on. With /mcp behind it, it is the audience of tokens."`
 	Scopes    []string    `yaml:"scopes" doc:"Scopes that clients are told to ask for first."`
 	Issuers   []Issuer    `yaml:"issuers" doc:"Authorization servers whose tokens are accepted."`
+	Describe  bool        `yaml:"serve_metadata" doc:"Whether the metadata of the first issuer is served at /.well-known/oauth-authorization-server too: for clients of revision 2025-03-26, which look for it there."`
 	DPoP      string      `yaml:"dpop" enum:"optional,required" default:"optional" doc:"Whether access tokens must be bound to a key of their client (RFC 9449). Bound ones always need its proof."`
 	Private   []string    `yaml:"private_ranges" doc:"Private address ranges in which issuers may be, such as 10.0.0.0/8; others are not asked."`
+	Broker    Broker      `yaml:"broker" doc:"The authorization server of mode broker."`
 	Stdio     LocalCaller `yaml:"stdio" doc:"Who calls over stdio: whoever started the program."`
 	Users     []User      `yaml:"users" doc:"People who can log in to the authorization server for development; default: alice, who may everything, and bob, who may read."`
 }
@@ -181,6 +184,7 @@ type Limits struct {
 	MaxQueuedCalls     int           `yaml:"max_queued_calls" default:"1024" doc:"Most calls that wait."`
 	QueueTimeout       time.Duration `yaml:"queue_timeout" default:"5s" doc:"Longest wait of a call."`
 	CallTimeout        time.Duration `yaml:"call_timeout" default:"60s" doc:"Longest run of a call."`
+	MaxMemory          Size          `yaml:"max_memory" doc:"Memory that the process may have, such as 512MiB; default: nobody looks. From 90 % on, tools in quotas.not_critical are refused, from 95 % on all calls."`
 	MaxStreams         int           `yaml:"max_streams" default:"10000" doc:"Most open subscriptions."`
 	MaxStreamsPerPeer  int           `yaml:"max_streams_per_peer" default:"1000" doc:"Most open subscriptions of one client address."`
 	MaxSessions        int           `yaml:"max_sessions" default:"10000" doc:"Most sessions of older protocol revisions."`
@@ -226,9 +230,27 @@ type QuotaCost struct {
 	Units int64    `yaml:"units" doc:"Units that one call costs."`
 }
 
+// Cache is which results are kept.
+type Cache struct {
+	Rules    []CacheRule `yaml:"rules" doc:"Results of which tools and resources; the first rule that fits counts. Only what reads is kept."`
+	MaxBytes Size        `yaml:"max_bytes" default:"64MiB" doc:"Most that is kept; the least recently used goes first."`
+	MaxEntry Size        `yaml:"max_entry_bytes" default:"1MiB" doc:"Largest result that is kept."`
+}
+
+// CacheRule says how results are kept.
+type CacheRule struct {
+	Names     []string      `yaml:"names" required:"true" doc:"Names of tools, or URIs of resources; * stands for any text."`
+	TTL       time.Duration `yaml:"ttl" required:"true" doc:"For how long. A result that says less is kept for less."`
+	For       string        `yaml:"for" enum:"caller,tenant,everybody" default:"caller" doc:"Who is given a result again. What the backend makes of who is calling must not depend on more than that."`
+	RefreshOn []string      `yaml:"refresh_on" doc:"Names of tools whose calls make what is kept old; * stands for any text."`
+}
+
 // Redis is what nodes share.
 type Redis struct {
-	URL secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
+	Sessions  bool          `yaml:"sessions" doc:"Whether nodes share the sessions of older protocol revisions: a request goes to the node that has its session, and a session whose node is gone goes on at another. The nodes need the same state.key_file."`
+	Advertise string        `yaml:"advertise" doc:"With sessions: address at which other nodes reach this one, such as http://10.0.3.7:8080."`
+	Private   []string      `yaml:"private_ranges" doc:"With sessions: private address ranges in which the other nodes are, such as 10.0.3.0/24."`
+	URL       secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
 }
 
 // Telemetry is logs, traces and metrics.
@@ -243,7 +265,7 @@ type State struct {
 	Engine  string        `yaml:"engine" enum:"sqlite,postgres,memory" default:"sqlite" doc:"sqlite: a file, for one node. postgres: a database, for any number of nodes. memory: nothing outlives the process, so a call that is tried again after a restart runs again."`
 	Path    string        `yaml:"path" default:".newel/state.db" doc:"File of sqlite, from the folder of the configuration on. One process has it at a time; newel stdio takes one of its own beside it."`
 	DSN     secret.String `yaml:"dsn" doc:"How to connect to postgres, such as postgres://newel@db.internal/newel."`
-	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed."`
+	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed, and stored results cannot be read."`
 	Heads   string        `yaml:"checkpoint" default:".newel/checkpoint" doc:"File that gets the newest signed head of the audit log, every minute. Keep copies elsewhere: the log is checked against them. A log that does not continue the head in the file is not served."`
 	Origin  string        `yaml:"origin" default:"newel" doc:"Name of the audit log in its signed heads, such as newel.example.com/audit."`
 }
@@ -264,9 +286,39 @@ type EffectTool struct {
 	Once     time.Duration `yaml:"once" doc:"Calls without a key, by the same caller with the same arguments within this time, are one call. 0: they are two."`
 }
 
-// Artifacts is where large results are kept.
+// Artifacts is where large results are kept, and for how long.
 type Artifacts struct {
-	Dir string `yaml:"dir" doc:"Folder; empty keeps them in memory."`
+	Dir      string          `yaml:"dir" doc:"Folder, from the folder of the configuration on. Without it and s3 they are kept in memory."`
+	S3       S3              `yaml:"s3" doc:"Bucket instead, which nodes may share; all need the same state.key_file."`
+	KeepFor  time.Duration   `yaml:"keep_for" default:"1h" doc:"How long they are kept."`
+	MaxBytes Size            `yaml:"max_bytes" default:"256MiB" doc:"Most bytes of all together. When it is full, the oldest of the tenant with the most go first."`
+	MaxCount int             `yaml:"max_count" default:"10000" doc:"How many there may be."`
+	LinksFor time.Duration   `yaml:"links_for" doc:"How long an address works with which people can download a result, such as 10m; whoever has the address can. 0: none are made."`
+	Classes  []ArtifactClass `yaml:"classes" doc:"Results of some tools; the first that fits counts."`
+}
+
+// ArtifactClass is results of some tools.
+type ArtifactClass struct {
+	Tools    []string      `yaml:"tools" required:"true" doc:"Names of the tools; * stands for any text."`
+	KeepFor  time.Duration `yaml:"keep_for" doc:"How long they are kept; default: artifacts.keep_for. A shorter time holds for those that are there too."`
+	MaxBytes Size          `yaml:"max_bytes" doc:"Most bytes that one tenant may have of them; the oldest go first. 0: as all together."`
+}
+
+// S3 is a bucket.
+type S3 struct {
+	Endpoint     string        `yaml:"endpoint" doc:"Address of the server, such as https://s3.eu-central-1.amazonaws.com."`
+	Bucket       string        `yaml:"bucket" doc:"Name of the bucket; it has to be there."`
+	Prefix       string        `yaml:"prefix" default:"newel/" doc:"What the names of objects begin with. Nothing else may be there."`
+	Region       string        `yaml:"region" default:"us-east-1" doc:"Region of the bucket."`
+	Style        string        `yaml:"style" enum:"path,host" default:"path" doc:"Where the name of the bucket stands in addresses."`
+	AccessKey    secret.String `yaml:"access_key" doc:"Name of the credentials."`
+	SecretKey    secret.String `yaml:"secret_key" doc:"Their secret."`
+	SessionToken secret.String `yaml:"session_token" doc:"Token of credentials that end."`
+	Encryption   string        `yaml:"encryption" enum:"none,s3,kms" default:"none" doc:"Encryption that is asked for: s3 with keys of the server, kms with the key kms_key; none: as the bucket says."`
+	KMSKey       string        `yaml:"kms_key" doc:"Name of the key, for kms."`
+	CA           string        `yaml:"ca" doc:"File of the authorities that are trusted for the endpoint, in PEM form; default: the system's."`
+	Timeout      time.Duration `yaml:"timeout" default:"10s" doc:"Longest wait for a request; a second more for each MiB."`
+	Private      []string      `yaml:"private_ranges" doc:"Private address ranges in which the server may be, such as 10.0.0.0/8."`
 }
 
 // Backend is one backend; its settings depend on its type.
@@ -327,17 +379,16 @@ type position struct{ line, column int }
 // Position returns where a setting stands, as file:line:column; a setting that is not there has
 // the place of the nearest one above it.
 func (f *File) Position(path string) string {
-	for {
+	for ; path != ""; path = parent(path) {
 		if p, ok := f.positions[path]; ok {
 			return fmt.Sprintf("%s:%d:%d", f.name, p.line, p.column)
 		}
-		i := strings.LastIndexAny(path, ".[")
-		if i < 0 {
-			return f.name
-		}
-		path = path[:i]
 	}
+	return f.name
 }
+
+// parent is the setting above another, or "".
+func parent(path string) string { return path[:max(strings.LastIndexAny(path, ".["), 0)] }
 
 // BackendPosition returns where a setting of a backend stands.
 func (f *File) BackendPosition(b *Backend, path string) string {
@@ -395,6 +446,7 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	d.mapping(root, reflect.ValueOf(&f.Config).Elem(), "", func(key string) bool { return key == serversKey })
 	d.backends(root, modules)
 	d.servers(root, modules)
+	d.broker(root)
 	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
 		d.problem(where(root), "backends", "nothing is served: both backends and mcpServers are missing or empty", "newel init writes a file to start from")
 	}

@@ -278,7 +278,7 @@ func reached(work []*Work, intent, outcome faultpoint.Point) {
 		switch {
 		case u.Dispatch != nil:
 			faultpoint.Reached(intent)
-		case u.Complete != nil:
+		case u.Complete != nil && !u.Complete.Abandoned: // a settled one is somebody else's
 			faultpoint.Reached(outcome)
 		case u.Prune != nil:
 			faultpoint.Reached(faultpoint.Pruning)

@@ -56,10 +56,7 @@ func End(cat *catalog.Catalog, hub *catalog.Hub) call.Handler {
 
 // subscribe acknowledges, then delivers changes until the context ends; that end is a success.
 func subscribe(ctx context.Context, hub *catalog.Hub, c *call.Call) (*call.Result, error) {
-	if err := c.Sink.Notify(ctx, call.Notification{Method: call.Acknowledged}); err != nil {
-		return nil, err
-	}
-	err := hub.Listen(ctx, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) })
+	err := hub.Listen(ctx, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) }, call.Notification{Method: call.Acknowledged})
 	if err != nil {
 		return nil, err
 	}

@@ -20,6 +20,7 @@ type Set struct {
 	Validate     call.Guard
 	Authorize    call.Guard
 	Effect       call.Guard
+	Cache        call.Guard
 	Bound        call.Guard
 }
 
@@ -30,6 +31,9 @@ type Step struct {
 	Guard    call.Guard
 	Optional bool
 }
+
+// optional steps may be absent: cache, because without it every call is made.
+const optional = true
 
 // required is written out at every step, so that an optional one stands out.
 const required = false
@@ -47,6 +51,7 @@ func Path(g Set) []Step {
 		{"validate", g.Validate, required},         // arguments against Target's schema; never changes them
 		{"authorize", g.Authorize, required},       // policy over principal, target and valid arguments
 		{"effect", g.Effect, required},             // idempotency, intent and outcome: the durable line
+		{"cache", g.Cache, optional},               // what only reads may be answered from before
 		{"bound", g.Bound, required},               // size and shape of the result
 	}
 }

@@ -93,7 +93,7 @@ func program(t *testing.T) string {
 }
 
 // serveNotes starts the real program with this part of a configuration, and notes to read and change.
-func serveNotes(t *testing.T, auth string) *world {
+func serveNotes(t *testing.T, auth string, more ...string) *world {
 	t.Helper()
 	binary, dir := program(t), t.TempDir()
 	files := map[string]string{"schema.sql": notesSchema, "newel.yaml": auth + notesConfig}
@@ -107,7 +107,7 @@ func serveNotes(t *testing.T, auth string) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(binary, "serve", "--listen", "127.0.0.1:0")
+	cmd := exec.Command(binary, append([]string{"serve", "--listen", "127.0.0.1:0"}, more...)...)
 	cmd.Dir, cmd.Env, cmd.Stderr = dir, append(os.Environ(), "IDP_SECRET="+machineSecret, "NO_COLOR=1"), log
 	out, err := cmd.StdoutPipe()
 	if err != nil {

@@ -127,8 +127,12 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	if err != nil {
 		return err
 	}
+	written, err := b.durable(ctx)
+	if err != nil {
+		return err
+	}
 	bar.clear()
-	return report(out, p, &figures{tables, starts, sessions, costs})
+	return report(out, p, &figures{tables, starts, sessions, costs, written})
 }
 
 func build(ctx context.Context, dir string) error {

@@ -71,6 +71,7 @@ type figures struct {
 	starts   []start
 	sessions *idle
 	costs    string // of each guard, as a table
+	writes   []writes
 }
 
 // report prints a table for every case, and last a line of JSON for programs.
@@ -114,6 +115,7 @@ func report(out io.Writer, p plan, f *figures) error {
 		return err
 	}
 	fmt.Fprint(out, f.costs)
+	writeRates(w, f.writes)
 	echo, list, large := tables[0], tables[1], tables[2]
 	path, _, _ := echo.ratio("newel", "floor")
 	sdk, _, _ := echo.ratio("gosdk", "newel")
@@ -125,21 +127,29 @@ func report(out io.Writer, p plan, f *figures) error {
 	sdkHop, _, _ := hop.ratio("sdkproxy", "gateway")
 	slowest, _, _ := lists.row("gateway").spread(func(m measurement) float64 { return float64(m.p99) / float64(time.Millisecond) })
 	access, _, _ := tables[5].ratio("secured", "floor")
+	cpu, _, _ := echo.row("newel").spread(func(m measurement) float64 { return m.cpu })
+	effect, err := costOf(f.costs, "effect")
+	if err != nil {
+		return err
+	}
 	last, err := json.Marshal(struct {
-		Path   float64 `json:"path_cpu_over_floor"`
-		SDK    float64 `json:"sdk_cpu_over_path"`
-		MCPGo  float64 `json:"mcpgo_cpu_over_path"`
-		List   float64 `json:"list_cpu_over_floor"`
-		Large  float64 `json:"large_cpu_over_floor"`
-		Idle   float64 `json:"idle_rss_mib"`
-		First  float64 `json:"first_answer_ms"`
-		Hop    float64 `json:"hop_cpu_over_reverseproxy"`
-		SDKHop float64 `json:"sdkproxy_cpu_over_hop"`
-		Lists  float64 `json:"warm_list_20_upstreams_p99_ms"`
-		Access float64 `json:"auth_policy_cpu_over_floor"`
-		Idles  float64 `json:"idle_session_own_kib"`
+		Path   float64            `json:"path_cpu_over_floor"`
+		SDK    float64            `json:"sdk_cpu_over_path"`
+		MCPGo  float64            `json:"mcpgo_cpu_over_path"`
+		List   float64            `json:"list_cpu_over_floor"`
+		Large  float64            `json:"large_cpu_over_floor"`
+		Idle   float64            `json:"idle_rss_mib"`
+		First  float64            `json:"first_answer_ms"`
+		Hop    float64            `json:"hop_cpu_over_reverseproxy"`
+		SDKHop float64            `json:"sdkproxy_cpu_over_hop"`
+		Lists  float64            `json:"warm_list_20_upstreams_p99_ms"`
+		Access float64            `json:"auth_policy_cpu_over_floor"`
+		Idles  float64            `json:"idle_session_own_kib"`
+		Writes map[string]float64 `json:"write_over_engine_group_commit"`
+		Reads  float64            `json:"read_slowdown"`
 	}{round(path), round(sdk), round(mcpgo), round(listRatio), round(largeRatio), round(idle), round(first),
-		round(hopRatio), round(sdkHop), round(slowest), round(access), round(f.sessions.own)})
+		round(hopRatio), round(sdkHop), round(slowest), round(access), round(f.sessions.own),
+		map[string]float64{"sqlite": round(rateOf(f.writes, "sqlite")), "postgres": round(rateOf(f.writes, "postgres"))}, round(1 + effect/(1000*(cpu-effect/1000)))})
 	if err != nil {
 		return err
 	}

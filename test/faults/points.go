@@ -30,6 +30,17 @@ func (l *lane) gone(n *node, p string) error {
 	return fmt.Errorf("the point %s was not reached", p)
 }
 
+// tryAt tries until a call gets so far that it can be broken: on a slow machine it may be told to come
+// again.
+func (l *lane) tryAt(o *operation, n *node) {
+	for range 50 {
+		if e := l.try(o, n.addr, way{}); e.Outcome != busy && e.Outcome != notExecuted {
+			return
+		}
+		<-time.After(20 * time.Millisecond)
+	}
+}
+
 // inside crashes at a moment that only the process itself can see.
 func inside(p string) func(*lane, *node, *operation) error {
 	return func(l *lane, n *node, o *operation) error {
@@ -39,7 +50,7 @@ func inside(p string) func(*lane, *node, *operation) error {
 		if err := n.arm(p); err != nil {
 			return err
 		}
-		l.try(o, n.addr, way{})
+		l.tryAt(o, n)
 		return l.gone(n, p)
 	}
 }
@@ -57,7 +68,7 @@ func outside(step string, prepare func(*lane, *operation)) func(*lane, *node, *o
 		if err := l.plan(p); err != nil {
 			return err
 		}
-		l.try(o, n.addr, way{})
+		l.tryAt(o, n)
 		return l.gone(n, step)
 	}
 }

@@ -31,7 +31,7 @@ var (
 
 func open(t testing.TB, o Options) *Store {
 	t.Helper()
-	s, err := New(o)
+	s, err := New(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +51,7 @@ func everywhere(t *testing.T, test func(t *testing.T, dir string)) {
 
 func put(t testing.TB, s *Store, owner *call.Principal, data string) call.Artifact {
 	t.Helper()
-	a, err := s.Put(context.Background(), owner, "text/plain", []byte(data))
+	a, err := s.Put(context.Background(), owner, "report", "text/plain", []byte(data))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,43 +62,58 @@ func put(t testing.TB, s *Store, owner *call.Principal, data string) call.Artifa
 // check holds the whole state of the store to what must always be true.
 func check(t testing.TB, s *Store) {
 	t.Helper()
+	s.sweep(context.Background())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	size, owners := int64(0), map[string]int64{}
-	for e := s.used.Front(); e != nil; e = e.Next() {
-		it := itemOf(e)
-		size += it.size
-		owners[it.owner] += it.size
-		if s.items[it.id] != e {
-			t.Errorf("%s is in the list but not in the map", it.id)
+	size, count := int64(0), 0
+	for name, tn := range s.tenants {
+		sum, classes := int64(0), map[int]int64{}
+		for who, o := range tn.owners {
+			mine := int64(0)
+			for i, it := range o.items {
+				if s.items[it.id] != it || it.tenant != name || it.owner != who {
+					t.Errorf("%s is in the list of %s but not in the map", it.id, who)
+				}
+				if i > 0 && it.created.Before(o.items[i-1].created) {
+					t.Errorf("%s is older than what stands before it", it.id)
+				}
+				mine += it.size
+				classes[it.class] += it.size
+				count++
+			}
+			if mine != o.size || o.writing != 0 || len(o.items) == 0 {
+				t.Errorf("%s has %d bytes in %d artifacts, counted as %d; %d are being written", who, mine, len(o.items), o.size, o.writing)
+			}
+			sum += mine
 		}
-	}
-	if size != s.size || s.count != s.used.Len() || len(s.items) != s.used.Len() || size > s.o.MaxBytes || s.count > s.o.MaxCount {
-		t.Errorf("%d bytes in %d artifacts, counted as %d in %d; %d in the map", size, s.used.Len(), s.size, s.count, len(s.items))
-	}
-	for owner, n := range s.owners {
-		if owners[owner] != n {
-			t.Errorf("%s has %d bytes, counted as %d", owner, owners[owner], n)
+		if sum != tn.size {
+			t.Errorf("%s has %d bytes, counted as %d", name, sum, tn.size)
 		}
-	}
-	if s.disk == nil {
-		return
-	}
-	entries, err := fs.ReadDir(s.disk.root.FS(), ".")
-	if err != nil {
-		t.Error(err)
-	}
-	files := 0
-	for _, e := range entries {
-		if id, suffix := split(e.Name()); suffix != "" {
-			files++
-			if s.items[id] == nil {
-				t.Errorf("%s belongs to nothing", e.Name())
+		for class, n := range tn.classes {
+			if classes[class] != n || n > s.mostOf(class) {
+				t.Errorf("%s has %d bytes of class %d, counted as %d", name, classes[class], class, n)
 			}
 		}
+		size += sum
 	}
-	if files != 2*len(s.items) {
-		t.Errorf("%d files for %d artifacts", files, len(s.items))
+	if size != s.size || count != s.count || count != len(s.items) || size > s.o.MaxBytes || count > s.o.MaxCount || len(s.writing)+len(s.gone) != 0 {
+		t.Errorf("%d bytes in %d artifacts, counted as %d in %d; %d in the map", size, count, s.size, s.count, len(s.items))
+	}
+	kept := 0
+	for e, err := range s.shelf.List(context.Background()) {
+		if err != nil {
+			t.Error(err)
+		}
+		if it := s.items[e.Name]; it == nil || it.begin+it.size != e.Size {
+			if _, foreign := s.foreign[e.Name]; !foreign {
+				t.Errorf("%s belongs to nothing", e.Name)
+			}
+			continue
+		}
+		kept++
+	}
+	if kept != len(s.items) {
+		t.Errorf("%d blobs for %d artifacts", kept, len(s.items))
 	}
 }
 
@@ -244,7 +259,7 @@ func TestNamesCannotBeGuessed(t *testing.T) {
 	seen := map[string]bool{}
 	for range 100 {
 		id := strings.TrimPrefix(put(t, s, nil, "x").URI, scheme)
-		if _, suffix := split(id + dataSuffix); suffix != dataSuffix || len(id)*5 < 256 || seen[id] {
+		if !isID(id) || len(id)*5 < 256 || seen[id] {
 			t.Fatalf("name %q", id)
 		}
 		seen[id] = true
@@ -290,8 +305,8 @@ func TestRunDeletes(t *testing.T) {
 			put(t, s, alice, "x")
 			time.Sleep(time.Hour + time.Minute)
 			synctest.Wait()
-			if check(t, s); s.used.Len() != 0 {
-				t.Errorf("%d left", s.used.Len())
+			if check(t, s); len(s.items) != 0 {
+				t.Errorf("%d left", len(s.items))
 			}
 			cancel()
 			all.Wait()
@@ -299,47 +314,197 @@ func TestRunDeletes(t *testing.T) {
 	})
 }
 
-// What was not used for longest goes first, and who has most pays first.
+// left names what is there by the first two bytes of each, in order.
+func left(t *testing.T, s *Store) string {
+	t.Helper()
+	var names []string
+	for _, it := range s.items {
+		head := make([]byte, 2)
+		if err := s.fill(t.Context(), it, head, 0); err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, string(head))
+	}
+	slices.Sort(names)
+	return strings.Join(names, " ")
+}
+
+// The oldest goes first: of the tenant that has most, and of its principal who has most.
 func TestFull(t *testing.T) {
 	everywhere(t, func(t *testing.T, dir string) {
 		s := open(t, Options{Dir: dir, MaxBytes: 100})
-		left := func() string {
-			var items []*item // reading reorders the list
-			for e := s.used.Front(); e != nil; e = e.Next() {
-				items = append(items, itemOf(e))
-			}
-			var names []string
-			for _, it := range items {
-				who := alice
-				if it.owner == ownerOf(bob) {
-					who = bob
-				}
-				p, err := read(t, s, who, scheme+it.id)
-				if err != nil {
-					t.Fatal(err)
-				}
-				names = append(names, (*p.Text)[:2])
-			}
-			slices.Sort(names)
-			return strings.Join(names, " ")
-		}
+		eve := &call.Principal{ID: "eve", Tenant: "other"}
 		put(t, s, bob, "b1"+strings.Repeat(".", 18))
-		a1 := put(t, s, alice, "a1"+strings.Repeat(".", 28))
-		put(t, s, alice, "a2"+strings.Repeat(".", 28))
-		if _, err := read(t, s, alice, a1.URI); err != nil {
-			t.Fatal(err)
-		}
-		put(t, s, bob, "b2"+strings.Repeat(".", 28)) // alice has most; a2 was not used for longest
-		if got := left(); got != "a1 b1 b2" {
+		put(t, s, alice, "a1"+strings.Repeat(".", 28))
+		put(t, s, alice, "a2"+strings.Repeat(".", 18))
+		put(t, s, eve, "e1"+strings.Repeat(".", 23))
+		put(t, s, eve, "e2"+strings.Repeat(".", 13)) // 110: acme has most, and alice most of it
+		if got := left(t, s); got != "a2 b1 e1 e2" {
 			t.Errorf("left: %s", got)
 		}
-		if _, err := s.Put(t.Context(), bob, "text/plain", make([]byte, 101)); codeOf(err) != call.TooLarge {
+		for range 20 {
+			put(t, s, eve, "e3"+strings.Repeat(".", 38)) // who puts much pays for it
+		}
+		if got := left(t, s); got != "a2 b1 e3" {
+			t.Errorf("left: %s", got)
+		}
+		if _, err := s.Put(t.Context(), bob, "report", "text/plain", make([]byte, 101)); codeOf(err) != call.TooLarge {
 			t.Errorf("larger than the store: %v", err)
 		}
 		put(t, s, bob, "b3"+strings.Repeat(".", 98))
-		if got := left(); got != "b3" {
+		if got := left(t, s); got != "b3" {
 			t.Errorf("left: %s", got)
 		}
+	})
+}
+
+// A tenant with many principals pays for all of them.
+func TestTenantOfManyPaysForAll(t *testing.T) {
+	s := open(t, Options{MaxBytes: 100})
+	eve := &call.Principal{ID: "eve", Tenant: "other"}
+	put(t, s, eve, "e1"+strings.Repeat(".", 28))
+	for _, id := range []string{"a", "b", "c"} {
+		put(t, s, &call.Principal{ID: id, Tenant: "acme"}, id+"1"+strings.Repeat(".", 18))
+	}
+	put(t, s, eve, "e2"+strings.Repeat(".", 18))
+	if got := left(t, s); !strings.Contains(got, "e1 e2") || len(got) != len("a1 b1 e1 e2") {
+		t.Errorf("left: %s", got)
+	}
+}
+
+// A busy shelf lets something happen between what a look reads and what it makes of it, and loses
+// the answers to what it did.
+type busy struct {
+	Shelf
+	between func()
+	lost    bool
+}
+
+func (b *busy) Get(ctx context.Context, name string, offset, length int64) ([]byte, error) {
+	data, err := b.Shelf.Get(ctx, name, offset, length)
+	if f := b.between; f != nil {
+		b.between = nil
+		f()
+	}
+	return data, err
+}
+
+func (b *busy) Put(ctx context.Context, name string, blob []byte) error {
+	err := b.Shelf.Put(ctx, name, blob)
+	if b.lost {
+		return errors.New("the connection was cut")
+	}
+	return err
+}
+
+// What was found, dropped and deleted while a look was on its way does not come back with it.
+func TestDroppedDuringLook(t *testing.T) {
+	b := &busy{Shelf: Memory()}
+	s := open(t, Options{Shelf: b})
+	a := put(t, open(t, Options{Shelf: b}), alice, "of another process")
+	b.between = func() {
+		if _, err := read(t, s, alice, a.URI); err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		s.drop(s.items[strings.TrimPrefix(a.URI, scheme)])
+		s.mu.Unlock()
+		s.sweep(t.Context())
+	}
+	if err := s.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s)
+	if len(s.items) != 0 {
+		t.Error("it is back")
+	}
+}
+
+// What another process deleted is forgotten; what was put while the look was on its way is not.
+func TestLook(t *testing.T) {
+	b := &busy{Shelf: Memory()}
+	s := open(t, Options{Shelf: b})
+	if err := b.Delete(t.Context(), strings.TrimPrefix(put(t, s, alice, "a1").URI, scheme)); err != nil {
+		t.Fatal(err)
+	}
+	put(t, open(t, Options{Shelf: b}), alice, "b1")
+	b.between = func() {
+		if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("c1")); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := s.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s)
+	if got := left(t, s); got != "b1 c1" {
+		t.Errorf("known: %s", got)
+	}
+}
+
+// What arrived although its answer was lost is deleted.
+func TestLostAnswer(t *testing.T) {
+	b := &busy{Shelf: Memory(), lost: true}
+	s := open(t, Options{Shelf: b})
+	if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("x")); codeOf(err) != call.Unavailable {
+		t.Errorf("got %v", err)
+	}
+	if err := s.look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	check(t, s)
+	for e := range b.List(t.Context()) {
+		t.Errorf("%s is left", e.Name)
+	}
+}
+
+func TestClasses(t *testing.T) {
+	everywhere(t, func(t *testing.T, dir string) {
+		synctest.Test(t, func(t *testing.T) {
+			classes := []Class{{Tools: []string{"export/*"}, MaxBytes: 50, Retention: 10 * time.Minute}, {Tools: []string{"*"}, Retention: 2 * time.Hour}}
+			s := open(t, Options{Dir: dir, MaxBytes: 1000, Classes: classes})
+			other := &call.Principal{ID: "eve", Tenant: "other"}
+			keep := func(who *call.Principal, tool, data string) call.Artifact {
+				t.Helper()
+				a, err := s.Put(t.Context(), who, tool, "text/plain", []byte(data))
+				if err != nil {
+					t.Fatal(err)
+				}
+				check(t, s)
+				time.Sleep(time.Second)
+				return a
+			}
+			keep(alice, "report", "r1"+strings.Repeat(".", 98))
+			keep(other, "export/all", "x0"+strings.Repeat(".", 38))
+			a := keep(alice, "export/all", "x1"+strings.Repeat(".", 18))
+			if got := a.Expires.Sub(a.Created); got != 10*time.Minute {
+				t.Errorf("an export is kept for %v", got)
+			}
+			keep(bob, "export/some/a", "x2"+strings.Repeat(".", 18))
+			keep(alice, "export/all", "x3"+strings.Repeat(".", 18)) // 60 bytes of exports of acme: the oldest goes
+			if got := left(t, s); got != "r1 x0 x2 x3" {
+				t.Errorf("left: %s", got)
+			}
+			if _, err := s.Put(t.Context(), alice, "export/all", "text/plain", make([]byte, 51)); codeOf(err) != call.TooLarge {
+				t.Errorf("larger than its class: %v", err)
+			}
+			if dir != "" { // what the operator says now holds for what is there
+				classes[0].MaxBytes, classes[1].Retention = 30, time.Minute
+				s = open(t, Options{Dir: dir, MaxBytes: 1000, Classes: classes})
+				check(t, s)
+				if got := left(t, s); got != "r1 x3" {
+					t.Errorf("left with smaller bounds: %s", got)
+				}
+			}
+			time.Sleep(11 * time.Minute)
+			s.mu.Lock()
+			s.expire(time.Now())
+			s.mu.Unlock()
+			check(t, s)
+			if want := map[bool]string{true: "r1", false: ""}[dir == ""]; left(t, s) != want {
+				t.Errorf("left after eleven minutes: %s", left(t, s))
+			}
+		})
 	})
 }
 
@@ -348,8 +513,8 @@ func TestCountIsBounded(t *testing.T) {
 	for range 10 {
 		put(t, s, alice, "")
 	}
-	if s.used.Len() != 3 {
-		t.Errorf("%d artifacts", s.used.Len())
+	if len(s.items) != 3 {
+		t.Errorf("%d artifacts", len(s.items))
 	}
 }
 
@@ -357,23 +522,33 @@ func TestAnotherProcess(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, Options{Dir: dir})
 	kept := put(t, s, alice, "kept")
-	binary, err := s.Put(t.Context(), nil, "application/octet-stream", []byte{0xff, 0})
+	binary, err := s.Put(t.Context(), nil, "report", "application/octet-stream", []byte{0xff, 0})
 	if err != nil {
 		t.Fatal(err)
 	}
 	truncated := put(t, s, alice, "truncated")
 	broken := put(t, s, alice, "broken")
 	id := func(a call.Artifact) string { return strings.TrimPrefix(a.URI, scheme) }
+	foreign, old, young := strings.Repeat("A", idLength), strings.Repeat("B", idLength)+tmpSuffix, strings.Repeat("C", idLength)+tmpSuffix
+	cut, err := os.ReadFile(filepath.Join(dir, id(truncated)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, data := range map[string]string{
-		id(truncated) + dataSuffix:                             "trunc",
-		id(broken) + recordSuffix:                              `{"owner":`,
-		strings.Repeat("A", idLength) + dataSuffix:             "data without a record",
-		strings.Repeat("B", idLength) + dataSuffix + tmpSuffix: "half of the da",
-		"notes.txt": "not ours",
+		id(truncated): string(cut[:len(cut)-1]),
+		id(broken):    strings.Repeat("0", 64) + "\n{\"owner\":",
+		foreign:       "not made with this key",
+		old:           "half of the da", // of a process that is gone
+		young:         "half of the da", // of a process that writes it now
+		"notes.txt":   "not ours",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+	yesterday := time.Now().Add(-24 * time.Hour)
+	if err := os.Chtimes(filepath.Join(dir, old), yesterday, yesterday); err != nil {
+		t.Fatal(err)
 	}
 
 	next := open(t, Options{Dir: dir})
@@ -389,8 +564,14 @@ func TestAnotherProcess(t *testing.T) {
 			t.Errorf("what was damaged: %v", err)
 		}
 	}
-	if _, err := os.Stat(filepath.Join(dir, "notes.txt")); err != nil {
-		t.Errorf("a file that is not ours: %v", err)
+	if err := os.Chtimes(filepath.Join(dir, foreign), yesterday, yesterday); err != nil {
+		t.Fatal(err)
+	}
+	check(t, open(t, Options{Dir: dir}))
+	for name, there := range map[string]bool{"notes.txt": true, young: true, old: false, id(broken): true, foreign: false} {
+		if _, err := os.Stat(filepath.Join(dir, name)); (err == nil) != there {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 
 	small := open(t, Options{Dir: dir, MaxBytes: 3})
@@ -416,16 +597,40 @@ func (f short) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// unsynced is a file whose data does not reach the disk.
+type unsynced struct{ target }
+
+func (f unsynced) Sync() error { return errors.New("input/output error") }
+
+func TestSyncFails(t *testing.T) {
+	s := open(t, Options{Dir: t.TempDir()})
+	d := s.shelf.(*dir)
+	create := d.create
+	d.create = func(name string) (target, error) {
+		f, err := create(name)
+		return unsynced{f}, err
+	}
+	if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("x")); codeOf(err) != call.Unavailable {
+		t.Errorf("got %v", err)
+	}
+	check(t, s)
+	entries, err := fs.ReadDir(d.root.FS(), ".")
+	if err != nil || len(entries) != 0 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+}
+
 func TestDiskFull(t *testing.T) {
 	for room := 0; ; room += 17 { // some in the data, some in the record
 		s := open(t, Options{Dir: t.TempDir()})
 		put(t, s, alice, "before")
-		create, left := s.disk.create, room
-		s.disk.create = func(name string) (target, error) {
+		d := s.shelf.(*dir)
+		create, left := d.create, room
+		d.create = func(name string) (target, error) {
 			f, err := create(name)
 			return short{f, &left}, err
 		}
-		a, err := s.Put(t.Context(), alice, "text/plain", []byte(strings.Repeat("x", 100)))
+		a, err := s.Put(t.Context(), alice, "report", "text/plain", []byte(strings.Repeat("x", 100)))
 		check(t, s)
 		if err == nil {
 			if _, err := read(t, s, alice, a.URI); err != nil || room < 200 {
@@ -436,8 +641,8 @@ func TestDiskFull(t *testing.T) {
 		if codeOf(err) != call.Unavailable || !strings.Contains(call.AsError(err).Message, "disk is full") || !errors.Is(err, syscall.ENOSPC) {
 			t.Fatalf("room for %d bytes: %v", room, err)
 		}
-		if s.used.Len() != 1 {
-			t.Fatalf("room for %d bytes: %d artifacts", room, s.used.Len())
+		if len(s.items) != 1 {
+			t.Fatalf("room for %d bytes: %d artifacts", room, len(s.items))
 		}
 	}
 }
@@ -449,7 +654,7 @@ func TestFolderGone(t *testing.T) {
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Put(t.Context(), alice, "text/plain", []byte("y")); codeOf(err) != call.Unavailable || strings.Contains(call.AsError(err).Message, dir) {
+	if _, err := s.Put(t.Context(), alice, "report", "text/plain", []byte("y")); codeOf(err) != call.Unavailable || strings.Contains(call.AsError(err).Message, dir) {
 		t.Errorf("writing: %v", err)
 	}
 	if _, err := read(t, s, alice, a.URI); codeOf(err) != call.NotFound {
@@ -460,7 +665,7 @@ func TestFolderGone(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(Options{Dir: file}); err == nil {
+	if _, err := New(t.Context(), Options{Dir: file}); err == nil {
 		t.Error("a file was taken for a folder")
 	}
 }
@@ -474,7 +679,7 @@ func TestManyAtOnce(t *testing.T) {
 				owner := []*call.Principal{alice, bob, nil}[i%3]
 				for n := range 20 {
 					data := strings.Repeat("x", 10*n)
-					a, err := s.Put(t.Context(), owner, "text/plain", []byte(data))
+					a, err := s.Put(t.Context(), owner, "report", "text/plain", []byte(data))
 					if codeOf(err) == call.Exhausted {
 						continue
 					}
@@ -494,14 +699,15 @@ func TestManyAtOnce(t *testing.T) {
 }
 
 func TestNewRefuses(t *testing.T) {
-	for _, o := range []Options{{MaxBytes: -1}, {MaxCount: -1}, {Retention: -1}, {PartBytes: -1}, {PartBytes: 100}} {
-		if _, err := New(o); err == nil {
+	for _, o := range []Options{{MaxBytes: -1}, {MaxCount: -1}, {Retention: -1}, {PartBytes: -1}, {PartBytes: 100}, {Key: []byte("short")}, {Shelf: Memory(), Dir: "x"},
+		{Classes: []Class{{}}}, {Classes: []Class{{Tools: []string{"["}}}}, {Links: Links{Base: "https://x", Life: 1}}, {Key: make([]byte, 32), Links: Links{Base: "x", Life: 1}}} {
+		if _, err := New(t.Context(), o); err == nil {
 			t.Errorf("%+v was taken", o)
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := open(t, Options{}).Put(ctx, alice, "text/plain", nil); codeOf(err) != call.Canceled {
+	if _, err := open(t, Options{}).Put(ctx, alice, "report", "text/plain", nil); codeOf(err) != call.Canceled {
 		t.Errorf("a caller who is gone: %v", err)
 	}
 }
@@ -514,7 +720,7 @@ func BenchmarkPut(b *testing.B) {
 			b.SetBytes(int64(len(data)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := s.Put(b.Context(), alice, "text/plain", data); err != nil {
+				if _, err := s.Put(b.Context(), alice, "report", "text/plain", data); err != nil {
 					b.Fatal(err)
 				}
 			}

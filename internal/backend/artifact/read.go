@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"net/url"
 	"strconv"
 	"strings"
@@ -41,14 +42,35 @@ func (s *Store) run(ctx context.Context, c *call.Call) (*call.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	it := s.find(id, ownerOf(c.Principal))
+	tenant, owner := s.ownerOf(c.Principal)
+	it, err := s.find(ctx, id, tenant, owner)
+	if err != nil {
+		return nil, s.notRead(ctx, nil, err)
+	}
 	if it == nil {
 		return nil, notFound()
 	}
 	if offset > it.size {
 		return nil, call.Errorf(call.Invalid, "offset %d is past the end: the artifact has %d bytes", offset, it.size)
 	}
-	return s.part(c.Name, it, offset, min(length, int64(s.o.PartBytes)))
+	return s.part(ctx, c.Name, it, offset, min(length, int64(s.o.PartBytes)))
+}
+
+// notRead says what becomes of an artifact that cannot be read.
+func (s *Store) notRead(ctx context.Context, it *item, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // another process deleted it
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.forget(it)
+		return notFound()
+	case errors.Is(err, errDamaged):
+		s.o.Logger.LogAttrs(ctx, slog.LevelError, "a stored result is damaged and is not given out", slog.String("tool", it.tool), slog.Time("created", it.created))
+		return call.Errorf(call.Internal, "the artifact is damaged and is not given out; make the call again that led to it").Because(err)
+	case ctx.Err() != nil:
+		return ctx.Err()
+	}
+	return call.Errorf(call.Unavailable, "the artifact cannot be read at the moment; try again later").Because(err)
 }
 
 func number(values url.Values, name string, least, otherwise int64) (int64, error) {
@@ -64,18 +86,14 @@ func number(values url.Values, name string, least, otherwise int64) (int64, erro
 }
 
 // part returns about length bytes from offset: text between characters, anything else exactly.
-func (s *Store) part(uri string, it *item, offset, length int64) (*call.Result, error) {
+func (s *Store) part(ctx context.Context, uri string, it *item, offset, length int64) (*call.Result, error) {
 	from, to := offset, min(offset+length, it.size)
 	if it.text { // look a character's length further, on both sides
 		from, to = max(0, offset-utf8.UTFMax), min(to+utf8.UTFMax, it.size)
 	}
 	part := make([]byte, to-from)
-	if s.disk == nil {
-		copy(part, it.data[from:])
-	} else if err := s.disk.fill(part, it.id, from); errors.Is(err, fs.ErrNotExist) {
-		return nil, notFound() // it went while we looked
-	} else if err != nil {
-		return nil, call.Errorf(call.Unavailable, "the artifact cannot be read at the moment; try again later").Because(err)
+	if err := s.fill(ctx, it, part, from); err != nil {
+		return nil, s.notRead(ctx, it, err)
 	}
 	if it.text {
 		begin, end := characters(part, int(offset-from), int(min(offset+length, it.size)-from), to == it.size)

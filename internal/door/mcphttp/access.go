@@ -56,6 +56,17 @@ var kinds = map[string]call.Kind{"tools/call": call.Tool, "resources/read": call
 // before the sessions answer it: then a status can still be set. The sessions learn who it is, and
 // never see the token.
 func (d *Door) session(w http.ResponseWriter, r *http.Request, body []byte) {
+	if d.opts.Forwarded != nil {
+		who, ok, err := d.opts.Forwarded(r)
+		if err != nil {
+			d.refuse(w, r, &mcpwire.Failure{Status: http.StatusForbidden, Code: -32600, Cause: call.Denied, Message: "what another node is said to have passed on is not taken: " + err.Error()}, len(body))
+			return
+		}
+		if ok {
+			d.opts.Sessions.ServeHTTP(w, r.WithContext(mcpwire.WithPrincipal(r.Context(), who)))
+			return
+		}
+	}
 	if d.opts.Check == nil {
 		d.opts.Sessions.ServeHTTP(w, r)
 		return

@@ -42,8 +42,11 @@ type Options struct {
 	AbsentHeaders bool
 	// Check says who presents a credential, and refuses what that one lacks a scope for, before a
 	// session sees it; kind is 0 for what is no call. Nil: identities are not configured.
-	Check  func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error)
-	Access *Access // nil: clients are not told how to get a token
+	Check func(ctx context.Context, c call.Credential, kind call.Kind, name string) (*call.Principal, error)
+	// Forwarded returns who sent a request that another node passed on, and fails if somebody else says
+	// so. Nil: there are no other nodes.
+	Forwarded func(r *http.Request) (who *call.Principal, ok bool, err error)
+	Access    *Access // nil: clients are not told how to get a token
 	// Draining, when closed, ends open subscriptions with a result.
 	Draining <-chan struct{}
 }

@@ -8,11 +8,13 @@
 //
 // A client that disconnects does not cancel its call in these revisions: the call runs on and
 // its stream can be resumed with Last-Event-ID.
+//
+// Sessions outlive what they are served with: [Door.Next] makes another [Generation], which has a
+// path of its own, and the sessions stay.
 package mcpsession
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json" // the SDK's types speak encoding/json
 	"errors"
 	"io"
@@ -21,6 +23,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/auth"
@@ -29,6 +32,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/mcpwire"
 )
 
@@ -45,6 +49,12 @@ type Options struct {
 	// that others are refused: a session is its user's alone (2025-11-25, security best practices).
 	Identified bool
 
+	// Cluster shares sessions with other nodes, and Events what was sent on their streams. Nil: they
+	// are this node's alone. Scope keeps apart the sessions of servers that share a cluster.
+	Cluster *cluster.Cluster
+	Events  mcp.EventStore
+	Scope   string
+
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
 	IdleTimeout          time.Duration // a session ends after this long without a message [30 min]
@@ -56,22 +66,81 @@ type Options struct {
 
 // A Door serves session revisions. It is safe for concurrent use.
 type Door struct {
-	o       Options
-	server  *mcp.Server
+	o       Options // of the first generation: what Next names counts for all
 	handler http.Handler
-	mu      sync.Mutex     // guards what is below
-	streams map[string]int // open requests per session
-	running map[string]int // who holds the id of a request, by session and id
+	current atomic.Pointer[Generation]
+
+	mu          sync.Mutex             // guards what is below
+	streams     map[string]int         // open requests per session
+	running     map[string]int         // who holds the id of a request, by session and id
+	generations map[string]*Generation // by number
+	count       int
+	servers     []*server
+	kept        map[string]*kept
+	adopted     map[string]*adopted
+
+	adopting sync.Mutex    // one at a time
+	leaving  chan struct{} // closed when sessions are left to other nodes
+	leave    sync.Once
+}
+
+// A server is what the SDK tells a session when it starts; the session keeps to it.
+type server struct {
+	*mcp.Server
+	about about
+}
+
+type about struct {
+	name, title, version, instructions string
+	has                                mcpwire.Has
 }
 
 // Revisions are the revisions this door speaks, newest first.
 func Revisions() []string { return []string{"2025-11-25", "2025-06-18", "2025-03-26"} }
 
-// New returns a door.
+// New returns a door, with a first generation that is current.
 func New(o Options) (*Door, error) {
-	if o.Path == nil || o.Hub == nil {
+	if o.Hub == nil {
 		return nil, errors.New("mcpsession: Path and Hub are required")
 	}
+	setDefaults(&o)
+	d := &Door{
+		o: o, streams: map[string]int{}, running: map[string]int{}, generations: map[string]*Generation{},
+		kept: map[string]*kept{}, adopted: map[string]*adopted{}, leaving: make(chan struct{}),
+	}
+	first, err := d.Next(o)
+	if err != nil {
+		return nil, err
+	}
+	first.Begin()
+	if o.Events == nil {
+		events := mcp.NewMemoryEventStore(nil)
+		events.SetMaxBytes(o.RetainBytes)
+		d.o.Events = events
+	}
+	d.handler = mcp.NewStreamableHTTPHandler(func(r *http.Request) *mcp.Server { return d.generation(r.Header).server.Server }, &mcp.StreamableHTTPOptions{
+		EventStore:                 d.o.Events,
+		SessionTimeout:             o.IdleTimeout,
+		MaxRequestBodyBytes:        -1,   // read has bounded it
+		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
+	})
+	if o.Cluster != nil {
+		d.handler = d.serveAdopted(d.handler)
+	}
+	if o.Identified {
+		// The SDK binds sessions to the user that this tells it of; the token itself was verified before.
+		d.handler = auth.RequireBearerToken(func(ctx context.Context, _ string, _ *http.Request) (*auth.TokenInfo, error) {
+			p := mcpwire.PrincipalOf(ctx)
+			if p == nil {
+				return nil, auth.ErrInvalidToken
+			}
+			return &auth.TokenInfo{UserID: strconv.Quote(p.Tenant) + strconv.Quote(p.ID), Expiration: time.Now().Add(time.Hour), Extra: map[string]any{known: p}}, nil
+		}, nil)(d.handler)
+	}
+	return d, nil
+}
+
+func setDefaults(o *Options) {
 	if o.MaxSessions == 0 {
 		o.MaxSessions = 10_000
 	}
@@ -93,43 +162,6 @@ func New(o Options) (*Door, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	d := &Door{o: o, streams: map[string]int{}, running: map[string]int{}}
-	d.server = mcp.NewServer(&mcp.Implementation{Name: o.Name, Title: o.Title, Version: o.Version}, &mcp.ServerOptions{
-		Instructions:              o.Instructions,
-		Capabilities:              capabilities(o.Has),
-		SupportedProtocolVersions: Revisions(),
-		GetSessionID:              rand.Text,
-		SubscribeHandler: func(ctx context.Context, r *mcp.SubscribeRequest) error {
-			if o.Readable != nil {
-				if err := o.Readable(ctx, r.Params.URI); err != nil {
-					return wireError(mcpwire.SessionError(call.Resource, err))
-				}
-			}
-			o.Hub.Follow(r.Params.URI)
-			return nil
-		},
-		UnsubscribeHandler: func(context.Context, *mcp.UnsubscribeRequest) error { return nil },
-	})
-	d.server.AddReceivingMiddleware(d.takeOver)
-	events := mcp.NewMemoryEventStore(nil)
-	events.SetMaxBytes(o.RetainBytes)
-	d.handler = mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return d.server }, &mcp.StreamableHTTPOptions{
-		EventStore:                 events,
-		SessionTimeout:             o.IdleTimeout,
-		MaxRequestBodyBytes:        int64(o.MaxMessageBytes),
-		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
-	})
-	if o.Identified {
-		// The SDK binds sessions to the user that this tells it of; the token itself was verified before.
-		d.handler = auth.RequireBearerToken(func(ctx context.Context, _ string, _ *http.Request) (*auth.TokenInfo, error) {
-			p := mcpwire.PrincipalOf(ctx)
-			if p == nil {
-				return nil, auth.ErrInvalidToken
-			}
-			return &auth.TokenInfo{UserID: strconv.Quote(p.Tenant) + strconv.Quote(p.ID), Expiration: time.Now().Add(time.Hour), Extra: map[string]any{known: p}}, nil
-		}, nil)(d.handler)
-	}
-	return d, nil
 }
 
 // known is under what the SDK hands on who sends a request.
@@ -177,7 +209,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		}()
 		c, err := d.decode(ctx, req)
 		if c == nil {
-			return next(ctx, method, req)
+			return d.handOn(ctx, method, req, next)
 		}
 		if err != nil {
 			return nil, wireError(mcpwire.SessionError(c.Kind, err))
@@ -186,7 +218,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 			d.hold(extra.Header.Get(headerKey))
 			defer d.release(extra.Header.Get(headerKey))
 		}
-		r, err := d.o.Path(ctx, c)
+		r, err := d.of(req.GetExtra()).o.Path(ctx, c)
 		if err != nil {
 			if c.Kind == call.Tool {
 				r = mcpwire.ToolError(err)
@@ -197,6 +229,21 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 		}
 		return &result{raw: mcpwire.AppendResult(nil, c.Kind, r)}, nil
 	}
+}
+
+// handOn leaves a request to the SDK, and tells other nodes what changes with it.
+func (d *Door) handOn(ctx context.Context, method string, req mcp.Request, next mcp.MethodHandler) (mcp.Result, error) {
+	r, err := next(ctx, method, req)
+	if err != nil || d.o.Cluster == nil {
+		return r, err
+	}
+	switch p := req.(type) {
+	case *mcp.ServerRequest[*mcp.InitializeParams]:
+		d.began(ctx, p, r)
+	case *mcp.ServerRequest[*mcp.SetLoggingLevelParams]:
+		d.remember(ctx, p.Session.ID(), func(k *kept) { k.state.SDK.LogLevel = p.Params.Level })
+	}
+	return r, err
 }
 
 // decode turns a request of the SDK into a call, or returns nil for what is not ours. An error is
@@ -292,13 +339,22 @@ const (
 	headerPeer = "X-Newel-Peer"
 	headerSize = "X-Newel-Size"
 	headerKey  = "X-Newel-Key"
+	// headerGeneration names the generation that a request came to.
+	headerGeneration = "X-Newel-Generation"
 )
 
-// Close ends all sessions: their clients are told to start anew.
+// Close ends all sessions: their clients are told to start anew. Where other nodes can go on with
+// them, only open streams end.
 func (d *Door) Close() {
-	for s := range d.server.Sessions() {
-		if err := s.Close(); err != nil {
-			d.o.Logger.LogAttrs(context.Background(), slog.LevelDebug, "a session did not close cleanly", slog.String("error", err.Error()))
+	if d.o.Cluster != nil {
+		d.leave.Do(func() { close(d.leaving) })
+		return
+	}
+	for _, server := range d.all() {
+		for s := range server.Sessions() {
+			if err := s.Close(); err != nil {
+				d.o.Logger.LogAttrs(context.Background(), slog.LevelDebug, "a session did not close cleanly", slog.String("error", err.Error()))
+			}
 		}
 	}
 }
@@ -306,9 +362,27 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions.
 func (d *Door) Run(ctx context.Context) error {
 	defer d.Close()
+	if d.o.Cluster != nil {
+		var swept sync.WaitGroup
+		defer swept.Wait()
+		swept.Go(func() {
+			tick := time.NewTicker(sweepEvery)
+			defer tick.Stop()
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+					d.sweep(ctx)
+				}
+			}
+		})
+	}
 	everything := &call.Filter{ToolsChanged: true, ResourcesChanged: true, PromptsChanged: true}
 	return d.o.Hub.ListenAll(ctx, everything, func(n call.Notification) error {
-		d.announce(ctx, n)
+		for _, server := range d.all() {
+			d.announce(ctx, server.Server, n)
+		}
 		return nil
 	})
 }
@@ -317,25 +391,25 @@ func (d *Door) Run(ctx context.Context) error {
 // list_changed only for features of its own, and lists never show them (takeOver).
 const hidden = "newel-changed"
 
-func (d *Door) announce(ctx context.Context, n call.Notification) {
+func (d *Door) announce(ctx context.Context, server *mcp.Server, n call.Notification) {
 	switch n.Method {
 	case "notifications/tools/list_changed":
-		d.server.AddTool(&mcp.Tool{Name: hidden, InputSchema: map[string]any{"type": "object"}}, func(context.Context, *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+		server.AddTool(&mcp.Tool{Name: hidden, InputSchema: map[string]any{"type": "object"}}, func(context.Context, *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 			return nil, errors.ErrUnsupported
 		})
-		d.server.RemoveTools(hidden)
+		server.RemoveTools(hidden)
 	case "notifications/prompts/list_changed":
-		d.server.AddPrompt(&mcp.Prompt{Name: hidden}, func(context.Context, *mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
+		server.AddPrompt(&mcp.Prompt{Name: hidden}, func(context.Context, *mcp.GetPromptRequest) (*mcp.GetPromptResult, error) {
 			return nil, errors.ErrUnsupported
 		})
-		d.server.RemovePrompts(hidden)
+		server.RemovePrompts(hidden)
 	case "notifications/resources/list_changed":
-		d.server.AddResource(&mcp.Resource{Name: hidden, URI: "newel:changed"}, func(context.Context, *mcp.ReadResourceRequest) (*mcp.ReadResourceResult, error) {
+		server.AddResource(&mcp.Resource{Name: hidden, URI: "newel:changed"}, func(context.Context, *mcp.ReadResourceRequest) (*mcp.ReadResourceResult, error) {
 			return nil, errors.ErrUnsupported
 		})
-		d.server.RemoveResources("newel:changed")
+		server.RemoveResources("newel:changed")
 	case "notifications/resources/updated":
-		if err := d.server.ResourceUpdated(ctx, &mcp.ResourceUpdatedNotificationParams{URI: n.URI}); err != nil {
+		if err := server.ResourceUpdated(ctx, &mcp.ResourceUpdatedNotificationParams{URI: n.URI}); err != nil {
 			d.o.Logger.LogAttrs(ctx, slog.LevelDebug, "an update was not sent", slog.String("error", err.Error()))
 		}
 	}
@@ -343,7 +417,7 @@ func (d *Door) announce(ctx context.Context, n call.Notification) {
 
 // ServeStdio serves one client that speaks a session revision, until in ends or ctx does.
 func (d *Door) ServeStdio(ctx context.Context, in io.Reader, out io.Writer) error {
-	session, err := d.server.Connect(ctx, &mcp.IOTransport{Reader: io.NopCloser(in), Writer: nopWriteCloser{out}}, nil)
+	session, err := d.current.Load().server.Connect(ctx, &mcp.IOTransport{Reader: io.NopCloser(in), Writer: nopWriteCloser{out}}, nil)
 	if err != nil {
 		return err
 	}

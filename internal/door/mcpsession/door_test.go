@@ -496,7 +496,7 @@ func TestIdleSessionsEnd(t *testing.T) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for range tick.C {
-		if !w.full() && len(slices.Collect(w.server.Sessions())) == 0 {
+		if now := w.current.Load(); !now.full() && len(slices.Collect(now.server.Sessions())) == 0 {
 			break
 		}
 	}

@@ -18,22 +18,31 @@ import (
 	"newel.dev/newel/internal/strictjson"
 )
 
-// ServeHTTP serves one request of a session revision. Host and Origin are checked by the caller.
-func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	message, f := d.read(r)
+// ServeHTTP serves one request of a session revision with the current generation. Host and Origin
+// are checked by the caller.
+func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) { d.serve(d.current.Load(), w, r) }
+
+func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
+	message, f := g.read(r)
 	if f != nil {
 		refuse(w, f)
 		return
 	}
 	session := r.Header.Get("Mcp-Session-Id")
-	if session == "" && message.method == "initialize" && d.full() {
+	if session == "" && message.method == "initialize" && g.full() {
 		w.Header().Set("Retry-After", "10")
 		refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"})
 		return
 	}
+	if d.o.Cluster != nil && session != "" {
+		if !d.here(session) && d.elsewhere(w, r, session, &message) {
+			return
+		}
+		d.remember(r.Context(), session, nil)
+	}
 	if session != "" {
-		if !d.open(session) {
-			refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusTooManyRequests, Code: -31429, Message: "this session is at its limit of " + strconv.Itoa(d.o.MaxStreamsPerSession) + " open requests; finish some first"})
+		if !d.open(session, g.o.MaxStreamsPerSession) {
+			refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusTooManyRequests, Code: -31429, Message: "this session is at its limit of " + strconv.Itoa(g.o.MaxStreamsPerSession) + " open requests; finish some first"})
 			return
 		}
 		defer d.done(session)
@@ -50,11 +59,22 @@ func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if d.o.Identified {
 		r.Header.Set("Authorization", "Bearer known") // the SDK wants to see one
 	}
+	r.Header.Set(headerGeneration, g.number)
 	r.Header.Set(headerKey, key)
 	r.Header.Set(headerPeer, r.RemoteAddr)
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
 	out := &writer{w: w, id: message.id}
 	ctx, cancel := context.WithCancel(r.Context())
+	if r.Method == http.MethodGet && d.o.Cluster != nil {
+		r = r.WithContext(ctx)
+		go func() { // ends with the request
+			select {
+			case <-d.leaving:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+	}
 	var ended sync.WaitGroup
 	if r.Method == http.MethodGet || message.method != "" {
 		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })
@@ -73,15 +93,15 @@ type message struct {
 }
 
 // read reads and checks the body, strictly, and puts it back.
-func (d *Door) read(r *http.Request) (message, *mcpwire.Failure) {
+func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	if r.Method != http.MethodPost {
 		return message{}, nil
 	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, int64(d.o.MaxMessageBytes)+1))
+	body, err := io.ReadAll(io.LimitReader(r.Body, int64(g.o.MaxMessageBytes)+1))
 	if err != nil {
 		return message{}, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end"}
 	}
-	if err := strictjson.Check(body, strictjson.Limits{Bytes: d.o.MaxMessageBytes}); err != nil {
+	if err := strictjson.Check(body, strictjson.Limits{Bytes: g.o.MaxMessageBytes}); err != nil {
 		f := &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: err.Error()}
 		var e *strictjson.Error
 		if errors.As(err, &e) && e.Limit {
@@ -113,19 +133,21 @@ func (d *Door) read(r *http.Request) (message, *mcpwire.Failure) {
 	return m, nil
 }
 
-func (d *Door) full() bool {
+func (g *Generation) full() bool {
 	n := 0
-	for range d.server.Sessions() {
-		n++
+	for _, server := range g.door.all() {
+		for range server.Sessions() {
+			n++
+		}
 	}
-	return n >= d.o.MaxSessions
+	return n >= g.o.MaxSessions
 }
 
 // open counts one more open request of a session, if it may have one more.
-func (d *Door) open(session string) bool {
+func (d *Door) open(session string, most int) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.streams[session] >= d.o.MaxStreamsPerSession {
+	if d.streams[session] >= most {
 		return false
 	}
 	d.streams[session]++

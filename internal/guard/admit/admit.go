@@ -1,7 +1,7 @@
 // Package admit bounds how much runs at once and how long it may take.
 //
-// Refuses: calls over the bounds of concurrency, queue or streams, as Exhausted with advice when
-// to retry. Needs: nothing. Fails: closed. Records: time in the queue. Costs: two channel
+// Refuses: calls over the bounds of concurrency, queue, streams or memory, as Exhausted with advice
+// when to retry; those of tools that are not critical first. Needs: nothing. Fails: closed. Records: time in the queue. Costs: two channel
 // operations and the deadline's context, under half a microsecond, while there is room; callers
 // wait in order of arrival when there is none. It starts no goroutine.
 //
@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/pattern"
 )
 
 // Options bound what runs at once. Zero means the default in brackets; below zero is refused.
@@ -28,11 +29,17 @@ type Options struct {
 	CallTimeout       time.Duration // longest call, without its wait; subscriptions have none [60 s]
 	MaxStreams        int           // open subscriptions [10,000]
 	MaxStreamsPerPeer int           // open subscriptions of one client address [1,000]
+
+	// MaxMemory is what the process may have, in bytes; near it calls are refused. 0: nobody looks.
+	MaxMemory   int64
+	NotCritical []string      // names of tools that are refused first when memory or the queue runs out
+	Memory      func() uint64 // what the process has; default: as the Go runtime says
 }
 
 // A Gate admits calls. It is safe for concurrent use.
 type Gate struct {
 	o      Options
+	memory *usage
 	slots  chan struct{} // one element per running call; blocked senders are served in order
 	queued atomic.Int64
 
@@ -55,6 +62,7 @@ func New(o Options) (*Gate, error) {
 	check("CallTimeout", o.CallTimeout < 0)
 	check("MaxStreams", o.MaxStreams < 0)
 	check("MaxStreamsPerPeer", o.MaxStreamsPerPeer < 0)
+	check("MaxMemory", o.MaxMemory < 0)
 	if problems != nil {
 		return nil, errors.Join(problems...)
 	}
@@ -64,7 +72,10 @@ func New(o Options) (*Gate, error) {
 	o.CallTimeout = or(o.CallTimeout, time.Minute)
 	o.MaxStreams = or(o.MaxStreams, 10_000)
 	o.MaxStreamsPerPeer = or(o.MaxStreamsPerPeer, 1000)
-	return &Gate{o: o, slots: make(chan struct{}, o.MaxConcurrent), perPeer: map[string]int{}}, nil
+	if o.Memory == nil {
+		o.Memory = taken
+	}
+	return &Gate{o: o, memory: &usage{read: o.Memory}, slots: make(chan struct{}, o.MaxConcurrent), perPeer: map[string]int{}}, nil
 }
 
 func or[T ~int | ~int64](v, otherwise T) T {
@@ -77,6 +88,9 @@ func or[T ~int | ~int64](v, otherwise T) T {
 // Guard is the guard of the admit step.
 func (g *Gate) Guard(next call.Handler) call.Handler {
 	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		if err := g.shed(c); err != nil {
+			return nil, err
+		}
 		if c.Kind == call.Subscribe {
 			leave, err := g.openStream(c)
 			if err != nil {
@@ -97,6 +111,22 @@ func (g *Gate) Guard(next call.Handler) call.Handler {
 		}
 		return r, err
 	}
+}
+
+// shed refuses what there may be no room for: doing less in time is better than doing all too late.
+func (g *Gate) shed(c *call.Call) error {
+	share := 0.0
+	if g.o.MaxMemory > 0 {
+		share = float64(g.memory.now()) / float64(g.o.MaxMemory)
+	}
+	if share >= shedAll && c.Kind != call.Discover {
+		return busy("the server is near its limit of memory")
+	}
+	full := share >= shedSome || float64(g.queued.Load()) >= shedQueue*float64(g.o.MaxQueued)
+	if full && len(g.o.NotCritical) > 0 && c.Kind == call.Tool && pattern.Any(g.o.NotCritical, c.Name) {
+		return busy("the server is busy and does what is more important first")
+	}
+	return nil
 }
 
 // ended says why a call that failed after its context had ended did so. What a driver or a remote
@@ -169,6 +199,9 @@ func (g *Gate) openStream(c *call.Call) (leave func(), err error) {
 		}
 	}, nil
 }
+
+// Longest returns how long a call takes at most, with its wait.
+func (g *Gate) Longest() time.Duration { return g.o.QueueTimeout + g.o.CallTimeout }
 
 // Running returns the number of calls that run now, subscriptions apart.
 func (g *Gate) Running() int64 { return int64(len(g.slots)) }

@@ -356,3 +356,53 @@ func BenchmarkContended(b *testing.B) {
 		}
 	})
 }
+
+// Near the limit of memory, and when the queue is half full, what is not critical goes first; at the
+// limit everything waits.
+func TestShedding(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var used uint64
+		g := newGate(t, Options{MaxConcurrent: 1, MaxQueued: 4, MaxMemory: 1000, Memory: func() uint64 { return used }, NotCritical: []string{"nice_*"}})
+		running := make(chan struct{})
+		h := g.Guard(func(context.Context, *call.Call) (*call.Result, error) {
+			<-running
+			return nil, nil
+		})
+		quick := g.Guard(func(context.Context, *call.Call) (*call.Result, error) { return nil, nil })
+		try := func(kind call.Kind, name string) bool {
+			t.Helper()
+			_, err := quick(t.Context(), &call.Call{Kind: kind, Name: name})
+			if err != nil && (call.AsError(err).Code != call.Exhausted || call.AsError(err).RetryAfter == 0) {
+				t.Errorf("%s: %v", name, err)
+			}
+			return err == nil
+		}
+		for _, tt := range []struct {
+			used              uint64
+			needed, nice, all bool
+		}{{500, true, true, true}, {900, true, false, true}, {950, false, false, false}, {100, true, true, true}} {
+			used = tt.used
+			time.Sleep(readEvery) // of the bubble's clock
+			if got := [3]bool{try(call.Tool, "needed"), try(call.Tool, "nice_to_have"), try(call.ListTools, "")}; got != [3]bool{tt.needed, tt.nice, tt.all} {
+				t.Errorf("%d bytes: %v", tt.used, got)
+			}
+			if !try(call.Discover, "") {
+				t.Error("a client cannot even ask what there is")
+			}
+		}
+		var all sync.WaitGroup
+		for range 3 { // one runs, two wait
+			all.Go(func() {
+				if _, err := h(t.Context(), &call.Call{Kind: call.Tool, Name: "needed"}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait()
+		if try(call.Tool, "nice_to_have") {
+			t.Error("what is not critical still waits in a queue that is half full")
+		}
+		close(running)
+		all.Wait()
+	})
+}

@@ -29,7 +29,7 @@ func (b *Bounds) putAside(ctx context.Context, c *call.Call, r *call.Result, s s
 		return nil, tooLarge(c, s, l)
 	}
 	whole, mime := document(r)
-	a, err := b.o.Store.Put(ctx, c.Principal, mime, whole)
+	a, err := b.o.Store.Put(ctx, c.Principal, c.Target.Name, mime, whole)
 	if err != nil {
 		if c.Target.Effect == call.Read {
 			return nil, call.Errorf(call.Unavailable, "the result has %s, over the limit of %s, and cannot be kept for reading in parts at the moment; try again later, or ask for less", s, l).Because(err)
@@ -94,6 +94,16 @@ func linked(c *call.Call, r *call.Result, s size, a call.Artifact, whole []byte)
 	b = strconv.AppendInt(b, a.Size, 10)
 	b = append(b, `,"_meta":{"dev.newel/sha256":`...)
 	b = call.AppendString(b, a.SHA256)
+	b = append(b, `,"dev.newel/created":`...)
+	b = call.AppendString(b, a.Created.UTC().Format(time.RFC3339))
+	b = append(b, `,"dev.newel/expires":`...)
+	b = call.AppendString(b, a.Expires.UTC().Format(time.RFC3339))
+	if a.Link != "" { // for the client, to show to a person; a model has no use for it
+		b = append(b, `,"dev.newel/download":`...)
+		b = call.AppendString(b, a.Link)
+		b = append(b, `,"dev.newel/downloadUntil":`...)
+		b = call.AppendString(b, a.LinkUntil.UTC().Format(time.RFC3339))
+	}
 	b = append(b, `}}`...)
 	if len(head) > 0 {
 		b = append(b, `,{"type":"text","text":`...)

@@ -26,7 +26,7 @@ import (
 // data whole or not at all; what it returned can be read under its URI by the same principal. It
 // may refuse what is too large, and fail when its disk is full.
 type Store interface {
-	Put(ctx context.Context, owner *call.Principal, mime string, data []byte) (call.Artifact, error)
+	Put(ctx context.Context, owner *call.Principal, tool, mime string, data []byte) (call.Artifact, error)
 }
 
 // Options bound results. Zero means the default in brackets; below zero is refused.

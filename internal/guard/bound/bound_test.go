@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -18,17 +19,20 @@ import (
 // A shelf is a Store that shows what it was given.
 type shelf struct {
 	owner *call.Principal
+	tool  string
 	mime  string
 	data  string
+	link  string
 	fails error
 }
 
-func (s *shelf) Put(_ context.Context, owner *call.Principal, mime string, data []byte) (call.Artifact, error) {
+func (s *shelf) Put(_ context.Context, owner *call.Principal, tool, mime string, data []byte) (call.Artifact, error) {
 	if s.fails != nil {
 		return call.Artifact{}, s.fails
 	}
-	s.owner, s.mime, s.data = owner, mime, string(data)
-	return call.Artifact{URI: "artifact://ID", MIME: mime, Size: int64(len(data)), SHA256: "abc", Expires: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}, nil
+	s.owner, s.tool, s.mime, s.data = owner, tool, mime, string(data)
+	made := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	return call.Artifact{URI: "artifact://ID", MIME: mime, Size: int64(len(data)), SHA256: "abc", Created: made.Add(-time.Hour), Expires: made, Link: s.link, LinkUntil: made.Add(-time.Minute)}, nil
 }
 
 func run(t *testing.T, o Options, c *call.Call, r *call.Result) (*call.Result, error) {
@@ -102,6 +106,26 @@ func TestLargeTextIsPutAside(t *testing.T) {
 	_, shown, _ = strings.Cut(shown, "\n")
 	if !labelled || !strings.HasPrefix(text, shown) || !utf8.ValidString(shown) || len(shown) < previewBytes-utf8.UTFMax {
 		t.Errorf("preview of %d bytes: %.100s", len(shown), blocks[2].Text)
+	}
+}
+
+// An address for people is only there if the store makes some, and only for the client.
+func TestDownloadAddress(t *testing.T) {
+	text := strings.Repeat("x", 300<<10)
+	for _, link := range []string{"", "https://mcp.example.com/artifacts/ID?signature=s"} {
+		store := &shelf{link: link}
+		got, err := run(t, Options{Store: store}, toolCall(), call.Text(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocks := decode(t, got)
+		want := map[string]string{"dev.newel/sha256": "abc", "dev.newel/created": "2026-01-02T02:04:05Z", "dev.newel/expires": "2026-01-02T03:04:05Z"}
+		if link != "" {
+			want["dev.newel/download"], want["dev.newel/downloadUntil"] = link, "2026-01-02T03:03:05Z"
+		}
+		if store.tool != "export" || !maps.Equal(blocks[1].Meta, want) || strings.Contains(blocks[0].Text, "/artifacts/") {
+			t.Errorf("of %s: %v\n%s", store.tool, blocks[1].Meta, blocks[0].Text)
+		}
 	}
 }
 

@@ -39,11 +39,11 @@ func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
 		if decided {
 			return r, err
 		}
+		if o.res.Expect != 0 {
+			continue // it may be claimed: at once, however long that took
+		}
 		if time.Now().After(patience) {
 			return nil, busy()
-		}
-		if o.res.Expect != 0 {
-			continue // it may be claimed: at once
 		}
 		if err := sleep(ctx, pause); err != nil {
 			return nil, call.AsError(err)

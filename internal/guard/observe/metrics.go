@@ -142,6 +142,12 @@ type target struct {
 	rest sync.Map                             // label to *series
 }
 
+// Forget lets go of targets that are not published any more; those that are come again.
+func (o *Observer) Forget() {
+	o.metrics.labels.targets.Clear()
+	o.metrics.labels.count.Store(0)
+}
+
 func (l *labels) of(o *Observer, c *call.Call) *series {
 	v, found := l.targets.Load(c.Target)
 	if !found {

@@ -84,6 +84,9 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 	if c.Event.Replayed {
 		a = append(a, slog.Bool("replayed", true))
 	}
+	if c.Event.Cached {
+		a = append(a, slog.Bool("cached", true))
+	}
 	if c.Event.Paged {
 		a = append(a, slog.Bool("paged", true))
 	}

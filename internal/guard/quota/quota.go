@@ -15,7 +15,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,6 +22,7 @@ import (
 	"time"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/pattern"
 )
 
 // A Rule is a limit. All that is given of Rate, Concurrent and Budget has to hold.
@@ -209,6 +209,9 @@ func (r *rule) check() error {
 	case (r.AlertAt > 0 || r.DegradeAt > 0) && r.Budget.empty():
 		return errors.New("alert_at and degrade_at are about a budget, and there is none")
 	}
+	if err := pattern.Check(r.Tools...); err != nil {
+		return err
+	}
 	for _, p := range r.Per {
 		i := slices.Index(dimensions, p)
 		if i < 0 {
@@ -307,7 +310,7 @@ func (l *Limiter) claims(c *call.Call, known bool, now time.Time) ([]Claim, []*r
 				continue
 			}
 			limit := b.limit
-			if r.DegradeAt > 0 && fits(l.o.NotCritical, c.Name) {
+			if r.DegradeAt > 0 && pattern.Any(l.o.NotCritical, c.Name) {
 				limit = int64(float64(limit) * r.DegradeAt)
 			}
 			claims = append(claims, Claim{Key: key + "\x00" + b.what + window, Kind: KindBudget, What: b.what, Limit: limit, whole: b.limit, Amount: b.amount, Until: to})
@@ -318,7 +321,7 @@ func (l *Limiter) claims(c *call.Call, known bool, now time.Time) ([]Claim, []*r
 }
 
 func (r *rule) about(c *call.Call) bool {
-	if len(r.Tools) > 0 && !fits(r.Tools, c.Name) {
+	if len(r.Tools) > 0 && !pattern.Any(r.Tools, c.Name) {
 		return false
 	}
 	return len(r.Tenants) == 0 || c.Principal != nil && slices.Contains(r.Tenants, c.Principal.Tenant)
@@ -350,7 +353,7 @@ func (r *rule) key(c *call.Call, known bool) string {
 
 func (l *Limiter) cost(c *call.Call) int64 {
 	for _, one := range l.o.Costs {
-		if fits(one.Tools, c.Name) {
+		if pattern.Any(one.Tools, c.Name) {
 			return one.Units
 		}
 	}
@@ -432,12 +435,4 @@ func (l *Limiter) settle(ctx context.Context, c *call.Call, claims []Claim, of [
 func describe(key string) string {
 	parts := strings.Split(key, "\x00")
 	return strings.Join(parts[1:len(parts)-1], " ")
-}
-
-func fits(patterns []string, name string) bool {
-	return slices.ContainsFunc(patterns, func(p string) bool {
-		// A slash has no meaning in these names: * stands for it too.
-		ok, _ := path.Match(strings.ReplaceAll(p, "/", "\x00"), strings.ReplaceAll(name, "/", "\x00"))
-		return ok
-	})
 }

@@ -3,22 +3,21 @@ package verify
 import (
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/identity/claim"
 )
 
 // claims are what a token says, by RFC 7519 and RFC 9068 and what providers make of them.
 type claims struct {
 	Issuer   string         `json:"iss"`
 	Subject  string         `json:"sub"`
-	Audience list           `json:"aud"`
+	Audience claim.List     `json:"aud"`
 	Expires  *float64       `json:"exp"`
 	NotYet   *float64       `json:"nbf"`
 	Issued   *float64       `json:"iat"`
@@ -28,7 +27,7 @@ type claims struct {
 	CID      string         `json:"cid"`   // Okta
 	AppID    string         `json:"appid"` // Entra v1
 	Scope    string         `json:"scope"`
-	SCP      list           `json:"scp"` // Entra: text, Okta: list
+	SCP      claim.List     `json:"scp"` // Entra: text, Okta: list
 	Nonce    string         `json:"nonce"`
 	AtHash   string         `json:"at_hash"`
 	Bound    jsontext.Value `json:"cnf"`
@@ -36,20 +35,6 @@ type claims struct {
 
 	typ    string // of the header
 	opaque bool   // the issuer was asked: it has judged the form
-}
-
-// list is one text or several.
-type list []string
-
-// UnmarshalJSON implements json.Unmarshaler.
-func (l *list) UnmarshalJSON(raw []byte) error {
-	if jsontext.Value(raw).Kind() == '"' {
-		var s string
-		err := json.Unmarshal(raw, &s)
-		*l = list{s}
-		return err
-	}
-	return json.Unmarshal(raw, (*[]string)(l))
 }
 
 // A profile is how access tokens of a kind of provider look.
@@ -63,7 +48,7 @@ var profiles = map[string]profile{
 	"entra":    {client: func(c *claims) string { return first(c.AZP, c.AppID) }},
 	"okta":     {client: func(c *claims) string { return first(c.CID, c.ClientID) }},
 	"keycloak": {client: func(c *claims) string { return first(c.AZP, c.ClientID) }},
-	"dex":      {client: func(c *claims) string { return first(c.AZP, slices.Concat(c.Audience, list{""})[0]) }},
+	"dex":      {client: func(c *claims) string { return first(c.AZP, slices.Concat(c.Audience, claim.List{""})[0]) }},
 }
 
 func first(all ...string) string {
@@ -75,24 +60,16 @@ func first(all ...string) string {
 	return ""
 }
 
-// at is a time in seconds since 1970, or zero if there is none or nobody could mean it.
-func at(seconds *float64) time.Time {
-	if seconds == nil || math.IsNaN(*seconds) || *seconds < 0 || *seconds > 9e9 {
-		return time.Time{}
-	}
-	return time.Unix(0, int64(*seconds*1e9))
-}
-
 // current decides whether a token counts now. It is asked on every call.
 func (is *issuer) current(c *claims, now time.Time) error {
-	switch expires := at(c.Expires); {
+	switch expires := claim.Time(c.Expires); {
 	case expires.IsZero():
 		return errors.New("it does not say when it expires")
 	case !now.Before(expires.Add(is.Skew)):
 		return fmt.Errorf("it expired at %v", expires.UTC())
-	case c.NotYet != nil && now.Add(is.Skew).Before(at(c.NotYet)):
-		return fmt.Errorf("it is not valid before %v", at(c.NotYet).UTC())
-	case c.Issued != nil && now.Add(is.Skew).Before(at(c.Issued)):
+	case c.NotYet != nil && now.Add(is.Skew).Before(claim.Time(c.NotYet)):
+		return fmt.Errorf("it is not valid before %v", claim.Time(c.NotYet).UTC())
+	case c.Issued != nil && now.Add(is.Skew).Before(claim.Time(c.Issued)):
 		return errors.New("it was issued in the future")
 	}
 	return nil
@@ -112,7 +89,7 @@ func (is *issuer) identify(c *claims) (*Identity, error) {
 	if err := is.form(c, p); err != nil {
 		return nil, err
 	}
-	id := &Identity{Issuer: c.Issuer, Subject: c.Subject, Expires: at(c.Expires)}
+	id := &Identity{Issuer: c.Issuer, Subject: c.Subject, Expires: claim.Time(c.Expires)}
 	// A subject is unique at its issuer only.
 	id.Principal = call.Principal{ID: c.Issuer + "#" + c.Subject, Client: p.client(c), Scopes: strings.Fields(c.Scope)}
 	for _, s := range c.SCP {
@@ -122,7 +99,7 @@ func (is *issuer) identify(c *claims) (*Identity, error) {
 		id.Scopes = is.Scopes
 	}
 	var err error
-	if id.Roles, err = texts(c.Other, is.RolesClaim); err != nil {
+	if id.Roles, err = claim.Texts(c.Other, is.RolesClaim); err != nil {
 		return nil, err
 	}
 	id.Tenant, err = is.tenantOf(c)
@@ -134,7 +111,7 @@ func (is *issuer) identify(c *claims) (*Identity, error) {
 func (is *issuer) tenantOf(c *claims) (string, error) {
 	tenant := is.Tenant
 	if is.TenantClaim != "" {
-		named, err := texts(c.Other, is.TenantClaim)
+		named, err := claim.Texts(c.Other, is.TenantClaim)
 		if err != nil || len(named) != 1 || named[0] == "" {
 			return "", fmt.Errorf("the claim %q does not name exactly one tenant", is.TenantClaim)
 		}
@@ -177,28 +154,4 @@ func (is *issuer) form(c *claims, p profile) error {
 		return errors.New("it is an ID token")
 	}
 	return nil
-}
-
-// texts returns a claim that holds one text or several; dots lead into objects.
-func texts(other jsontext.Value, name string) ([]string, error) {
-	v := other
-	for _, part := range strings.Split(name, ".") {
-		var obj map[string]jsontext.Value
-		if v == nil || v.Kind() != '{' || json.Unmarshal(v, &obj) != nil {
-			return nil, nil
-		}
-		if whole, ok := obj[name]; ok { // a claim may have dots in its name
-			v = whole
-			break
-		}
-		v = obj[part]
-	}
-	if v == nil || v.Kind() == 'n' {
-		return nil, nil
-	}
-	var l list
-	if err := json.Unmarshal(v, &l); err != nil {
-		return nil, fmt.Errorf("the claim %q is neither text nor a list of it", name)
-	}
-	return l, nil
 }

@@ -37,6 +37,7 @@ const (
 type keySet struct {
 	issuer string
 	uri    string // of the JWKS; "" until discovered
+	local  KeySource
 	http   *http.Client
 	now    func() time.Time
 	lost   func() // called when a key is no longer among the issuer's
@@ -187,14 +188,7 @@ func sameKey(a, b *jose.JSONWebKey) bool {
 }
 
 func (k *keySet) ask(ctx context.Context) ([]jose.JSONWebKey, error) {
-	uri := k.uri
-	if uri == "" {
-		var err error
-		if uri, err = k.discover(ctx); err != nil {
-			return nil, err
-		}
-	}
-	raw, err := get(ctx, k.http, uri)
+	raw, uri, err := k.document(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -218,6 +212,21 @@ func (k *keySet) ask(ctx context.Context) ([]jose.JSONWebKey, error) {
 		return nil, fmt.Errorf("%s holds no key that can be used", uri)
 	}
 	return keys, nil
+}
+
+// document reads the key set, and says where it stands.
+func (k *keySet) document(ctx context.Context) (raw []byte, uri string, err error) {
+	if k.local != nil {
+		raw, err = k.local()
+		return raw, "the key set in memory", err
+	}
+	if uri = k.uri; uri == "" {
+		if uri, err = k.discover(ctx); err != nil {
+			return nil, "", err
+		}
+	}
+	raw, err = get(ctx, k.http, uri)
+	return raw, uri, err
 }
 
 // usable reports whether a key may sign tokens: public, strong enough, and not for encryption.
@@ -245,6 +254,12 @@ func verifies(raw jsontext.Value) bool {
 
 // discover finds the key set in the issuer's metadata (RFC 8414, then OpenID Connect Discovery).
 func (k *keySet) discover(ctx context.Context) (string, error) {
+	_, jwks, err := k.describe(ctx)
+	return jwks, err
+}
+
+// describe reads the metadata of the issuer, and returns it with the address of the keys.
+func (k *keySet) describe(ctx context.Context) (document []byte, jwks string, err error) {
 	var problems []error
 	for _, at := range metadataURLs(k.issuer) {
 		raw, err := get(ctx, k.http, at)
@@ -264,10 +279,10 @@ func (k *keySet) discover(ctx context.Context) (string, error) {
 		case !secure(doc.JWKS):
 			problems = append(problems, fmt.Errorf("%s: jwks_uri is not https", at))
 		default:
-			return doc.JWKS, nil
+			return raw, doc.JWKS, nil
 		}
 	}
-	return "", errors.Join(problems...)
+	return nil, "", errors.Join(problems...)
 }
 
 // metadataURLs are the places of an issuer's metadata, as MCP orders them.

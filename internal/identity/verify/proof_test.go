@@ -16,6 +16,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/identity/dpop"
 )
 
 // prover is a client with a key of its own.
@@ -132,7 +133,7 @@ func TestBadProofs(t *testing.T) {
 		"no proof":            presented(token),
 		"two proofs":          presented(token, good(nil), good(nil)),
 		"garbage":             presented(token, "garbage"),
-		"too long":            presented(token, strings.Repeat("a", maxProof+1)),
+		"too long":            presented(token, strings.Repeat("a", dpop.MaxProof+1)),
 		"another type":        presented(token, p.proof(token, v.Nonce(), "JWT", nil)),
 		"a stranger's":        presented(token, stranger.proof(token, v.Nonce(), "dpop+jwt", nil)),
 		"a weak key":          presented(toSmall, small.proof(toSmall, v.Nonce(), "dpop+jwt", nil)),
@@ -146,7 +147,7 @@ func TestBadProofs(t *testing.T) {
 		"a longer address":    presented(token, good(map[string]any{"htu": resource + "/x"})),
 		"no address":          presented(token, good(map[string]any{"htu": ""})),
 		"no id":               presented(token, good(map[string]any{"jti": nil})),
-		"a long id":           presented(token, good(map[string]any{"jti": strings.Repeat("j", maxProofID+1)})),
+		"a long id":           presented(token, good(map[string]any{"jti": strings.Repeat("j", dpop.MaxID+1)})),
 		"old":                 presented(token, good(map[string]any{"iat": now - 61})),
 		"of the future":       presented(token, good(map[string]any{"iat": now + 61})),
 		"of no time":          presented(token, good(map[string]any{"iat": nil})),
@@ -177,15 +178,15 @@ func TestNonces(t *testing.T) {
 	changed := []byte(old)
 	changed[len(changed)-2] ^= 1
 	for _, nonce := range []string{"", "x", string(changed), stranger.Nonce(), old + "A"} {
-		if err := ask(nonce); code(err) != call.Unauthenticated || call.AsError(err).OAuth != UseNonce {
+		if err := ask(nonce); code(err) != call.Unauthenticated || call.AsError(err).OAuth != dpop.UseNonce {
 			t.Errorf("%q: %v", nonce, err)
 		}
 	}
 	if err := ask(old); err != nil {
 		t.Error(err)
 	}
-	w.pass(nonceLife + time.Second)
-	if err := ask(old); code(err) != call.Unauthenticated || call.AsError(err).OAuth != UseNonce {
+	w.pass(dpop.NonceLife + time.Second)
+	if err := ask(old); code(err) != call.Unauthenticated || call.AsError(err).OAuth != dpop.UseNonce {
 		t.Errorf("an old nonce: %v", err)
 	}
 	shared := func() *Verifier {
@@ -198,27 +199,6 @@ func TestNonces(t *testing.T) {
 	proof := p.proof(token, shared().Nonce(), "dpop+jwt", nil)
 	if _, err := shared().VerifyPresented(t.Context(), presented(token, proof)); err != nil {
 		t.Errorf("another node's nonce: %v", err)
-	}
-}
-
-// What is remembered of proofs is bounded, and when there is no room nothing passes.
-func TestProofsAreRemembered(t *testing.T) {
-	var s seen
-	now := time.Unix(1_800_000_000, 0)
-	for i := range maxProofSeen {
-		if err := s.first(fmt.Sprint(i), now); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := s.first("one more", now); err == nil {
-		t.Error("there is no bound")
-	}
-	now = now.Add(2*proofWindow + time.Second)
-	if err := s.first("one more", now); err != nil {
-		t.Errorf("the next window is full too: %v", err)
-	}
-	if err := s.first("7", now); err == nil {
-		t.Error("a proof of the last window was forgotten")
 	}
 }
 

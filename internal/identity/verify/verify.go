@@ -13,12 +13,7 @@ package verify
 
 import (
 	"context"
-	"crypto"
-	"crypto/ed25519"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
-	_ "crypto/sha512" // saltHash
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -30,11 +25,12 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/egress"
+	"newel.dev/newel/internal/identity/dpop"
+	"newel.dev/newel/internal/identity/jws"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -45,6 +41,7 @@ type Issuer struct {
 	Algorithms   []string      // default: RS256, PS256, ES256, ES384, EdDSA, Ed25519
 	Profile      string        // rfc9068 (default, strict), entra, okta, keycloak, dex: how its tokens look
 	JWKS         string        // address of its keys; default: discovered
+	Keys         KeySource     // its keys, when they are in this process: nothing is fetched
 	TenantClaim  string        // claim that names the tenant; default: none
 	Tenant       string        // of all its tokens
 	RolesClaim   string        // claim that lists roles; default: roles
@@ -54,6 +51,9 @@ type Issuer struct {
 	ClientID     string        // for introspection
 	ClientSecret secret.String
 }
+
+// A KeySource returns the JWK Set (RFC 7517) of an issuer in this process.
+type KeySource func() ([]byte, error)
 
 // Options configure a Verifier.
 type Options struct {
@@ -79,8 +79,7 @@ type Identity struct {
 type Verifier struct {
 	issuers map[string]*issuer
 	opaque  []*issuer // those that can be asked about a token
-	nonces  nonces
-	proofs  seen
+	proofs  *dpop.Checker
 
 	dpopRequired bool
 	now          func() time.Time
@@ -122,10 +121,7 @@ func New(o Options) (*Verifier, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	if o.NonceKey == nil {
-		o.NonceKey = []byte(rand.Text())
-	}
-	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, nonces: nonces{o.NonceKey}, dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
+	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, proofs: dpop.New(o.NonceKey), dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
 	var problems []error
 	for _, given := range o.Issuers {
 		is := &issuer{Issuer: given, tenants: o.Tenants}
@@ -136,7 +132,7 @@ func New(o Options) (*Verifier, error) {
 		if v.issuers[is.URL] != nil {
 			problems = append(problems, fmt.Errorf("issuer %q is there twice", is.URL))
 		}
-		is.keys = &keySet{issuer: is.URL, uri: is.JWKS, http: o.HTTP, now: o.Now, lost: v.forget}
+		is.keys = &keySet{issuer: is.URL, uri: is.JWKS, local: is.Keys, http: o.HTTP, now: o.Now, lost: v.forget}
 		v.issuers[is.URL] = is
 		if is.Introspect != "" {
 			v.opaque = append(v.opaque, is)
@@ -327,21 +323,10 @@ func (v *Verifier) remember(id [32]byte, r remembered) remembered {
 
 // signed checks the signature of a token and decodes it.
 func (v *Verifier) signed(ctx context.Context, token string) (remembered, error) {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
+	if strings.Count(token, ".") != 2 {
 		return v.introspect(ctx, token)
 	}
-	var from struct {
-		Issuer string `json:"iss"`
-	}
-	if err := decode(parts[1], &from); err != nil {
-		return remembered{}, err
-	}
-	is := v.issuers[from.Issuer]
-	if is == nil {
-		return remembered{}, fmt.Errorf("the issuer %.100q is not configured", from.Issuer)
-	}
-	payload, typ, err := is.open(ctx, token, parts)
+	is, payload, typ, err := v.open(ctx, token)
 	if err != nil {
 		return remembered{}, err
 	}
@@ -351,6 +336,35 @@ func (v *Verifier) signed(ctx context.Context, token string) (remembered, error)
 	}
 	c.typ = typ
 	return remembered{issuer: is, claims: c, until: v.now().Add(rememberFor)}, nil
+}
+
+// VerifySignature returns the type and the payload of a JWT that one of the issuers signed, with an
+// allowed algorithm. It judges neither, and remembers nothing: it is for tokens that are no access
+// tokens. It fails as VerifyPresented does.
+func (v *Verifier) VerifySignature(ctx context.Context, token string) (typ string, payload []byte, err error) {
+	if len(token) > maxToken || strings.Count(token, ".") != 2 {
+		return "", nil, errInvalid(errors.New("no JWT, or one too long"))
+	}
+	if _, payload, typ, err = v.open(ctx, token); err != nil {
+		return "", nil, v.refusal(err)
+	}
+	return typ, payload, nil
+}
+
+// open finds the issuer of a token in compact form and checks its signature.
+func (v *Verifier) open(ctx context.Context, token string) (is *issuer, payload []byte, typ string, err error) {
+	parts := strings.Split(token, ".")
+	var from struct {
+		Issuer string `json:"iss"`
+	}
+	if err := decode(parts[1], &from); err != nil {
+		return nil, nil, "", err
+	}
+	if is = v.issuers[from.Issuer]; is == nil {
+		return nil, nil, "", fmt.Errorf("the issuer %.100q is not configured", from.Issuer)
+	}
+	payload, typ, err = is.open(ctx, token, parts)
+	return is, payload, typ, err
 }
 
 // open checks the header and signature of a token in compact form, and returns its payload and type.
@@ -379,53 +393,9 @@ func (is *issuer) open(ctx context.Context, token string, parts []string) (paylo
 		}
 		return nil, "", err
 	}
-	payload, err = check(token, parts, head.Algorithm, keys)
+	payload, err = jws.Check(token, head.Algorithm, keys)
 	return payload, head.Type, err
 }
-
-// check verifies the signature with any of the keys.
-func check(token string, parts []string, algorithm string, keys []jose.JSONWebKey) ([]byte, error) {
-	// Strictly: one signature is written in one way.
-	sig, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
-	if err != nil {
-		return nil, err
-	}
-	for _, k := range keys {
-		if k.Algorithm != "" && k.Algorithm != algorithm && !(isEd(k.Algorithm) && isEd(algorithm)) {
-			continue // a key that says what it is for is for nothing else
-		}
-		hash, pss := saltHash[algorithm]
-		ed, isEdKey := k.Key.(ed25519.PublicKey)
-		switch pub, isRSA := k.Key.(*rsa.PublicKey); {
-		case isEdKey || isEd(algorithm):
-			// go-jose does not know the name of RFC 9864.
-			if isEdKey && isEd(algorithm) && ed25519.Verify(ed, []byte(parts[0]+"."+parts[1]), sig) {
-				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
-			}
-		case isRSA && pss:
-			// go-jose takes a salt of any length. It is as long as the hash (RFC 7518, section 3.5).
-			h := hash.New()
-			h.Write([]byte(parts[0] + "." + parts[1]))
-			if rsa.VerifyPSS(pub, hash, h.Sum(nil), sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil {
-				return base64.RawURLEncoding.Strict().DecodeString(parts[1])
-			}
-		default:
-			jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(algorithm)})
-			if err != nil {
-				return nil, err
-			}
-			if payload, err := jws.Verify(k.Key); err == nil {
-				return payload, nil
-			}
-		}
-	}
-	return nil, errors.New("the signature is of none of these keys")
-}
-
-// saltHash is the hash of each algorithm with a salt.
-var saltHash = map[string]crypto.Hash{"PS256": crypto.SHA256, "PS384": crypto.SHA384, "PS512": crypto.SHA512}
-
-func isEd(algorithm string) bool { return algorithm == "EdDSA" || algorithm == "Ed25519" }
 
 // decode decodes one part of a token, strictly.
 func decode(part string, into any) error {

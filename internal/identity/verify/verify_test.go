@@ -28,10 +28,11 @@ const resource = "https://mcp.example.com/mcp"
 
 // world is a real issuer over HTTP whose keys and moods the test decides.
 type world struct {
-	t       *testing.T
-	url     string
-	fetches atomic.Int64
-	asked   atomic.Int64
+	t         *testing.T
+	url       string
+	fetches   atomic.Int64
+	asked     atomic.Int64
+	described atomic.Int64
 
 	mu     sync.Mutex
 	extra  []string // further raw keys
@@ -40,13 +41,25 @@ type world struct {
 	body   string
 	now    time.Time
 	active map[string]string // opaque tokens
+	away   bool              // the metadata cannot be read
 }
 
 func newWorld(t *testing.T) *world {
 	w := &world{t: t, now: time.Unix(1_800_000_000, 0), active: map[string]string{}}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/.well-known/oauth-authorization-server", func(rw http.ResponseWriter, _ *http.Request) {
+		w.described.Add(1)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.away {
+			rw.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
 		fmt.Fprintf(rw, `{"issuer":%q,"jwks_uri":%q}`, w.url, w.url+"/jwks")
+	})
+	mux.HandleFunc("/.well-known/openid-configuration", func(rw http.ResponseWriter, _ *http.Request) {
+		w.described.Add(1)
+		rw.WriteHeader(http.StatusNotFound)
 	})
 	mux.HandleFunc("/jwks", func(rw http.ResponseWriter, _ *http.Request) {
 		w.fetches.Add(1)
@@ -484,6 +497,44 @@ func TestConfiguration(t *testing.T) {
 	}
 }
 
+// A signature alone can be asked for: of a token that is no access token.
+func TestSignatureAlone(t *testing.T) {
+	w := newWorld(t)
+	key := w.addKey("1", "ES256")
+	v := w.verifier(nil)
+	token := sign(t, key, "oauth-id-jag+jwt", w.claimsOf(map[string]any{"aud": "https://other.example", "exp": nil}))
+	if typ, payload, err := v.VerifySignature(t.Context(), token); err != nil || typ != "oauth-id-jag+jwt" || !strings.Contains(string(payload), `"ada"`) {
+		t.Errorf("%s %s, %v", typ, payload, err)
+	}
+	for name, bad := range map[string]string{
+		"forged": sign(t, newKey(t, "1", "ES256"), "", w.claimsOf(nil)), "of another issuer": sign(t, key, "", w.claimsOf(map[string]any{"iss": "https://other.example"})),
+		"no JWT": "opaque", "empty": "", "long": strings.Repeat("a.", maxToken), "unsigned": token[:strings.LastIndex(token, ".")+1],
+	} {
+		if _, payload, err := v.VerifySignature(t.Context(), bad); err == nil {
+			t.Errorf("%s: %s", name, payload)
+		}
+	}
+}
+
+// The keys of an issuer in this process are not fetched.
+func TestKeysInMemory(t *testing.T) {
+	w := newWorld(t)
+	key := newKey(t, "1", "ES256")
+	v := w.verifier(func(is *Issuer) {
+		is.Keys = func() ([]byte, error) {
+			public := key.Public()
+			raw, err := public.MarshalJSON()
+			return fmt.Appendf(nil, `{"keys":[%s]}`, raw), err
+		}
+	})
+	if _, err := v.Verify(t.Context(), sign(t, key, "at+jwt", w.claimsOf(nil))); err != nil {
+		t.Error(err)
+	}
+	if n := w.fetches.Load(); n != 0 {
+		t.Errorf("%d fetches", n)
+	}
+}
+
 func FuzzVerify(f *testing.F) {
 	f.Add("a.b.c")
 	f.Add(base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none"}`)) + ".e30.")
@@ -522,4 +573,36 @@ func BenchmarkVerify(b *testing.B) {
 			}
 		}
 	})
+}
+
+// What an issuer says of itself is passed on as it is, and whoever asks, it is seldom asked.
+func TestDescription(t *testing.T) {
+	w := newWorld(t)
+	v := w.verifier(nil)
+	d, err := v.Describe(w.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.set(func() { w.away = true })
+	for range 3 {
+		if doc, err := d.Document(t.Context()); err == nil {
+			t.Errorf("an issuer that is away says %s", doc)
+		}
+	}
+	if n := w.described.Load(); n != 2 { // by both of its names
+		t.Errorf("asked %d times while it was away", n)
+	}
+	w.set(func() { w.away = false })
+	w.pass(notDescribedFor)
+	for range 3 {
+		if doc, err := d.Document(t.Context()); err != nil || !strings.Contains(string(doc), `"jwks_uri"`) {
+			t.Errorf("%s, %v", doc, err)
+		}
+	}
+	if n := w.described.Load(); n != 3 {
+		t.Errorf("asked %d times", n)
+	}
+	if _, err := v.Describe("https://other.example.com"); err == nil {
+		t.Error("somebody else is described")
+	}
 }

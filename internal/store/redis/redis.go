@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -29,12 +30,22 @@ func Open(address secret.String) (*DB, error) {
 	if err != nil {
 		return nil, errors.New("the address of Redis is not valid; write redis://:password@host:6379/0, or rediss:// for TLS") // the error would hold the password
 	}
+	quiet.Do(func() { redis.SetLogger(silence{}) })
 	o.DialTimeout, o.ReadTimeout, o.WriteTimeout = time.Second, time.Second, time.Second
 	o.MaxRetries = -1 // who waits for a count would wait longer
 	o.DialerRetries = 1
 	o.ContextTimeoutEnabled = true
 	return &DB{client: redis.NewClient(o), prefix: "{newel}:"}, nil
 }
+
+// quiet: what goes wrong is returned, and logged by whoever asked. The library would write to standard
+// error beside it.
+var quiet sync.Once
+
+type silence struct{}
+
+// Printf implements the library's logger.
+func (silence) Printf(context.Context, string, ...any) {}
 
 // Ping reports whether the server answers.
 func (db *DB) Ping(ctx context.Context) error {

@@ -2,6 +2,7 @@ package redis
 
 import (
 	"context"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -84,5 +85,56 @@ func TestAddress(t *testing.T) {
 		if _, err := Open(secret.New(address)); err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%q: %v", address, err)
 		}
+	}
+}
+
+// Events of a stream are read again from where a client lost it; what is gone is said to be gone.
+func TestEvents(t *testing.T) {
+	s := engines.Redis(t)
+	e := open(t, s.URL).Events(time.Hour, slog.New(slog.DiscardHandler))
+	read := func(stream string, index int) (string, error) {
+		var all []string
+		for data, err := range e.After(t.Context(), "s", stream, index) {
+			if err != nil {
+				return "", err
+			}
+			all = append(all, string(data))
+		}
+		return strings.Join(all, " "), nil
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(e.Open(t.Context(), "s", "one"))
+	for _, data := range []string{"a", "b", "c"} {
+		must(e.Append(t.Context(), "s", "one", []byte(data)))
+	}
+	for index, want := range map[int]string{-1: "a b c", 0: "b c", 2: "", 9: ""} {
+		if got, err := read("one", index); err != nil || got != want {
+			t.Errorf("after %d: %q, %v", index, got, err)
+		}
+	}
+	if got, err := read("other", 0); err == nil {
+		t.Errorf("a stream that is none: %q", got)
+	}
+	must(e.Append(t.Context(), "s", "one", make([]byte, maxEventBytes-1)))
+	if got, err := read("one", -1); err == nil {
+		t.Errorf("the first event is gone: %d bytes", len(got))
+	}
+	if _, err := read("one", 2); err != nil {
+		t.Errorf("the last event: %v", err)
+	}
+	must(e.SessionClosed(t.Context(), "s"))
+	if _, err := read("one", 2); err == nil {
+		t.Error("a session that ended")
+	}
+	s.Stop()
+	must(e.Open(t.Context(), "s", "two"))
+	must(e.Append(t.Context(), "s", "two", []byte("x")))
+	if _, err := read("two", -1); err == nil {
+		t.Error("Redis is away, and knows the stream")
 	}
 }

@@ -30,12 +30,13 @@ const browse = async (url) => {
       if (url.href.startsWith(redirectUrl)) return url.searchParams;
       continue;
     }
-    const action = /<form[^>]* action="([^"]+)" method="post">/.exec(text)?.[1];
-    const prompt = /name="prompt" value="([^"]+)"/.exec(text)?.[1];
+    const action = /<form[^>]* action="([^"]+)"/.exec(text)?.[1];
+    const token = /name="token" value="([^"]+)"/.exec(text)?.[1]; // of Newel's own page
+    const prompt = token ? "allow" : /name="prompt" value="([^"]+)"/.exec(text)?.[1];
     if (!action || !prompt) throw new Error(`a page without a form, status ${response.status}: ${text}`);
     pages.push(prompt);
     url = new URL(action, url);
-    request = { method: "POST", body: new URLSearchParams({ prompt, login: "ada", password: "any" }) };
+    request = { method: "POST", body: new URLSearchParams(token ? { token, answer: prompt } : { prompt, login: "ada", password: "any" }) };
   }
   throw new Error("the provider sends the browser in circles");
 };

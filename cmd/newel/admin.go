@@ -1,0 +1,197 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// Bounds of what is said on the socket of a server.
+const (
+	maxOrder     = 1 << 10 // bytes
+	maxOutcome   = 4 << 20 // bytes
+	maxOrders    = 16      // at once
+	orderTimeout = 5 * time.Second
+	reloadWait   = 10 * time.Minute // documents may have to be read
+	maxSocket    = 100              // bytes of its path: the system takes little more
+)
+
+// socketOf is where the server of a configuration takes orders: beside its state, where only who
+// runs it can write.
+func socketOf(path string) string {
+	return filepath.Join(filepath.Dir(path), ".newel", filepath.Base(path)+".sock")
+}
+
+// admin takes orders over a Unix socket: a line with the order, answered with a line of JSON. Who
+// may open the socket (mode 0600) may give them.
+type admin struct {
+	serving  *serving
+	listener net.Listener
+	path     string
+	info     os.FileInfo // of the socket, which another process may have replaced
+}
+
+// newAdmin puts the socket in its place. A process that hands over leaves its socket to its successor.
+func newAdmin(path string, s *serving, successor bool) (*admin, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	if len(path) > maxSocket {
+		return nil, fmt.Errorf("the path %s is too long for a socket; send the signal SIGHUP instead", path)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil && !successor {
+		return nil, errors.Join(fmt.Errorf("another server of this configuration listens on %s", path), c.Close())
+	}
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	// Made where nobody else gets to, so that there is no moment in which others could open it.
+	private, err := os.MkdirTemp(dir, "s")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(private)
+	made := filepath.Join(private, "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	a := &admin{serving: s, listener: l, path: path}
+	err = errors.Join(os.Chmod(made, 0o600), os.Rename(made, path))
+	if err == nil {
+		a.info, err = os.Lstat(path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return a, nil
+}
+
+// run takes orders until ctx ends.
+func (a *admin) run(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() {
+		if now, err := os.Lstat(a.path); err == nil && os.SameFile(now, a.info) {
+			_ = os.Remove(a.path) // the next server puts its own there in any case
+		}
+		_ = a.listener.Close()
+	})
+	defer stop()
+	var all sync.WaitGroup
+	defer all.Wait()
+	room := make(chan struct{}, maxOrders)
+	for {
+		c, err := a.listener.Accept()
+		if err != nil {
+			return
+		}
+		select {
+		case room <- struct{}{}:
+		case <-ctx.Done():
+			_ = c.Close()
+			return
+		}
+		all.Go(func() {
+			defer func() { <-room }()
+			defer c.Close()
+			a.order(ctx, c)
+		})
+	}
+}
+
+// order answers one connection.
+func (a *admin) order(ctx context.Context, c net.Conn) {
+	_ = c.SetDeadline(time.Now().Add(orderTimeout))
+	line, err := bufio.NewReader(io.LimitReader(c, maxOrder)).ReadString('\n')
+	if err != nil {
+		return
+	}
+	out := &outcome{Outcome: "refused", Changed: []string{}, Error: "this server does not know the order"}
+	if strings.TrimSpace(line) == "reload" {
+		attempt := a.serving.ask()
+		select {
+		case <-attempt.done:
+			out = attempt.outcome
+		case <-ctx.Done():
+			out.Error = "the server is stopping"
+		}
+	}
+	text, err := json.Marshal(out)
+	if err != nil {
+		return
+	}
+	_ = c.SetDeadline(time.Now().Add(orderTimeout))
+	_, _ = c.Write(append(text, '\n')) // whoever asked may be gone
+}
+
+func reloadCommand(env *environment) *cobra.Command {
+	var path, output string
+	c := &cobra.Command{
+		Use:   "reload",
+		Short: "Have the running server load its configuration anew",
+		Long: `Tells the server that was started with this configuration to load it again, and says what is
+different, or what is wrong with it. Calls that run are not disturbed; if something is wrong,
+nothing changes and the exit code is 1.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "text" && output != "json" {
+				return fmt.Errorf("--output must be text or json, not %q", output)
+			}
+			out, raw, err := reload(cmd.Context(), socketOf(path))
+			if err != nil {
+				return exit(exitConnection, err)
+			}
+			if output == "json" {
+				_, err = fmt.Fprintf(env.out, "%s\n", raw)
+			} else {
+				_, err = fmt.Fprint(env.out, out)
+			}
+			if err == nil && out.Outcome == "refused" {
+				return exit(exitFailed, nil)
+			}
+			return err
+		},
+	}
+	c.Flags().StringVarP(&path, "config", "c", defaultConfig, "configuration file that the server was started with")
+	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	return c
+}
+
+// reload gives the order and waits for its outcome.
+func reload(ctx context.Context, socket string) (*outcome, []byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, reloadWait)
+	defer cancel()
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, nil, fmt.Errorf("no server of this configuration is running here, or it is somebody else's (%w); name its file with --config", err)
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Now()) })
+	defer stop()
+	if _, err := io.WriteString(c, "reload\n"); err != nil {
+		return nil, nil, err
+	}
+	raw, err := io.ReadAll(io.LimitReader(c, maxOutcome))
+	if err != nil {
+		return nil, nil, fmt.Errorf("the server did not answer: %w", err)
+	}
+	var out outcome
+	if err := json.Unmarshal(raw, &out); err != nil {
+		return nil, nil, errors.New("the server ended before it answered")
+	}
+	return &out, bytes.TrimSpace(raw), nil
+}

@@ -1,0 +1,183 @@
+package assembly
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"reflect"
+	"sync"
+	"sync/atomic"
+
+	"newel.dev/newel/call"
+	"newel.dev/newel/internal/backend/artifact"
+	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/door/mcpsession"
+	"newel.dev/newel/internal/guard/admit"
+	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/secret"
+)
+
+// kept is what a house takes over from the one before it, beside what stands in its options:
+// metrics, which can be made once only, what is known of calls, and who is served now.
+type kept struct {
+	log      *slog.Logger
+	observer *observe.Observer
+	store    effect.Store // what is known of calls with effects
+	key      secret.Key
+	current  atomic.Pointer[House] // that serves
+	running  atomic.Bool           // what /ready answers
+}
+
+// A place is an address at which a server stands. Who subscribed or has a session there does not
+// lose it when another server takes the place.
+type place struct {
+	hub        *catalog.Hub
+	identified bool
+
+	mu       sync.Mutex       // guards what is below
+	sessions *mcpsession.Door // nil until the first server is there
+}
+
+// next is what sessions at this place are served with by another server.
+func (p *place) next(o mcpsession.Options) (*mcpsession.Generation, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sessions == nil {
+		var err error
+		if p.sessions, err = mcpsession.New(o); err != nil {
+			return nil, err
+		}
+		return p.sessions.First(), nil
+	}
+	return p.sessions.Next(o)
+}
+
+// keep takes over what outlives a configuration, or makes it.
+func (h *House) keep(ctx context.Context, before *House) error {
+	l := &h.opts.Limits
+	limits := admit.Options{
+		MaxConcurrent: l.ConcurrentCalls, MaxQueued: l.QueuedCalls, QueueTimeout: l.QueueTimeout,
+		CallTimeout: l.CallTimeout, MaxStreams: l.Streams, MaxStreamsPerPeer: l.StreamsPerPeer, MaxMemory: l.Memory, NotCritical: l.NotCritical,
+	}
+	var err error
+	if before != nil {
+		h.kept, h.artifacts, h.gate, h.limits = before.kept, before.artifacts, before.gate, limits
+		if !reflect.DeepEqual(limits, before.limits) { // calls of before are not counted by the new gate
+			h.gate, err = admit.New(limits)
+		}
+		return err
+	}
+	h.limits = limits
+	h.opts.Artifacts.Logger = h.opts.Logger
+	if h.artifacts, err = artifact.New(ctx, h.opts.Artifacts); err != nil {
+		return fmt.Errorf("artifacts: %w", err)
+	}
+	if h.gate, err = admit.New(limits); err != nil {
+		return err
+	}
+	observer, err := observe.New(observe.Options{Logger: h.opts.Logger, Tracer: h.opts.Tracer, Meter: h.opts.Meter, Server: h.opts.Name, RPCCode: mcpwire.RPCCode})
+	if err != nil {
+		return err
+	}
+	k := &kept{log: h.opts.Logger, observer: observer}
+	h.kept = k
+	gate := func(read func(*admit.Gate) int64) func() int64 {
+		return func() int64 {
+			if now := k.current.Load(); now != nil {
+				return read(now.gate)
+			}
+			return 0
+		}
+	}
+	return errors.Join(
+		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", gate((*admit.Gate).Queued)),
+		observer.Gauge("newel.calls.running", "Calls that run.", gate((*admit.Gate).Running)),
+		observer.Gauge("newel.streams.open", "Open subscriptions.", gate((*admit.Gate).Streams)),
+		h.expiryMetric())
+}
+
+// placeFor is where a server stands: the place of the one that was at its address before, unless
+// other people may be there now.
+func (h *House) placeFor(s *Server, before *House) *place {
+	identified := h.opts.Identity != nil
+	if before != nil {
+		old := before.faceAt(s.Host + s.Path)
+		if old != nil && old.place.identified == identified && old.server.Tenant == s.Tenant {
+			return old.place
+		}
+	}
+	p := &place{hub: catalog.NewHub(), identified: identified}
+	p.hub.OnFollow = func(uri string) {
+		if now := h.kept.current.Load(); now != nil {
+			now.follow(uri)
+		}
+	}
+	return p
+}
+
+// faceAt returns the server at an address, or nil.
+func (h *House) faceAt(address string) *face {
+	for _, f := range h.faces {
+		if f.server.Host+f.server.Path == address {
+			return f
+		}
+	}
+	return nil
+}
+
+// forget gives back what a house has at places that others use too.
+func (h *House) forget() {
+	for _, f := range h.faces {
+		f.sessions.End()
+	}
+}
+
+// users counts the calls in a house, and one more while it is the one that serves.
+type users struct {
+	n    atomic.Int64
+	idle chan struct{} // closed when there are none, and there will be none
+}
+
+// enter counts one more, unless the house is done.
+func (u *users) enter() bool {
+	for {
+		n := u.n.Load()
+		if n == 0 {
+			return false
+		}
+		if u.n.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+func (u *users) leave() {
+	if u.n.Add(-1) == 0 {
+		close(u.idle)
+	}
+}
+
+// counted makes a house stay while a call is in it. A message that was on its way for so long that
+// the house is done goes to the one that serves.
+func (h *House) counted(address string, path call.Handler) call.Handler {
+	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		if h.users.enter() {
+			defer h.users.leave()
+			return path(ctx, c)
+		}
+		if f := h.kept.current.Load().faceAt(address); f != nil {
+			return f.path(ctx, c)
+		}
+		return nil, call.Errorf(call.Unavailable, "this server is not here any more")
+	}
+}
+
+// A job is what runs while something of a house is in use. Houses that have the same in use share it.
+type job struct {
+	key  any // what it is for, compared
+	what string
+	run  func(ctx context.Context) error
+}

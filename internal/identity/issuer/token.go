@@ -1,0 +1,325 @@
+package issuer
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"errors"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/internal/identity/dpop"
+)
+
+const grantAssertion = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+// code is an authorization code. It stays until it expires, so that a second use is seen.
+type code struct {
+	ask     Ask
+	person  Person
+	scopes  []string
+	expires time.Time
+	used    bool
+	login   string // that came of it
+}
+
+// session is one login of one person with one client. Its refresh token is its id and a secret that
+// changes with every use.
+type session struct {
+	id         string
+	client     string
+	resource   string
+	person     Person
+	scopes     []string
+	thumbprint string // of the key its refresh token is bound to, or ""
+	secret     string // digest of the one that is good now
+	expires    time.Time
+}
+
+// issue is an access token to be signed, and what comes with it.
+type issue struct {
+	client, resource, refresh string
+	person                    *Person
+	scopes                    []string
+}
+
+// presenter is who asks for tokens.
+type presenter struct {
+	client     string
+	proved     bool   // with a secret
+	thumbprint string // of the key it showed a proof of, or ""
+}
+
+// digest is what is kept of a code or token.
+func digest(s string) string {
+	sum := sha256.Sum256([]byte(s))
+	return base64.RawURLEncoding.EncodeToString(sum[:])
+}
+
+func equal(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
+
+// sweep drops what has expired, at most once in ten seconds. mu is held.
+func (s *Server) sweep() {
+	now := s.o.Now()
+	if now.Sub(s.swept) < 10*time.Second && now.After(s.swept) {
+		return
+	}
+	s.swept = now
+	for k, c := range s.codes {
+		if now.After(c.expires) {
+			delete(s.codes, k)
+		}
+	}
+	for _, l := range s.logins {
+		if now.After(l.expires) {
+			s.end(l.id)
+		}
+	}
+}
+
+// end ends a login. mu is held.
+func (s *Server) end(id string) {
+	l := s.logins[id]
+	if l == nil {
+		return
+	}
+	delete(s.logins, id)
+	key := l.person.key()
+	if rest := slices.DeleteFunc(s.people[key], func(one string) bool { return one == id }); len(rest) > 0 {
+		s.people[key] = rest
+	} else {
+		delete(s.people, key)
+	}
+}
+
+// begin keeps a login and returns its refresh token. mu is held.
+func (s *Server) begin(l *session) (refresh string) {
+	s.sweep()
+	key := l.person.key()
+	if mine := s.people[key]; len(mine) >= maxOfOne {
+		s.end(mine[0])
+	}
+	if len(s.logins) >= maxLogins { // the map hands out any: nobody can choose
+		for id := range s.logins {
+			s.end(id)
+			break
+		}
+	}
+	l.id = rand.Text()
+	secret := rand.Text()
+	l.secret = digest(secret)
+	s.logins[l.id] = l
+	s.people[key] = append(s.people[key], l.id)
+	return l.id + "." + secret
+}
+
+// key tells people apart.
+func (p *Person) key() string { return p.Tenant + "\x00" + p.Subject }
+
+func (s *Server) token(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("DPoP-Nonce", s.proofs.Nonce(s.o.Now())) // RFC 9449, section 8.2
+	i, p, problem := s.answer(r)
+	if problem != nil {
+		status := http.StatusBadRequest
+		switch problem.Code {
+		case "invalid_client":
+			status = http.StatusUnauthorized
+			w.Header().Set("WWW-Authenticate", "Basic")
+		case "temporarily_unavailable":
+			status = http.StatusServiceUnavailable
+		}
+		refuse(w, status, problem)
+		return
+	}
+	access, err := s.sign(r, i, p.thumbprint)
+	if err != nil {
+		s.log(r.Context(), "a token cannot be signed", err)
+		refuse(w, http.StatusInternalServerError, &Refusal{Code: "server_error"})
+		return
+	}
+	out := map[string]any{"access_token": access, "token_type": "Bearer", "expires_in": int(s.o.TokenLife.Seconds()), "scope": strings.Join(i.scopes, " ")}
+	if p.thumbprint != "" {
+		out["token_type"] = "DPoP"
+	}
+	if i.refresh != "" {
+		out["refresh_token"] = i.refresh
+	}
+	reply(w, http.StatusOK, out)
+}
+
+// answer judges a token request.
+func (s *Server) answer(r *http.Request) (*issue, *presenter, *Refusal) {
+	if err := r.ParseForm(); err != nil {
+		return nil, nil, &Refusal{"invalid_request", "the body is not a form"}
+	}
+	f := r.PostForm
+	for name, values := range f {
+		if len(values) > 1 {
+			return nil, nil, &Refusal{"invalid_request", shown(name) + " is there twice"}
+		}
+	}
+	id, proved, problem := s.clients.authenticate(r, f)
+	if problem != nil {
+		return nil, nil, problem
+	}
+	p := &presenter{client: id, proved: proved}
+	var proof *dpop.Proof
+	if proofs := r.Header.Values("DPoP"); proofs != nil || s.o.DPoPRequired {
+		var err error
+		proof, err = s.proofs.Judge(&dpop.Request{Proofs: proofs, Method: http.MethodPost, URL: s.o.URL + "/oauth/token"}, "", s.o.Now())
+		switch {
+		case errors.Is(err, dpop.ErrNonce):
+			return nil, nil, &Refusal{dpop.UseNonce, "the proof needs the nonce that comes with this answer"}
+		case err != nil:
+			s.log(r.Context(), "a DPoP proof is refused", err)
+			return nil, nil, badProof
+		}
+		p.thumbprint = proof.Thumbprint
+	}
+	var i *issue
+	switch grant := f.Get("grant_type"); {
+	case grant == "authorization_code":
+		i, problem = s.redeem(f, p)
+	case grant == "refresh_token":
+		i, problem = s.renew(f, p)
+	case grant == grantAssertion && s.o.Assertion != nil:
+		i, problem = s.accept(r, f, p)
+	default:
+		problem = &Refusal{"unsupported_grant_type", "grant_type must be one of those in the metadata of this server"}
+	}
+	if proof != nil && problem == nil { // now it is no stranger who makes us remember it
+		if err := s.proofs.Spend(proof, s.o.Now()); err != nil {
+			s.log(r.Context(), "a DPoP proof is refused", err)
+			return nil, nil, badProof
+		}
+	}
+	return i, p, problem
+}
+
+var badProof = &Refusal{"invalid_dpop_proof", "the DPoP proof is missing or not valid"}
+
+func bad(why string) *Refusal { return &Refusal{"invalid_grant", why} }
+
+// redeem takes a code, once: a second time everything that came of it ends.
+func (s *Server) redeem(f url.Values, p *presenter) (*issue, *Refusal) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.codes[digest(f.Get("code"))]
+	switch {
+	case c == nil || s.o.Now().After(c.expires):
+		return nil, bad("the code is not known, or has expired")
+	case c.used:
+		s.end(c.login)
+		return nil, bad("the code was used before")
+	}
+	c.used = true // whatever happens now: a code is for one try
+	switch verifier := f.Get("code_verifier"); {
+	case p.client != c.ask.ClientID:
+		return nil, bad("the code is another client's")
+	case f.Has("redirect_uri") && f.Get("redirect_uri") != c.ask.Redirect:
+		return nil, bad("the redirect_uri is not the one of the authorization request")
+	case len(verifier) < 43 || len(verifier) > 128 || !equal(digest(verifier), c.ask.Challenge):
+		return nil, bad("the code_verifier does not fit")
+	case f.Has("resource") && canonical(f.Get("resource")) != c.ask.Resource:
+		return nil, bad("the resource is not the one of the authorization request")
+	case c.ask.Thumbprint != "" && !equal(c.ask.Thumbprint, p.thumbprint):
+		return nil, bad("the code is bound to another key")
+	}
+	l := &session{client: p.client, resource: c.ask.Resource, person: c.person, scopes: c.scopes, expires: s.o.Now().Add(s.o.LoginLife)}
+	if !p.proved {
+		l.thumbprint = p.thumbprint // RFC 9449, section 5: of public clients refresh tokens are bound too
+	}
+	refresh := s.begin(l)
+	c.login = l.id
+	return &issue{client: l.client, resource: l.resource, person: &l.person, scopes: l.scopes, refresh: refresh}, nil
+}
+
+// renew takes a refresh token, once: if it comes again somebody has a copy, and the login ends
+// (OAuth 2.1, section 4.3.1).
+func (s *Server) renew(f url.Values, p *presenter) (*issue, *Refusal) {
+	id, secret, _ := strings.Cut(f.Get("refresh_token"), ".")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.logins[id]
+	switch {
+	case l == nil || s.o.Now().After(l.expires) || l.client != p.client:
+		return nil, bad("the refresh token is not known, or has expired; log in again")
+	case !equal(l.secret, digest(secret)):
+		s.end(id)
+		return nil, bad("the refresh token was used before; log in again")
+	case l.thumbprint != "" && !equal(l.thumbprint, p.thumbprint):
+		return nil, bad("the refresh token is bound to another key")
+	case f.Has("resource") && canonical(f.Get("resource")) != l.resource:
+		return nil, &Refusal{"invalid_target", "the login was for another resource"}
+	}
+	scopes := l.scopes
+	if asked := strings.Fields(f.Get("scope")); len(asked) > 0 { // less, never more
+		scopes = slices.DeleteFunc(slices.Clone(scopes), func(have string) bool { return !slices.Contains(asked, have) })
+	}
+	next := rand.Text()
+	l.secret = digest(next)
+	return &issue{client: l.client, resource: l.resource, person: &l.person, scopes: scopes, refresh: id + "." + next}, nil
+}
+
+// accept takes the assertion of somebody else (RFC 7523, section 2.1). No refresh token comes of it:
+// whoever asserts is asked again.
+func (s *Server) accept(r *http.Request, f url.Values, p *presenter) (*issue, *Refusal) {
+	if !p.proved {
+		return nil, &Refusal{"unauthorized_client", "this grant is for clients that prove who they are with a secret"}
+	}
+	a, err := s.o.Assertion(r.Context(), p.client, f.Get("assertion"))
+	if err != nil {
+		s.log(r.Context(), "an assertion is refused", err)
+		var told *Refusal
+		if errors.As(err, &told) {
+			return nil, told
+		}
+		return nil, bad("the assertion is not valid")
+	}
+	switch {
+	case !slices.Contains(s.o.Resources, canonical(a.Resource)) || f.Has("resource") && canonical(f.Get("resource")) != canonical(a.Resource):
+		return nil, &Refusal{"invalid_target", "the assertion is for another resource"}
+	case a.Thumbprint != "" && !equal(a.Thumbprint, p.thumbprint):
+		return nil, bad("the assertion is bound to another key")
+	}
+	scopes := s.exist(a.Scope)
+	if strings.TrimSpace(a.Scope) == "" {
+		scopes = s.o.Default
+	}
+	if asked := strings.Fields(f.Get("scope")); len(asked) > 0 {
+		scopes = slices.DeleteFunc(slices.Clone(scopes), func(have string) bool { return !slices.Contains(asked, have) })
+	}
+	return &issue{client: p.client, resource: canonical(a.Resource), person: a.Person, scopes: a.Person.Allowed(scopes)}, nil
+}
+
+// sign makes an access token (RFC 9068).
+func (s *Server) sign(r *http.Request, i *issue, thumbprint string) (string, error) {
+	now := s.o.Now()
+	claims := map[string]any{
+		"iss": s.o.URL, "sub": i.person.Subject, "aud": i.resource, "exp": now.Add(s.o.TokenLife).Unix(), "iat": now.Unix(), "jti": rand.Text(),
+		"client_id": i.client, "scope": strings.Join(i.scopes, " "), "roles": i.person.Roles,
+	}
+	if i.person.Tenant != "" {
+		claims["tenant"] = i.person.Tenant
+	}
+	if i.person.Roles == nil {
+		claims["roles"] = []string{}
+	}
+	if thumbprint != "" {
+		claims["cnf"] = map[string]string{"jkt": thumbprint}
+	}
+	payload, err := json.Marshal(claims)
+	if err != nil {
+		return "", err
+	}
+	if err := s.o.Keys.turn(); err != nil { // the keys that are there go on
+		s.log(r.Context(), "the signing keys cannot be turned", err)
+	}
+	return s.o.Keys.sign(payload)
+}
