@@ -3,6 +3,7 @@ package newel_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -78,5 +79,41 @@ func TestEffectsOverHTTP(t *testing.T) {
 		if status != c.status || !strings.Contains(body, c.want) || len(ran) != c.runs {
 			t.Errorf("header %.20s, meta %s: %d %s, ran %v", c.header, c.meta, status, body, ran)
 		}
+	}
+}
+
+// TestUndo is a tool that names the one that undoes it.
+func TestUndo(t *testing.T) {
+	s := newel.New(&newel.Options{})
+	type seat struct {
+		Seat int `json:"seat"`
+	}
+	booked := 0
+	newel.AddTool(s, newel.Tool{Name: "book", Description: "Book.", Effect: call.Write, Undo: &call.Undo{Tool: "cancel", Args: map[string]string{"seat": "result.seat"}}},
+		func(_ context.Context, _ *newel.Request, in seat) (seat, error) {
+			booked++
+			return in, nil
+		})
+	newel.AddTool(s, newel.Tool{Name: "cancel", Description: "Cancel.", Effect: call.Write}, func(_ context.Context, _ *newel.Request, in seat) (string, error) {
+		booked--
+		return fmt.Sprintf("seat %d is free", in.Seat), nil
+	})
+	c := &call.Call{Kind: call.Tool, Name: "book", Args: []byte(`{"seat":7}`)}
+	if _, err := s.Do(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if r, err := s.Undo(t.Context(), c.Event.Operation, "ada"); err != nil || !strings.Contains(string(r.Content), "seat 7 is free") || booked != 0 {
+			t.Errorf("undone: %+v, %v, %d are booked", r, err, booked)
+		}
+	}
+	if _, err := s.Undo(t.Context(), "nothing", "ada"); call.AsError(err).Code != call.NotFound {
+		t.Errorf("nothing: %v", err)
+	}
+	wrong := newel.New(&newel.Options{})
+	newel.AddTool(wrong, newel.Tool{Name: "book", Description: "Book.", Effect: call.Write, Undo: &call.Undo{Tool: "cancel", Args: map[string]string{"seat": "seat"}}},
+		func(_ context.Context, _ *newel.Request, in seat) (seat, error) { return in, nil })
+	if _, err := wrong.Handler(); err == nil || !strings.Contains(err.Error(), "durable_test.go") || !strings.Contains(err.Error(), "args.name or result.name") {
+		t.Errorf("an argument from nowhere: %v", err)
 	}
 }

@@ -134,3 +134,15 @@ func (s *Server) Do(ctx context.Context, c *call.Call) (*call.Result, error) {
 	}
 	return h.Do(ctx, c)
 }
+
+// Undo undoes an operation with the tool that [Tool.Undo] names: once, however often it is called,
+// and through the whole path. Names of operations are in [call.Event] and in records. by is who has
+// it undone, for the audit log. It fails with NotFound for an operation that is not remembered any
+// more, and with OutcomeUnknown for one of which it is not known whether it ran.
+func (s *Server) Undo(ctx context.Context, operation, by string) (*call.Result, error) {
+	h, err := s.build()
+	if err != nil {
+		return nil, err
+	}
+	return h.Undo(ctx, operation, by)
+}

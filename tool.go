@@ -18,6 +18,7 @@ type Tool struct {
 	Effect      call.Effect   // what running it does to the world; annotations follow from it
 	Recovery    call.Recovery // what may be done when it is not known whether a call ran
 	Lookup      string        // for call.RecoverLookup: the tool that tells
+	Undo        *call.Undo    // the tool that undoes a call of this one, for newel undo
 	Scopes      []string      // scopes a caller needs
 	Owner       string
 	Version     string
@@ -35,7 +36,7 @@ func (t *Tool) capability(origin string) *call.Capability {
 	return &call.Capability{
 		Kind: call.Tool, Name: t.Name, Title: t.Title, Description: t.Description, Icons: t.Icons,
 		Input: t.InputSchema, Output: t.OutputSchema, Annotations: t.Annotations, Meta: t.Meta,
-		Effect: t.Effect, Recovery: t.Recovery, Lookup: t.Lookup, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
+		Effect: t.Effect, Recovery: t.Recovery, Lookup: t.Lookup, Undo: t.Undo, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
 		MaxResultBytes: t.MaxResultBytes, Origin: origin,
 	}
 }

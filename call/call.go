@@ -87,6 +87,7 @@ type Call struct {
 	Principal *Principal  // authenticate; nil while no identity is configured (loopback only)
 	Visible   *Visible    // authorize: what of a list its caller may see; nil: all
 	Target    *Capability // resolve; nil for lists and subscriptions
+	Approval  *Approval   // authorize: a person has to say yes first; approve sets its ID. nil: nobody has to
 	// Once names this operation to what runs it (effect): the same for every attempt of it,
 	// different for every other, of whatever caller. Servers that de-duplicate take it as their
 	// key. "" for what has no effect.
@@ -101,6 +102,21 @@ type Visible struct {
 	Key string
 	// Shows reports whether the caller may use c. It is safe for concurrent use.
 	Shows func(c *Capability) bool
+}
+
+// Approval is what the policy wants of people before one call runs, and what they said.
+type Approval struct {
+	Rule      string        // of the policy, that wants it
+	Policy    string        // version of the policy that said so
+	Approvers []string      // roles, of which whoever decides needs one; empty: operators alone decide
+	Count     int           // how many people have to say yes, at least 1
+	Self      bool          // whether the caller may be one of them
+	Expires   time.Duration // how long a decision is waited for, and how long it counts
+
+	// ID names the approval that lets this call run, and Binding (32 bytes) what it is good for;
+	// "" says that there is none. The call uses it up.
+	ID      string
+	Binding []byte
 }
 
 // Completion is what a Complete call asks for. Ref kinds are Prompt and Resource (a template).
@@ -180,6 +196,7 @@ type Event struct {
 	Paged       bool          // bound cut the result into pages or an artifact
 	Operation   string        // id of the durable operation, or ""
 	Replayed    bool          // the answer is that of an earlier call with the same key
+	Approval    string        // id of the approval that the call waits for or used up, or ""
 }
 
 // A Sink takes what a handler tells the caller while it works. Implementations are safe for

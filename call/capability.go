@@ -89,6 +89,9 @@ type Capability struct {
 	Recovery Recovery
 	Lookup   string
 
+	// Undo is the tool that undoes a call of this one, if there is one.
+	Undo *Undo
+
 	Scopes  []string // scopes a caller needs
 	Owner   string
 	Version string
@@ -120,6 +123,15 @@ type Argument struct {
 	Description string
 	Required    bool
 	Enum        []string // allowed values, or nil for any; also its completion
+}
+
+// Undo is a call that undoes another one.
+type Undo struct {
+	Tool string
+	// Args says where each argument comes from: args.name or result.name, from the arguments or the
+	// structuredContent of the call that is undone; further names lead into objects, as in
+	// result.order.id.
+	Args map[string]string
 }
 
 // A Backend publishes capabilities. Methods are safe for concurrent use.

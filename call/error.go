@@ -90,6 +90,10 @@ func (e *Error) Error() string {
 // Unwrap returns the private cause.
 func (e *Error) Unwrap() error { return e.cause }
 
+// ErrUnapproved is the cause of an error that says: this call would run, and nobody approved it.
+// Nothing was done.
+var ErrUnapproved = errors.New("nobody approved this call")
+
 // AsError returns err as an *Error. Context errors become Timeout and Canceled; anything foreign
 // becomes Internal with err as its private cause. It returns nil for nil.
 func AsError(err error) *Error {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,7 +23,8 @@ import (
 const (
 	maxOrder     = 1 << 10 // bytes
 	maxOutcome   = 4 << 20 // bytes
-	maxOrders    = 16      // at once
+	maxRequest   = 128 << 10
+	maxOrders    = 16 // at once
 	orderTimeout = 5 * time.Second
 	reloadWait   = 10 * time.Minute // documents may have to be read
 	maxSocket    = 100              // bytes of its path: the system takes little more
@@ -35,7 +37,8 @@ func socketOf(path string) string {
 }
 
 // admin takes orders over a Unix socket: a line with the order, answered with a line of JSON. Who
-// may open the socket (mode 0600) may give them.
+// may open the socket (mode 0600) may give them. After the order http comes one request to the door
+// for people who decide, which asks who is there like over the network.
 type admin struct {
 	serving  *serving
 	listener net.Listener
@@ -116,8 +119,15 @@ func (a *admin) run(ctx context.Context) {
 // order answers one connection.
 func (a *admin) order(ctx context.Context, c net.Conn) {
 	_ = c.SetDeadline(time.Now().Add(orderTimeout))
-	line, err := bufio.NewReader(io.LimitReader(c, maxOrder)).ReadString('\n')
+	limited := &io.LimitedReader{R: c, N: maxOrder}
+	in := bufio.NewReader(limited)
+	line, err := in.ReadString('\n')
 	if err != nil {
+		return
+	}
+	if strings.TrimSpace(line) == "http" {
+		limited.N += maxRequest
+		a.request(ctx, c, in)
 		return
 	}
 	out := &outcome{Outcome: "refused", Changed: []string{}, Error: "this server does not know the order"}
@@ -136,6 +146,53 @@ func (a *admin) order(ctx context.Context, c net.Conn) {
 	}
 	_ = c.SetDeadline(time.Now().Add(orderTimeout))
 	_, _ = c.Write(append(text, '\n')) // whoever asked may be gone
+}
+
+// request answers one request to the door for people who decide.
+func (a *admin) request(ctx context.Context, c net.Conn, in *bufio.Reader) {
+	r, err := http.ReadRequest(in)
+	if err != nil {
+		return
+	}
+	_ = c.SetDeadline(time.Now().Add(officeTimeout))
+	ctx, cancel := context.WithTimeout(ctx, officeTimeout)
+	defer cancel()
+	r = r.WithContext(ctx)
+	r.RemoteAddr = "socket" // never empty: that is who calls over stdio
+	w := &reply{header: http.Header{}, status: http.StatusOK}
+	a.serving.live.House().Deciding().ServeHTTP(w, r)
+	resp := http.Response{ProtoMajor: 1, ProtoMinor: 1, StatusCode: w.status, Header: w.header, Body: io.NopCloser(&w.body), ContentLength: int64(w.body.Len()), Close: true}
+	_ = resp.Write(c) // whoever asked may be gone
+}
+
+// reply is an answer that is sent when it is whole.
+type reply struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+// Header implements http.ResponseWriter.
+func (w *reply) Header() http.Header { return w.header }
+
+// WriteHeader implements http.ResponseWriter.
+func (w *reply) WriteHeader(status int) { w.status = status }
+
+// Write implements http.ResponseWriter.
+func (w *reply) Write(b []byte) (int, error) { return w.body.Write(b) }
+
+// throughSocket sends requests to the server of a configuration that runs here.
+func throughSocket(socket string) *http.Transport {
+	return &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := io.WriteString(c, "http\n"); err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+		return c, nil
+	}}
 }
 
 func reloadCommand(env *environment) *cobra.Command {

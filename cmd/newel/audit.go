@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -167,7 +168,11 @@ func auditSearch(env *environment) *cobra.Command {
 						if r.Count > 0 {
 							what = strconv.FormatInt(r.Count, 10) + " calls"
 						}
-						fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", row.Index, r.Time, r.Act, r.Capability, r.Principal, what, r.Code)
+						who := r.Principal
+						if r.By != "" {
+							who = strings.TrimSpace(who + " by " + r.By)
+						}
+						fmt.Fprintf(tw, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", row.Index, r.Time, r.Act, r.Capability, who, what, r.Code)
 					}
 					return nil
 				})
@@ -187,8 +192,10 @@ func auditSearch(env *environment) *cobra.Command {
 	c.Flags().StringVar(&want.Tenant, "tenant", "", "of the caller")
 	c.Flags().StringVar(&want.Operation, "operation", "", "name of an operation")
 	c.Flags().StringVar(&want.Correlation, "correlation", "", "correlation id of a call")
-	c.Flags().StringVar(&want.Act, "act", "", "intent, outcome or reads")
-	c.Flags().StringVar(&want.Outcome, "outcome", "", "completed, failed_not_executed or outcome_unknown")
+	c.Flags().StringVar(&want.Act, "act", "", "intent, outcome, reads, denied, approval, undo or configured")
+	c.Flags().StringVar(&want.Approval, "approval", "", "name of an approval")
+	c.Flags().StringVar(&want.By, "by", "", "who decided, undid or configured")
+	c.Flags().StringVar(&want.Outcome, "outcome", "", "completed, failed_not_executed or outcome_unknown; of approvals requested, approved, denied or expired")
 	c.Flags().StringVar(&since, "since", "", "not before this time (UTC, such as 2026-11-21T08)")
 	c.Flags().StringVar(&until, "until", "", "before this time (UTC)")
 	c.Flags().IntVar(&limit, "limit", 100, "most records")
@@ -199,7 +206,7 @@ func auditSearch(env *environment) *cobra.Command {
 // matchesRecord compares what is wanted.
 func matchesRecord(r, want *audit.Record) bool {
 	for _, p := range [...][2]string{{want.Capability, r.Capability}, {want.Principal, r.Principal}, {want.Tenant, r.Tenant}, {want.Operation, r.Operation},
-		{want.Correlation, r.Correlation}, {want.Act, r.Act}, {want.Outcome, r.Outcome}} {
+		{want.Correlation, r.Correlation}, {want.Act, r.Act}, {want.Outcome, r.Outcome}, {want.Approval, r.Approval}, {want.By, r.By}} {
 		if p[0] != "" && p[0] != p[1] {
 			return false
 		}

@@ -20,7 +20,6 @@ import (
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
-	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/store/redis"
@@ -154,6 +153,13 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Tools: v.Tools, Resources: v.Resources, Prompts: v.Prompts, Search: v.ToolSearch,
 		})
 	}
+	hook, err := webhook(f)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	if hook != nil && listen != nil {
+		hook.Callback = base
+	}
 	st, err := reuse(o, before, "state", nil, func() (*state, func(context.Context) error, error) {
 		if c.State.Engine == "sqlite" && e.turn != nil {
 			if err := e.turn(ctx); err != nil {
@@ -169,7 +175,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	var store effect.Store
+	var store assembly.Store
 	if st.store != nil {
 		if before == nil {
 			st.store.failed = func(err error) {
@@ -233,7 +239,8 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects),
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects), Webhook: hook,
+		Configuration: f.Digest, By: operatorName(),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
 		TLS: shown, Proxies: proxies,

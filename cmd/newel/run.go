@@ -91,7 +91,7 @@ func command(env *environment) *cobra.Command {
 	for group, verbs := range map[string][]*cobra.Command{
 		"serve":  {serveCommand(env), reloadCommand(env), stdioCommand(env)},
 		"client": {loginCommand(env), tokenCommand(env), toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
-		"audit":  {auditCommand(env)},
+		"audit":  {approvalsCommand(env), undoCommand(env), auditCommand(env)},
 		"config": {configCommand(env), importCommand(env), policyCommand(env), initCommand(env)},
 	} {
 		for _, v := range verbs {

@@ -93,7 +93,7 @@ func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, 
 
 // An engine is a store with its log.
 type engine interface {
-	effect.Store
+	assembly.Store
 	audit.Source
 	Run(ctx context.Context) error
 	Close() error
@@ -160,8 +160,15 @@ var recoveries = map[string]call.Recovery{"none": call.RecoverNone, "safe": call
 // effects are what the configuration says of calls with effects.
 func effects(c *config.Effects) assembly.Effects {
 	e := assembly.Effects{Wait: c.Wait, Retention: c.Retention}
+	for _, class := range c.Confirm {
+		e.Confirm = append(e.Confirm, map[string]call.Effect{"write": call.Write, "destructive": call.Destructive}[class])
+	}
 	for _, t := range c.Tools {
-		e.Rules = append(e.Rules, effect.Rule{Tool: t.Tool, Recovery: recoveries[t.Recovery], Lookup: t.Lookup, Required: t.Key == "required", Once: t.Once})
+		var undo *call.Undo
+		if t.Undo.Tool != "" {
+			undo = &call.Undo{Tool: t.Undo.Tool, Args: t.Undo.Args}
+		}
+		e.Rules = append(e.Rules, effect.Rule{Undo: undo, Tool: t.Tool, Recovery: recoveries[t.Recovery], Lookup: t.Lookup, Required: t.Key == "required", Once: t.Once})
 	}
 	return e
 }

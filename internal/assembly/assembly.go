@@ -30,9 +30,11 @@ import (
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
+	"newel.dev/newel/internal/door/approvals"
 	"newel.dev/newel/internal/door/mcpstdio"
 	"newel.dev/newel/internal/guard"
 	"newel.dev/newel/internal/guard/admit"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/cache"
@@ -68,9 +70,13 @@ type Options struct {
 	Shadow        *policy.Policy   // asked too, for the log alone; nil: none
 	Explicit      bool             // say that something is denied although its caller may not see it
 
-	State   effect.Store // what must be remembered of calls with effects; nil: in memory, gone with the process
-	Key     secret.Key   // seals what State holds; with State nil it is not used
+	State   Store      // what must be remembered of calls with effects; nil: in memory, gone with the process
+	Key     secret.Key // seals what State holds; with State nil it is not used
 	Effects Effects
+	Webhook *approve.Webhook // hears of calls that wait for approval; nil: none
+
+	Configuration string // SHA-256 of the file that this was made of, for the audit log; "": none was
+	By            string // who gave it
 
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
@@ -90,6 +96,7 @@ type Options struct {
 type Effects struct {
 	Wait      time.Duration // of a call for another one with its key [5 s]
 	Retention time.Duration // of answers [24 h]
+	Confirm   []call.Effect // classes of tools whose calls their caller confirms; safe ones are left out
 	Rules     []effect.Rule // what the operator says of tools; the first that fits counts
 }
 
@@ -142,6 +149,8 @@ type House struct {
 	stdio      *mcpstdio.Door
 	artifacts  *artifact.Store
 	effects    *effect.Effects
+	approvals  *approve.Approvals
+	deciding   *approvals.Door
 	kept       *kept
 	drain      *drain
 	users      users
@@ -192,11 +201,19 @@ func build(ctx context.Context, given *Options, before *House) (*House, error) {
 		}
 		h.faces = append(h.faces, f)
 	}
+	if err := h.openApprovals(); err != nil {
+		h.forget()
+		return nil, err
+	}
 	h.stdio, err = mcpstdio.New(mcpstdio.Options{
 		Stateless: h.main().statelessLine, Sessions: h.main().place.sessions.ServeStdio,
 		MaxMessageBytes: o.Limits.MessageBytes, MaxConcurrent: o.Limits.ConcurrentCalls, Logger: o.Logger,
 	})
 	if err != nil {
+		h.forget()
+		return nil, err
+	}
+	if err := h.configured(ctx); err != nil {
 		h.forget()
 		return nil, err
 	}

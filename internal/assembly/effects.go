@@ -2,17 +2,27 @@ package assembly
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"time"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/inmem"
 )
 
-// openEffects makes the durable line. Without a store it only lasts as long as the process, and
-// says so if there is something to lose.
+// A Store is what must be remembered of calls.
+type Store interface {
+	effect.Store
+	approve.Store
+}
+
+// openEffects makes the durable line and the step before it, in which people approve. Without a store
+// it only lasts as long as the process, and says so if there is something to lose.
 func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) error {
 	o, k := &h.opts, h.kept
 	if k.store == nil {
@@ -35,11 +45,33 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		}
 		o.StateKey = state
 	}
+	for _, t := range snapshot.Tools() {
+		if err := effect.CheckUndo(t.Undo); err != nil {
+			return fmt.Errorf("%s: the undo of the tool %q: %w", t.Origin, t.Name, err)
+		}
+	}
 	var err error
+	if o.Webhook != nil {
+		if err := o.Webhook.Check(); err != nil {
+			return err
+		}
+	}
+	if h.approvals, err = approve.New(approve.Options{Store: k.store, Key: k.key, Webhook: o.Webhook, Logger: o.Logger}); err != nil {
+		return err
+	}
 	h.effects, err = effect.New(effect.Options{
-		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Rules: o.Effects.Rules, Logger: o.Logger,
+		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Logger: o.Logger,
 	})
 	return err
+}
+
+// configured writes down which configuration a house has, and who gave it. Without that it does not
+// serve.
+func (h *House) configured(ctx context.Context) error {
+	if h.opts.Configuration == "" {
+		return nil
+	}
+	return h.effects.Note(ctx, &audit.Record{Act: audit.Configured, By: h.opts.By, Pin: h.opts.Configuration, Server: h.opts.Name, Time: audit.Time(time.Now())})
 }
 
 // A runner works, or watches itself, while a house is served.

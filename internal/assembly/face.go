@@ -82,6 +82,9 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 				slog.String("verdict", got.Verdict.String()), slog.String("rule", got.Rule),
 				slog.String("shadow_verdict", would.Verdict.String()), slog.String("shadow_rule", would.Rule))
 		},
+		Denied: func(ctx context.Context, c *call.Call, target *call.Capability, err error) {
+			h.effects.Denied(ctx, s.Path, c, target, err)
+		},
 	})
 	if o.Identity != nil {
 		shared.Authenticate = authenticate.New(f.identity(o))
@@ -95,6 +98,7 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 		shared.Admit = func(next call.Handler) call.Handler { return counted(gate(next)) } // who is over a limit does not wait for a turn
 	}
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See), rules.Guard
+	shared.Approve = h.approvals.Guard(s.Path)
 	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
 	path, err := guard.Compile(guard.Path(shared), guard.End(f.catalog, f.place.hub))
 	if err != nil {

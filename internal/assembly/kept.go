@@ -14,7 +14,6 @@ import (
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/door/mcpsession"
 	"newel.dev/newel/internal/guard/admit"
-	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/secret"
@@ -25,7 +24,7 @@ import (
 type kept struct {
 	log      *slog.Logger
 	observer *observe.Observer
-	store    effect.Store // what is known of calls with effects
+	store    Store // what is known of calls with effects
 	key      secret.Key
 	current  atomic.Pointer[House] // that serves
 	running  atomic.Bool           // what /ready answers

@@ -198,6 +198,7 @@ func (h *House) jobs(l *Live) []job {
 		all = append(all, job{c, "the other nodes do not know of this one any more", c.Run})
 	}
 	all = append(all, job{h.effects, "calls with effects are not settled any more", h.effects.Run})
+	all = append(all, job{h.approvals, "approvals whose time is over are not ended any more", h.approvals.Run})
 	for _, f := range h.faces {
 		all = append(all, job{f.place, "sessions ended", f.place.sessions.Run})
 	}

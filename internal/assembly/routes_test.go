@@ -20,8 +20,10 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/backend/artifact"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/identity/devserver"
 	"newel.dev/newel/internal/identity/verify"
+	"newel.dev/newel/internal/secret"
 )
 
 // public are the routes that answer whoever asks, and why. A new one needs its reason here and its
@@ -78,8 +80,9 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 	h, err := Build(t.Context(), &Options{ // everything that adds a route
 		Backends: []call.Backend{oneTool{&ran}}, Identity: &Identities{Tokens: tokens}, Login: dev.Handler(),
 		Access:  &Access{Resource: base + "/mcp", Issuers: []string{base}, Nonce: tokens.Nonce},
-		Metrics: http.NotFoundHandler(), Artifacts: artifact.Options{Key: make([]byte, 32), Links: artifact.Links{Base: base, Life: time.Minute}},
-		Servers: []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
+		Metrics: http.NotFoundHandler(), Webhook: &approve.Webhook{URL: base, Secret: secret.New(strings.Repeat("s", 32)), HTTP: http.DefaultClient},
+		Artifacts: artifact.Options{Key: make([]byte, 32), Links: artifact.Links{Base: base, Life: time.Minute}},
+		Servers:   []Server{{Path: "/mcp/part"}, {Path: "/mcp/found", Search: "on"}, {Path: "/mcp/acme", Tenant: "acme"}, {Host: "other.example.com", Path: "/mcp", Tenant: "other"}},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -135,7 +138,7 @@ func TestNoRouteWithoutAuthentication(t *testing.T) {
 			}
 		}
 	}
-	if asked != 5 || ran != 0 {
+	if asked != 9 || ran != 0 {
 		t.Errorf("%d routes were asked, and %d tools ran", asked, ran)
 	}
 }

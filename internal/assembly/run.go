@@ -40,11 +40,12 @@ func (h *House) Handler() http.Handler { return h.behindProxy(h.routes()) }
 
 // routes is all that is served over HTTP. A test asks every pattern without a token.
 func (h *House) routes() *routes {
-	mux := &routes{mux: http.NewServeMux()}
+	mux := newRoutes()
 	for _, f := range h.faces {
 		mux.Handle(f.server.Host+f.server.Path, f.door)
 	}
 	h.serveMetadata(mux)
+	h.serveApprovals(mux)
 	if h.opts.Login != nil {
 		mux.Handle("/oauth/", h.opts.Login)
 		mux.Handle("/.well-known/oauth-authorization-server", h.opts.Login)
@@ -80,6 +81,8 @@ type routes struct {
 	mux      *http.ServeMux
 	patterns []string
 }
+
+func newRoutes() *routes { return &routes{mux: http.NewServeMux()} }
 
 // ServeHTTP implements http.Handler.
 func (m *routes) ServeHTTP(w http.ResponseWriter, r *http.Request) { m.mux.ServeHTTP(w, r) }

@@ -38,6 +38,10 @@ func (r *Record) title() string {
 		return "call ended: " + r.Outcome
 	case Reads:
 		return "calls that read"
+	case Denied:
+		return "calls denied"
+	case Approval:
+		return "approval " + r.Outcome
 	}
 	return r.Act
 }
@@ -57,6 +61,7 @@ func AppendCEF(dst []byte, e Event) []byte {
 	if t, err := time.Parse(time.RFC3339Nano, r.Time); err == nil {
 		put("rt", strconv.FormatInt(t.UnixMilli(), 10))
 	}
+	put("duser", r.By)
 	put("externalId", strconv.FormatInt(e.Index, 10))
 	put("suser", r.Principal)
 	put("act", r.Capability)
@@ -132,7 +137,7 @@ func AppendSyslog(dst []byte, e Event, host string) []byte {
 	dst = fmt.Appendf(dst, "<%d>1 %s %s newel - %s [newel@32473 index=\"%d\"", audit*8+level, token(r.Time, 64), token(host, 255), token(r.Act, 32), e.Index)
 	value := strings.NewReplacer(`\`, `\\`, `"`, `\"`, `]`, `\]`, "\r", " ", "\n", " ")
 	for _, p := range [...][2]string{{"operation", r.Operation}, {"tenant", r.Tenant}, {"principal", r.Principal}, {"server", r.Server}, {"capability", r.Capability},
-		{"effect", r.Effect}, {"outcome", r.Outcome}, {"code", r.Code}, {"rule", r.Rule}, {"correlation", r.Correlation}} {
+		{"effect", r.Effect}, {"outcome", r.Outcome}, {"code", r.Code}, {"rule", r.Rule}, {"approval", r.Approval}, {"by", r.By}, {"correlation", r.Correlation}} {
 		if p[1] != "" {
 			dst = append(dst, ' ')
 			dst = append(append(append(append(dst, p[0]...), `="`...), value.Replace(p[1])...), '"')

@@ -35,12 +35,19 @@ const (
 	Outcome = "outcome" // how it ended, or that this is not known
 	Reads   = "reads"   // calls without an effect, counted together
 	Started = "started" // a server began to write here
+
+	Denied     = "denied"     // calls that the policy refused, counted together
+	Approval   = "approval"   // an approval was asked for, decided, or ran out; Outcome says which
+	Configured = "configured" // a server took over a configuration; Pin is the SHA-256 of its file
+	Undo       = "undo"       // somebody has an operation undone
 )
 
 // A Record says what was done, by whom, when and why it was allowed. Fields stand in the order of
 // their names, which is that of the canonical form (RFC 8785): so encoding is one pass.
 type Record struct {
 	Act         string   `json:"act"`
+	Approval    string   `json:"approval,omitzero"`   // id of the approval that it is about, or that was used up
+	By          string   `json:"by,omitzero"`         // who decided or did it, if that is not the caller
 	Capability  string   `json:"capability,omitzero"` // name of a tool or prompt, URI of a resource
 	Client      string   `json:"client,omitzero"`     // OAuth client
 	Code        string   `json:"code,omitzero"`       // why it failed

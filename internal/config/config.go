@@ -9,6 +9,7 @@ package config
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -46,6 +47,7 @@ type Config struct {
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
 	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
+	Approvals      Approvals `yaml:"approvals" doc:"Who hears of calls that wait for a person, beside newel approvals."`
 	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
 	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
 	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
@@ -274,6 +276,7 @@ type State struct {
 type Effects struct {
 	Wait      time.Duration `yaml:"wait" default:"5s" doc:"How long a call waits for another one with its idempotency key, before it is told to try again."`
 	Retention time.Duration `yaml:"retention" default:"24h" doc:"How long an answer is kept for calls that come again with its key."`
+	Confirm   []string      `yaml:"confirm" enum:"write,destructive" doc:"Classes of tools whose calls the person at the client has to confirm; clients that cannot ask are refused. Tools whose recovery is safe are not confirmed, nor calls that somebody approved."`
 	Tools     []EffectTool  `yaml:"tools" doc:"What you know of tools; the first that fits counts."`
 }
 
@@ -283,7 +286,27 @@ type EffectTool struct {
 	Recovery string        `yaml:"recovery" enum:"none,safe,resend_same_key,lookup" default:"none" doc:"What may be done when it is not known whether a call ran. none: it is never run again. safe: running it again does no harm. resend_same_key: what runs it takes dev.newel/idempotencyKey and does it once. lookup: another tool tells."`
 	Lookup   string        `yaml:"lookup" doc:"For lookup: a tool that reads, takes {operation, arguments} and returns {found: true or false}, and the result if it has it."`
 	Key      string        `yaml:"key" enum:"optional,required" default:"optional" doc:"Whether calls without an idempotency key are refused."`
+	Undo     EffectUndo    `yaml:"undo" doc:"What undoes a call, for newel undo."`
 	Once     time.Duration `yaml:"once" doc:"Calls without a key, by the same caller with the same arguments within this time, are one call. 0: they are two."`
+}
+
+// EffectUndo is the tool that undoes a call of another one.
+type EffectUndo struct {
+	Tool string            `yaml:"tool" doc:"Name of the tool that undoes a call; without one nothing does."`
+	Args map[string]string `yaml:"args" doc:"Its arguments, by name: args.name or result.name, from the arguments or the structured result of the call that is undone; further names lead into objects, as in result.order.id."`
+}
+
+// Approvals is who hears of calls that wait for a person.
+type Approvals struct {
+	Webhook Webhook `yaml:"webhook" doc:"Another system that hears of them and may decide."`
+}
+
+// Webhook is another system.
+type Webhook struct {
+	URL     string        `yaml:"url" doc:"Its address; without one none hears of anything."`
+	Secret  secret.String `yaml:"secret" doc:"What both sides sign with (HMAC-SHA256), at least 32 bytes."`
+	Timeout time.Duration `yaml:"timeout" default:"5s" doc:"Longest wait for its answer."`
+	Private []string      `yaml:"private_ranges" doc:"Private address ranges in which it may be, besides this machine."`
 }
 
 // Artifacts is where large results are kept, and for how long.
@@ -370,6 +393,7 @@ func (ps Problems) Error() string {
 type File struct {
 	Config    Config
 	Dir       string // folder of the file
+	Digest    string // SHA-256 of the file, in hexadecimal
 	name      string
 	positions map[string]position
 }
@@ -429,7 +453,7 @@ func Secrets(getenv func(string) (string, bool), dir string) Lookup {
 // Load checks a configuration. name is its path as problems show it; secrets looks references up,
 // nil leaves them unresolved (config check on another machine). The error is of type [Problems].
 func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*File, error) {
-	f := &File{Dir: filepath.Dir(name), name: name, positions: map[string]position{}}
+	f := &File{Dir: filepath.Dir(name), Digest: fmt.Sprintf("%x", sha256.Sum256(src)), name: name, positions: map[string]position{}}
 	d := &decoder{file: f, lines: strings.Split(string(src), "\n"), secrets: secrets}
 	if len(src) > MaxBytes {
 		d.problem(position{1, 1}, "", fmt.Sprintf("the file has %d bytes, over the limit of %d", len(src), MaxBytes), "")

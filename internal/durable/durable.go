@@ -16,23 +16,30 @@ import (
 	"slices"
 	"sync"
 
+	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/faultpoint"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 )
 
-// Work is one unit of work; exactly one of the first six is set. The rest is how it went.
+// Work is one unit of work; exactly one of the first eight is set. The rest is how it went.
 type Work struct {
 	Reserve  *effect.Reservation
 	Dispatch *effect.Intent
 	Complete *effect.Outcome
 	Append   []audit.Entry
+	Ask      *approve.Request
+	Decide   *approve.Decision
 	Prune    []string                  // ids of operations past their retention
 	Peek     func() []effect.Operation // looks at what only the writer may look at
 
-	Seen  []effect.Operation // by Peek
-	Op    effect.Operation
-	Held  bool
+	Seen []effect.Operation // by Peek
+	Op   effect.Operation
+	Held bool // or, of Ask, made
+
+	Approval approve.Approval // of Ask and Decide
+
 	Index int64 // of the first record appended
 	Err   error // of this unit; the others are committed all the same
 
@@ -58,6 +65,27 @@ func (w *Work) ID() string {
 		return w.reservation().ID
 	}
 	return ""
+}
+
+// ApprovalID is the approval to load, or "".
+func (w *Work) ApprovalID() string {
+	switch {
+	case w.Dispatch != nil && w.Dispatch.Approval != nil:
+		return w.Dispatch.Approval.ID
+	case w.Complete != nil:
+		return w.Complete.Approval
+	case w.Decide != nil:
+		return w.Decide.ID
+	}
+	return ""
+}
+
+// Binding is that of the approval to load, or nil.
+func (w *Work) Binding() []byte {
+	if w.Ask != nil {
+		return w.Ask.Binding
+	}
+	return nil
 }
 
 func (w *Work) reservation() *effect.Reservation {
@@ -236,7 +264,7 @@ func (w *Writer) oneByOne(batch []*Work) error {
 
 func (w *Writer) try(batch []*Work) error {
 	for _, u := range batch {
-		u.Op, u.Held, u.Index, u.Err = effect.Operation{}, false, 0, nil
+		u.Op, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, approve.Approval{}, false, 0, nil
 	}
 	if err := w.Fatal(); err != nil {
 		return err
@@ -317,6 +345,20 @@ func (w *Writer) Append(ctx context.Context, entries []audit.Entry) (int64, erro
 	return u.Index, err
 }
 
+// Ask implements approve.Store.
+func (w *Writer) Ask(ctx context.Context, r *approve.Request) (approve.Approval, bool, error) {
+	u := &Work{Ask: r}
+	err := w.Do(ctx, u)
+	return u.Approval, u.Held, err
+}
+
+// Decide implements approve.Store.
+func (w *Writer) Decide(ctx context.Context, d *approve.Decision) (approve.Approval, error) {
+	u := &Work{Decide: d}
+	err := w.Do(ctx, u)
+	return u.Approval, err
+}
+
 // A Batch computes what a transaction writes. The engine loads the operations that the work names
 // and the edge of the tree, applies every unit, and writes what changed.
 type Batch struct {
@@ -332,15 +374,51 @@ type Batch struct {
 	isNew   map[string]bool
 	Removed []string // ids to be deleted first
 	Pruned  []string // ids to be deleted last, if they are still past their retention
+
+	approvals map[string]*approve.Approval
+	bound     map[string]*approve.Approval // by binding
+	decided   []*approve.Approval
 }
 
 // NewBatch begins a batch on what the engine loaded.
-func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation) *Batch {
-	b := &Batch{Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, isDirty: map[string]bool{}, isNew: map[string]bool{}}
+func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation, approvals []approve.Approval) *Batch {
+	b := &Batch{approvals: map[string]*approve.Approval{}, bound: map[string]*approve.Approval{}, Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, isDirty: map[string]bool{}, isNew: map[string]bool{}}
 	for i := range loaded {
 		b.know(&loaded[i])
 	}
+	for i := range approvals {
+		b.hold(&approvals[i])
+	}
 	return b
+}
+
+func (b *Batch) hold(a *approve.Approval) {
+	b.approvals[a.ID] = a
+	if a.Binding != nil {
+		b.bound[string(a.Binding)] = a
+	}
+}
+
+// Approvals returns the approvals to be inserted or updated, in this order: a binding is free before
+// it is taken.
+func (b *Batch) Approvals() []*approve.Approval { return b.decided }
+
+// keep takes over a new form of an approval.
+func (b *Batch) keep(next approve.Approval) *approve.Approval {
+	a := b.approvals[next.ID]
+	if a == nil {
+		a = &approve.Approval{}
+	}
+	if a.Binding != nil && b.bound[string(a.Binding)] == a {
+		delete(b.bound, string(a.Binding))
+	}
+	*a = next
+	b.hold(a)
+	if i := slices.Index(b.decided, a); i >= 0 {
+		b.decided = slices.Delete(b.decided, i, i+1)
+	}
+	b.decided = append(b.decided, a)
+	return a
 }
 
 func (b *Batch) know(op *effect.Operation) {
@@ -376,6 +454,10 @@ func (b *Batch) Apply(u *Work) {
 		}
 	case u.reservation() != nil:
 		b.claim(u)
+	case u.Ask != nil:
+		b.ask(u)
+	case u.Decide != nil:
+		b.decide(u)
 	case u.Prune != nil:
 		b.Pruned = append(b.Pruned, u.Prune...)
 	case u.Peek != nil:
@@ -396,6 +478,16 @@ func (b *Batch) claim(u *Work) {
 	if !held {
 		u.Op = next.At(b.Now)
 		return
+	}
+	if u.Dispatch != nil && !again && u.Dispatch.Approval != nil {
+		need := u.Dispatch.Approval
+		spent, ok := b.approvals[need.ID].Spend(b.Now, need.Now, need.Binding, next.ID, need.Resume)
+		if !ok {
+			u.Err = call.ErrUnapproved
+			return
+		}
+		spent.Index = b.Edge.Size
+		b.keep(spent)
 	}
 	if u.Dispatch != nil && !again {
 		next.State = effect.Dispatched
@@ -419,8 +511,41 @@ func (b *Batch) complete(u *Work) {
 	if !again {
 		next.Index = b.append(u.Complete.Entry)
 		b.put(op, next)
+		if a, changed := b.approvals[u.Complete.Approval].Release(next.ID, next.State == effect.NotExecuted, next.Round); changed {
+			b.keep(a)
+		}
 	}
 	u.Op, u.Index = next.At(b.Now), next.Index
+}
+
+func (b *Batch) ask(u *Work) {
+	old := b.bound[string(u.Ask.Binding)]
+	next, made := u.Ask.Make(b.Now, old)
+	if made {
+		if old != nil {
+			freed := *old
+			freed.Binding = nil
+			b.keep(freed)
+		}
+		next.Index = b.append(u.Ask.Entry)
+		b.keep(next)
+	}
+	u.Approval, u.Held, u.Index = next, made, next.Index
+}
+
+func (b *Batch) decide(u *Work) {
+	next, again, err := u.Decide.Apply(b.Now, b.approvals[u.Decide.ID])
+	if err != nil {
+		u.Err = err
+		return
+	}
+	if !again {
+		if u.Decide.Entry.Record != nil {
+			next.Index = b.append(u.Decide.Entry)
+		}
+		b.keep(next)
+	}
+	u.Approval, u.Index = next, next.Index
 }
 
 func (b *Batch) append(e audit.Entry) int64 {
@@ -452,7 +577,7 @@ func (b *Batch) remove(op *effect.Operation) {
 // Schema versions of engines. An engine opens what is one version older, and migrates it; it opens
 // what is one version newer, because each version only adds to what the one before reads.
 const (
-	Schema   = 1
+	Schema   = 2
 	Readable = Schema + 1
 )
 

@@ -19,6 +19,7 @@ type Set struct {
 	Resolve      call.Guard
 	Validate     call.Guard
 	Authorize    call.Guard
+	Approve      call.Guard
 	Effect       call.Guard
 	Cache        call.Guard
 	Bound        call.Guard
@@ -32,7 +33,8 @@ type Step struct {
 	Optional bool
 }
 
-// optional steps may be absent: cache, because without it every call is made.
+// optional steps may be absent: approve, because effect refuses what needs an approval and has none; cache,
+// because without it every call is made.
 const optional = true
 
 // required is written out at every step, so that an optional one stands out.
@@ -50,6 +52,7 @@ func Path(g Set) []Step {
 		{"resolve", g.Resolve, required},           // what, as the catalog has it: sets Target
 		{"validate", g.Validate, required},         // arguments against Target's schema; never changes them
 		{"authorize", g.Authorize, required},       // policy over principal, target and valid arguments
+		{"approve", g.Approve, optional},           // waits for a person, where the policy wants one
 		{"effect", g.Effect, required},             // idempotency, intent and outcome: the durable line
 		{"cache", g.Cache, optional},               // what only reads may be answered from before
 		{"bound", g.Bound, required},               // size and shape of the result

@@ -51,8 +51,24 @@ type Decision struct {
 	Rule    string   // that decided; one of the names below, or that of a rule
 	Reason  string   // for the caller, or ""
 	Missing []string // scopes that would help
+	Terms   Terms    // of Approve
 	cause   error    // for the operator
 }
+
+// Terms are what a rule wants of those who approve a call.
+type Terms struct {
+	Approvers []string      // roles, of which an approver needs one; empty: operators alone approve
+	Count     int           // how many have to say yes
+	Self      bool          // whether the caller may be one of them
+	Expires   time.Duration // how long a decision is waited for, and how long it counts
+}
+
+// Defaults and bounds of terms. Deciders in other languages that want an approval have the defaults.
+const (
+	DefaultExpires = 15 * time.Minute
+	MaxExpires     = 7 * 24 * time.Hour
+	MaxCount       = 16
+)
 
 // Cause returns why a condition could not be evaluated, or nil.
 func (d *Decision) Cause() error { return d.cause }
@@ -87,6 +103,7 @@ type Policy struct {
 	readOnly    bool
 	rules       []*rule
 	also        []Decider
+	version     string
 }
 
 // Decide returns what the policy says. When arguments are not known yet, deciders beside the rules
@@ -97,12 +114,22 @@ func (p *Policy) Decide(ctx context.Context, in *Input) Decision {
 		if d.Verdict == Deny || in.Listing {
 			break
 		}
-		if o := other.Decide(ctx, in); o.Verdict <= d.Verdict {
+		if o := other.Decide(ctx, in); overrides(&o, &d) {
 			d = o
 		}
 	}
 	return d
 }
+
+// overrides reports whether what another decider says counts. Of two that want an approval it is the
+// rule: it says whose.
+func overrides(o, d *Decision) bool {
+	return o.Verdict < d.Verdict || o.Verdict == d.Verdict && d.Verdict != Approve
+}
+
+// Version changes when rules do, or policies beside them that are at hand. What an agent elsewhere
+// decides is asked at every call.
+func (p *Policy) Version() string { return p.version }
 
 // AsksOthers reports whether there are deciders beside the rules.
 func (p *Policy) AsksOthers() bool { return len(p.also) > 0 }
@@ -152,7 +179,7 @@ func (p *Policy) decide(ctx context.Context, in *Input, looked func(r *rule, m m
 		}
 		// What may be denied may also be allowed: the call itself will tell.
 		if m == yes || m == maybe && r.verdict != Deny {
-			d := Decision{Verdict: r.verdict, Rule: r.name}
+			d := Decision{Verdict: r.verdict, Rule: r.name, Terms: r.terms}
 			if r.verdict == Deny {
 				d.Reason = r.reason
 			}
@@ -209,7 +236,7 @@ func (p *Policy) Explain(ctx context.Context, in *Input) (Decision, []Look) {
 		}
 		o := other.Decide(ctx, in)
 		looks = append(looks, Look{Rule: o.Rule, Verdict: o.Verdict.String(), Matched: yes.String(), Why: o.Reason})
-		if o.Verdict <= d.Verdict {
+		if overrides(&o, &d) {
 			d = o
 		}
 	}

@@ -77,6 +77,54 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+// wants is a decider of another language that wants an approval of everything.
+type wants struct{ Decider }
+
+func (wants) Decide(context.Context, *Input) Decision {
+	return Decision{Verdict: Approve, Rule: "elsewhere"}
+}
+
+// A rule says who approves; what it says makes sense, or it is not compiled; and approvals are bound
+// to everything that decides.
+func TestTerms(t *testing.T) {
+	pay := &Input{Capability: tool("pay", call.Write)}
+	rule := Rule{Name: "pay", Then: "require_approval", Approvers: []string{"boss"}}
+	p := compiled(t, Set{Rules: []Rule{rule}, Also: []Decider{wants{}}})
+	if d := p.Decide(t.Context(), pay); d.Rule != "pay" || d.Terms.Count != 1 || d.Terms.Expires != DefaultExpires || d.Terms.Self || len(d.Terms.Approvers) != 1 {
+		t.Errorf("got %+v", d)
+	}
+	p = compiled(t, Set{Rules: []Rule{{Name: "all", Then: "allow"}}, Also: []Decider{wants{}}})
+	if d := p.Decide(t.Context(), pay); d.Verdict != Approve || d.Rule != "elsewhere" || d.Terms.Approvers != nil {
+		t.Errorf("got %+v", d)
+	}
+	for what, change := range map[string]func(r *Rule){
+		"count below":    func(r *Rule) { r.Count = -1 },
+		"count above":    func(r *Rule) { r.Count = MaxCount + 1 },
+		"expires below":  func(r *Rule) { r.Expires = -1 },
+		"expires above":  func(r *Rule) { r.Expires = MaxExpires + 1 },
+		"an empty role":  func(r *Rule) { r.Approvers = []string{""} },
+		"of another":     func(r *Rule) { r.Then = "allow" },
+		"self of a deny": func(r *Rule) { *r = Rule{Name: "pay", Then: "deny", Self: true} },
+	} {
+		bad := rule
+		change(&bad)
+		if _, problems := Compile(Set{Rules: []Rule{bad}}); len(problems) != 1 {
+			t.Errorf("%s: %v", what, problems)
+		}
+	}
+	seen := map[string]bool{}
+	for _, s := range []Set{
+		{}, {ReadOnly: true}, {Environment: "x"}, {Rules: []Rule{rule}}, {Rules: []Rule{rule, {Name: "b", Then: "allow"}}},
+		{Rules: []Rule{{Name: "pay", Then: "require_approval", Approvers: []string{"boss"}, Count: 2}}}, {Rules: []Rule{rule}, Also: []Decider{wants{}}},
+	} {
+		v := compiled(t, s).Version()
+		if seen[v] || v != compiled(t, s).Version() {
+			t.Errorf("%+v has the version %s", s, v)
+		}
+		seen[v] = true
+	}
+}
+
 func TestModes(t *testing.T) {
 	everything := []Rule{{Name: "all", Then: "allow"}}
 	named := []Rule{{Name: "wipe", Then: "allow", Tools: []string{"wipe_*"}}}

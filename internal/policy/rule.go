@@ -3,6 +3,8 @@ package policy
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"path"
@@ -35,6 +37,11 @@ type Rule struct {
 	Environments []string `yaml:"environments" doc:"Environments, such as production."`
 	When         string   `yaml:"when" doc:"Condition in CEL over principal, capability, args, environment and now."`
 	Reason       string   `yaml:"reason" doc:"What a caller who is denied is told."`
+
+	Approvers []string      `yaml:"approvers" doc:"For require_approval: roles, of which whoever approves needs one. Without any, only operators approve: with newel approvals, or through the webhook."`
+	Expires   time.Duration `yaml:"expires" doc:"For require_approval: how long a decision is waited for, and how long it counts; default: 15m, at most 168h. After that it is a no."`
+	Self      bool          `yaml:"self" doc:"For require_approval: whether callers may approve their own calls; their client is asked, if it can be. Otherwise somebody else has to."`
+	Count     int           `yaml:"count" doc:"For require_approval: how many people have to say yes; default: 1, at most 16. One who says no is enough."`
 }
 
 // A Set is rules and what they stand in.
@@ -58,6 +65,7 @@ type rule struct {
 	Rule
 	name, reason string
 	verdict      Verdict
+	terms        Terms
 	patterns     []pattern       // of Tools
 	condition    cel.Program     // nil: always
 	reads        map[string]bool // variables that the condition looks at
@@ -149,7 +157,7 @@ func Compile(s Set) (*Policy, []error) {
 	if err != nil {
 		return nil, []error{err}
 	}
-	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also}
+	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also, version: versionOf(&s)}
 	var problems []error
 	names := map[string]bool{ByScopes: true, ByReadOnly: true, ByDefault: true}
 	for i, given := range s.Rules {
@@ -188,6 +196,10 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 		return nil, fmt.Errorf("then must be allow, deny or require_approval, not %q", given.Then)
 	}
 	r.verdict = Verdict(i) //nolint:gosec // an index of three
+	var err error
+	if r.terms, err = termsOf(&given, r.verdict); err != nil {
+		return nil, err
+	}
 	for _, text := range given.Tools {
 		p, err := newPattern(text)
 		if err != nil {
@@ -229,9 +241,41 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 	if most, err := env.EstimateCost(ast, unknownSizes{}); err != nil || most.Max > maxCost {
 		options = append(options, cel.CostLimit(maxCost)) // counting has its own cost
 	}
-	var err error
 	r.condition, err = env.Program(ast, options...)
 	return r, err
+}
+
+// termsOf are the terms of a rule, with what it leaves out.
+func termsOf(given *Rule, v Verdict) (Terms, error) {
+	t := Terms{Approvers: given.Approvers, Count: given.Count, Self: given.Self, Expires: given.Expires}
+	switch {
+	case v != Approve && (len(t.Approvers) > 0 || t.Count != 0 || t.Self || t.Expires != 0):
+		return Terms{}, errors.New("approvers, expires, self and count belong to require_approval")
+	case v != Approve:
+		return Terms{}, nil
+	case t.Expires < 0 || t.Expires > MaxExpires:
+		return Terms{}, fmt.Errorf("expires must be above 0 and at most %v", MaxExpires)
+	case t.Count < 0 || t.Count > MaxCount:
+		return Terms{}, fmt.Errorf("count must be from 1 to %d", MaxCount)
+	case slices.Contains(t.Approvers, ""):
+		return Terms{}, errors.New("a role of approvers is empty")
+	}
+	t.Count, t.Expires = cmp.Or(t.Count, 1), cmp.Or(t.Expires, DefaultExpires)
+	return t, nil
+}
+
+// versionOf is a digest of everything that decides.
+func versionOf(s *Set) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%q %v %#v", s.Environment, s.ReadOnly, s.Rules) // values without pointers, all quoted
+	for _, d := range s.Also {
+		text := "asked at every call"
+		if v, ok := d.(interface{ Version() string }); ok {
+			text = v.Version()
+		}
+		fmt.Fprintf(h, " %q", text)
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
 // match is how a rule meets an input.

@@ -98,14 +98,17 @@ func (is *boundIssuer) hold(w *world) *holder {
 }
 
 // headers present the token with a fresh proof.
-func (h *holder) headers(method string) []string {
+func (h *holder) headers(method string) []string { return h.headersAt(method, "/mcp") }
+
+// headersAt are for another path.
+func (h *holder) headersAt(method, path string) []string {
 	h.t.Helper()
 	h.n++
 	hash := sha256.Sum256([]byte(h.token))
 	key := h.key
 	key.KeyID = ""
 	proof := sign(h.t, key, (&jose.SignerOptions{EmbedJWK: true}).WithType("dpop+jwt"), map[string]any{
-		"jti": fmt.Sprint(h.n), "htm": method, "htu": h.w.base + "/mcp", "iat": time.Now().Unix(), "nonce": h.nonce,
+		"jti": fmt.Sprint(h.n), "htm": method, "htu": h.w.base + path, "iat": time.Now().Unix(), "nonce": h.nonce,
 		"ath": base64.RawURLEncoding.EncodeToString(hash[:]),
 	})
 	return []string{"Authorization", "DPoP " + h.token, "DPoP", proof}

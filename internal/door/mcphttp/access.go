@@ -86,7 +86,7 @@ func (d *Door) session(w http.ResponseWriter, r *http.Request, body []byte) {
 	if kinds[m.Method] == call.Resource {
 		name = m.Params.URI
 	}
-	who, err := d.opts.Check(r.Context(), d.credential(r), kinds[m.Method], name)
+	who, err := d.opts.Check(r.Context(), d.Credential(r), kinds[m.Method], name)
 	if err != nil {
 		d.refuse(w, r, mcpwire.FailStranger(m.ID, err), len(body))
 		return
@@ -96,8 +96,8 @@ func (d *Door) session(w http.ResponseWriter, r *http.Request, body []byte) {
 	d.opts.Sessions.ServeHTTP(w, r.WithContext(mcpwire.WithPrincipal(r.Context(), who)))
 }
 
-// credential collects what a request presents; nothing is verified here.
-func (d *Door) credential(r *http.Request) call.Credential {
+// Credential collects what a request presents; nothing is verified here.
+func (d *Door) Credential(r *http.Request) call.Credential {
 	c := call.Credential{Peer: r.RemoteAddr}
 	given := header(r, "Authorization")
 	switch a := d.opts.Access; {

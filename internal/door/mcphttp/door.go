@@ -299,7 +299,7 @@ func accepts(r *http.Request, mediaType string) bool {
 func (d *Door) from(r *http.Request) mcpwire.From {
 	return mcpwire.From{
 		Door:           "http",
-		Credential:     d.credential(r),
+		Credential:     d.Credential(r),
 		Correlation:    header(r, "X-Correlation-Id"),
 		Traceparent:    header(r, "Traceparent"),
 		Tracestate:     header(r, "Tracestate"),

@@ -8,6 +8,7 @@
 package authorize
 
 import (
+	"cmp"
 	"context"
 	"strings"
 	"sync"
@@ -30,6 +31,8 @@ type Options struct {
 	// would have decided otherwise.
 	Shadow  *policy.Policy
 	Differs func(ctx context.Context, c *call.Call, got, would policy.Decision)
+	// Denied, if not nil, is told of every call that is refused here, or hidden in See.
+	Denied func(ctx context.Context, c *call.Call, target *call.Capability, err error)
 }
 
 // An Authorizer is the step, and what resolve asks of it.
@@ -41,7 +44,7 @@ func New(o Options) *Authorizer { return &Authorizer{o} }
 // Guard is the guard of the step.
 func (g *Authorizer) Guard(next call.Handler) call.Handler {
 	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
-		if err := g.check(ctx, c); err != nil {
+		if err := g.refuse(ctx, c, c.Target, g.check(ctx, c)); err != nil {
 			return nil, err
 		}
 		return next(ctx, c)
@@ -61,13 +64,21 @@ func (g *Authorizer) See(ctx context.Context, c *call.Call, target *call.Capabil
 		}
 		if d.Verdict == policy.Deny {
 			c.Event.Rule = d.Rule
-			return hidden(c)
+			return g.refuse(ctx, c, target, hidden(c))
 		}
 	}
 	if !g.o.Policy.AsksOthers() {
 		return nil
 	}
-	return g.narrow(ctx, c, target, now)
+	return g.refuse(ctx, c, target, g.narrow(ctx, c, target, now))
+}
+
+// refuse tells of a refusal, if it is one.
+func (g *Authorizer) refuse(ctx context.Context, c *call.Call, target *call.Capability, err error) error {
+	if err != nil && g.o.Denied != nil {
+		g.o.Denied(ctx, c, target, err)
+	}
+	return err
 }
 
 // narrow takes from what the caller may see what the other policies do not show.
@@ -147,7 +158,14 @@ func (g *Authorizer) decide(ctx context.Context, c *call.Call, target *call.Capa
 	case policy.Allow:
 		return nil
 	case policy.Approve:
-		return denial(c, call.Errorf(call.Denied, "a person has to approve this call, and this server cannot ask one yet"), &d)
+		if c.Kind == call.Subscribe || c.Kind == call.Complete {
+			return denial(c, call.Errorf(call.Denied, "a person would have to approve this, and nobody can be asked about a call of this kind"), &d)
+		}
+		c.Approval = &call.Approval{
+			Rule: d.Rule, Policy: g.o.Policy.Version(), Approvers: d.Terms.Approvers, Count: max(d.Terms.Count, 1), Self: d.Terms.Self,
+			Expires: cmp.Or(d.Terms.Expires, policy.DefaultExpires),
+		}
+		return nil // effect refuses the call unless a step between finds the approval
 	}
 	if len(d.Missing) > 0 {
 		e := call.Errorf(call.Denied, "the access token lacks the scope %s", strings.Join(d.Missing, ", "))

@@ -26,6 +26,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/secret"
 )
@@ -43,8 +44,11 @@ type Options struct {
 	// MaxAnswer bounds a stored answer, and stored arguments, in bytes; of longer ones only the digest
 	// is kept [1 MiB].
 	MaxAnswer int
-	Rules     []Rule // what the operator says of tools; the first that fits counts
-	Logger    *slog.Logger
+	// Confirm are the classes of tools whose calls their caller has to confirm. Tools whose recovery
+	// is safe are not confirmed: running them again does no harm.
+	Confirm []call.Effect
+	Rules   []Rule // what the operator says of tools; the first that fits counts
+	Logger  *slog.Logger
 }
 
 // A Rule is what an operator says of tools.
@@ -56,6 +60,7 @@ type Rule struct {
 	// Once makes a key of who calls what with which arguments, for calls that bring none: the same
 	// call within this time is answered from the first. 0: they are two calls.
 	Once time.Duration
+	Undo *call.Undo // nil: what the tool itself says
 }
 
 // Effects is the step's state. It is safe for concurrent use.
@@ -79,6 +84,9 @@ func New(o Options) (*Effects, error) {
 	for _, r := range o.Rules {
 		if _, err := path.Match(r.Tool, ""); err != nil {
 			return nil, fmt.Errorf("effect: %q is not a pattern: %w", r.Tool, err)
+		}
+		if err := CheckUndo(r.Undo); err != nil {
+			return nil, fmt.Errorf("effect: the undo of %q: %w", r.Tool, err)
 		}
 		if r.Once < 0 {
 			return nil, fmt.Errorf("effect: the time for which calls of %q count once is below zero", r.Tool)
@@ -117,11 +125,14 @@ func (e *Effects) Retention() time.Duration { return e.o.Retention }
 
 // rule returns what counts for a tool.
 func (e *Effects) rule(t *call.Capability) Rule {
-	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup}
+	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup, Undo: t.Undo}
 	for _, r := range e.o.Rules {
 		if ok, _ := path.Match(r.Tool, t.Name); ok { // checked by New
 			if r.Recovery == call.RecoverNone {
 				r.Recovery, r.Lookup = own.Recovery, own.Lookup
+			}
+			if r.Undo == nil {
+				r.Undo = own.Undo
 			}
 			return r
 		}
@@ -129,16 +140,19 @@ func (e *Effects) rule(t *call.Capability) Rule {
 	return own
 }
 
-// hasEffect reports whether a call goes through the store: tools of any class but read. A class
-// that nobody stated counts as the worst.
+// hasEffect reports whether a call goes through the store: tools of any class but read, and what a
+// person has to approve. A class that nobody stated counts as the worst.
 func hasEffect(c *call.Call) bool {
-	return c.Kind == call.Tool && c.Target != nil && c.Target.Effect != call.Read
+	return c.Target != nil && (c.Kind == call.Tool && c.Target.Effect != call.Read || c.Approval != nil)
 }
 
 // Guard returns the guard for one server. find returns a tool of that server by name, or nil.
 func (e *Effects) Guard(server string, find func(name string) *call.Capability) call.Guard {
 	return func(next call.Handler) call.Handler {
 		return func(ctx context.Context, c *call.Call) (*call.Result, error) {
+			if c.Approval != nil && len(c.Approval.Binding) == 0 {
+				return nil, call.Errorf(call.Denied, "a person has to approve this call, and this server has nobody to ask")
+			}
 			if !hasEffect(c) {
 				return e.read(ctx, server, c, next)
 			}
@@ -147,6 +161,9 @@ func (e *Effects) Guard(server string, find func(name string) *call.Capability) 
 				return nil, err
 			}
 			o.find, o.next = find, next
+			if err := o.confirm(ctx); err != nil {
+				return nil, err
+			}
 			if o.res.Scope == nil {
 				return o.once(ctx)
 			}
@@ -165,11 +182,13 @@ type operation struct {
 	res    Reservation
 	find   func(name string) *call.Capability
 	next   call.Handler
+
+	approval *Approval
 }
 
 // begin checks the key and says what is to be claimed.
 func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
-	o := &operation{Effects: e, c: c, server: server, rule: e.rule(c.Target), pin: pinOf(c.Target)}
+	o := &operation{Effects: e, c: c, server: server, rule: e.rule(c.Target), pin: catalog.Pin(c.Target)}
 	if err := checkKey(c.Key); err != nil {
 		return nil, err
 	}
@@ -180,9 +199,10 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 	tenant, principal := whoIs(c)
 	o.res = Reservation{
 		ID: newID(), Holder: rand.Text(), Fingerprint: fingerprint, Retain: e.o.Retention,
-		Tenant: tenant, Principal: principal, Server: server, Tool: c.Target.Name,
+		Tenant: tenant, Principal: principal, Server: server, Tool: nameOf(c.Target),
 	}
 	switch {
+	case c.Kind != call.Tool || c.Target.Effect == call.Read: // nothing to be kept from happening twice
 	case c.Key != "":
 		o.res.Scope = scopeOf(c, server, "sent "+c.Key)
 	case o.rule.Once > 0:
@@ -193,9 +213,15 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 	}
 	if o.res.Scope == nil {
 		o.res.Retain = 0 // nobody can ask for it again; the audit log has it
+		if o.rule.Undo != nil {
+			o.res.Retain = e.o.Retention // but for an operator who has it undone
+		}
 	}
 	if c.Resume != "" {
 		o.res.Resume = roundOf(c.Resume)
+	}
+	if a := c.Approval; a != nil {
+		o.approval = &Approval{ID: a.ID, Binding: a.Binding, Resume: o.res.Resume}
 	}
 	return o, nil
 }
@@ -241,7 +267,13 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 	if err != nil {
 		return op, false, err
 	}
-	op, held, err = o.store.Dispatch(ctx, &Intent{Reservation: o.res, Entry: entry})
+	if o.approval != nil {
+		o.approval.Now = time.Now()
+	}
+	op, held, err = o.store.Dispatch(ctx, &Intent{Reservation: o.res, Approval: o.approval, Entry: entry})
+	if errors.Is(err, call.ErrUnapproved) {
+		return op, false, call.Errorf(call.Denied, "a person has to approve this call first").Because(err)
+	}
 	if err != nil {
 		return op, false, away(ctx, err)
 	}
@@ -262,11 +294,14 @@ func away(ctx context.Context, err error) error {
 func (o *operation) record(act string, op *Operation) audit.Record {
 	c := o.c
 	r := audit.Record{
-		Act: act, Capability: c.Target.Name, Correlation: c.Event.Correlation, Door: c.Door, Effect: c.Target.Effect.String(), Fence: op.Fence,
+		Act: act, Capability: nameOf(c.Target), Correlation: c.Event.Correlation, Door: c.Door, Effect: c.Target.Effect.String(), Fence: op.Fence,
 		Kind: c.Kind.String(), Operation: op.ID, Pin: hexOf(o.pin), Principal: o.res.Principal, Rule: c.Event.Rule, Server: o.server, Tenant: o.res.Tenant, Time: audit.Time(time.Now()),
 	}
 	if c.Principal != nil {
 		r.Client = c.Principal.Client
+	}
+	if c.Approval != nil {
+		r.Approval = c.Approval.ID
 	}
 	return r
 }

@@ -94,6 +94,62 @@ func codeOf(err error) call.Code {
 	return call.AsError(err).Code
 }
 
+// What needs an approval does not run without one, whatever stands before this step, reads included.
+func TestNothingRunsUnapproved(t *testing.T) {
+	b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ran"), nil })
+	for what, a := range map[string]*call.Approval{
+		"no step before":        {},
+		"an id without binding": {ID: "x"},
+		"one that is not there": {ID: "x", Binding: make([]byte, 32)},
+		"none yet":              {Binding: make([]byte, 32)},
+	} {
+		for _, class := range []call.Effect{call.Write, call.Read} {
+			b.tool.Effect = class
+			for _, key := range []string{"", "k"} {
+				c := b.call(key, `{}`)
+				c.Approval = a
+				if _, err := b.do(c); codeOf(err) != call.Denied || errors.Is(err, call.ErrUnapproved) != (a.Binding != nil) {
+					t.Errorf("%s, %v: %v", what, class, err)
+				}
+			}
+		}
+	}
+	b.ran(0)
+	b.wantLog()
+}
+
+// What is missing for an undo leaves the operation without one; it ran all the same.
+func TestUndoWithoutValues(t *testing.T) {
+	b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
+		r := call.Text("paid")
+		r.Structured = jsontext.Value(`{"id":{"n":12345678901234567890}}`)
+		return r, nil
+	})
+	for from, want := range map[string]string{
+		"result.id.n": `{"x":12345678901234567890}`, "args.a": `{"x":1.50}`, "result.id": `{"x":{"n":12345678901234567890}}`,
+		"result.none": "", "args.a.b": "", "result.id.n.m": "",
+	} {
+		b.tool.Undo = &call.Undo{Tool: "back", Args: map[string]string{"x": from}}
+		c := b.call("", `{"a":1.50}`)
+		if _, err := b.do(c); err != nil {
+			t.Errorf("%s: %v", from, err)
+		}
+		_, undo, err := b.Compensation(t.Context(), c.Event.Operation, "root")
+		switch {
+		case want == "" && codeOf(err) != call.Unsupported:
+			t.Errorf("%s: %v", from, err)
+		case want != "" && (err != nil || string(undo.Args) != want || undo.Name != "back" || undo.Key == ""):
+			t.Errorf("%s: %+v, %v", from, undo, err)
+		}
+	}
+	for _, from := range []string{"", "args", "args.", "body.x", "args..x"} {
+		_, err := effect.New(effect.Options{Store: b.store, Rules: []effect.Rule{{Tool: "pay", Undo: &call.Undo{Tool: "back", Args: map[string]string{"x": from}}}}})
+		if err == nil {
+			t.Errorf("an argument may come from %q", from)
+		}
+	}
+}
+
 func TestReplay(t *testing.T) {
 	const odd = `[{"type":"text",  "text":"1.0e0 \u00e9"}]` // white space and numbers as they came
 	b := newBench(t, effect.Options{}, func(context.Context, *call.Call) (*call.Result, error) {

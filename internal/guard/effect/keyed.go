@@ -14,6 +14,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/faultpoint"
 )
 
@@ -295,6 +296,9 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 	rec := o.record(audit.Outcome, op)
 	rec.Outcome, rec.Code = state.String(), code
 	out := &Outcome{ID: op.ID, Fence: op.Fence, State: state, Round: round, Lease: waiting}
+	if o.approval != nil {
+		out.Approval = o.approval.ID
+	}
 	var values []audit.Value
 	if a != nil {
 		raw := a.encode()
@@ -303,6 +307,7 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 			raw = (&answer{lost: true}).encode()
 		}
 		out.Answer = o.box.Seal(raw, "answer of "+op.ID)
+		out.Undo = o.undo(ctx, op, a)
 	}
 	entry, err := o.entry(&rec, values...)
 	if err != nil {
@@ -326,9 +331,7 @@ func (o *operation) unstored(ctx context.Context, op *Operation, cause error) er
 
 // name is what the operation is called behind this server. It says nothing of caller or key.
 func (o *operation) name(op *Operation) string {
-	h := sha256.New()
-	put(h, "newel once 1", o.secret, string(op.Scope), op.ID)
-	return hexOf(h.Sum(nil)[:16])
+	return hexOf(catalog.Digest("newel once 1", o.secret, string(op.Scope), op.ID)[:16])
 }
 
 func roundOf(state string) []byte {

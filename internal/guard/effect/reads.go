@@ -22,8 +22,8 @@ const (
 
 // group is what counts together.
 type group struct {
-	tenant, principal, client, server, kind, name, door, rule string
-	code                                                      call.Code
+	act, tenant, principal, client, server, kind, name, door, rule, effect string
+	code                                                                   call.Code
 }
 
 type count struct {
@@ -59,7 +59,7 @@ func (e *Effects) read(ctx context.Context, server string, c *call.Call, next ca
 		return nil, err
 	}
 	r, err := next(ctx, c)
-	g := group{server: server, kind: c.Kind.String(), name: nameOf(c.Target), door: c.Door, rule: c.Event.Rule}
+	g := group{act: audit.Reads, effect: call.Read.String(), server: server, kind: c.Kind.String(), name: nameOf(c.Target), door: c.Door, rule: c.Event.Rule}
 	if p := c.Principal; p != nil {
 		g.tenant, g.principal, g.client = p.Tenant, p.ID, p.Client
 	}
@@ -68,6 +68,21 @@ func (e *Effects) read(ctx context.Context, server string, c *call.Call, next ca
 	}
 	e.reads.add(ctx, g)
 	return r, err
+}
+
+// Denied counts a call that the policy refused. It does not wait for the log: what cannot be written
+// down stops reads, not refusals.
+func (e *Effects) Denied(ctx context.Context, server string, c *call.Call, target *call.Capability, err error) {
+	g := group{act: audit.Denied, server: server, kind: c.Kind.String(), door: c.Door, rule: c.Event.Rule, code: codeOf(err)}
+	if target != nil { // the registered name: what callers wrote could be anything
+		g.name, g.effect = nameOf(target), target.Effect.String()
+	}
+	if p := c.Principal; p != nil {
+		g.tenant, g.principal, g.client = p.Tenant, p.ID, p.Client
+	}
+	if e.reads.room() {
+		e.reads.add(ctx, g)
+	}
 }
 
 // codeOf is the code of an error; a question is none.
@@ -160,7 +175,7 @@ func (r *reads) write(ctx context.Context, groups map[group]*count) error {
 	now := audit.Time(time.Now())
 	for g, n := range groups {
 		rec := audit.Record{
-			Act: audit.Reads, Capability: clip(g.name), Client: clip(g.client), Count: n.calls, Door: g.door, Effect: call.Read.String(), From: audit.Time(n.first), Kind: g.kind,
+			Act: g.act, Capability: clip(g.name), Client: clip(g.client), Count: n.calls, Door: g.door, Effect: g.effect, From: audit.Time(n.first), Kind: g.kind,
 			Principal: clip(g.principal), Rule: clip(g.rule), Server: g.server, Tenant: clip(g.tenant), Time: now,
 		}
 		if g.code != call.OK {

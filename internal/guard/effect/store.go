@@ -51,6 +51,7 @@ type Operation struct {
 	Retain      int64  // microseconds to keep it after that
 	Index       int64  // of the audit record of its last step
 	Answer      []byte // Completed: sealed; Waiting: what was asked, sealed
+	Undo        []byte // Completed: the call that undoes it, sealed; nil: there is none
 
 	Tenant, Principal, Server, Tool string
 
@@ -78,7 +79,16 @@ type Reservation struct {
 // An Intent is a reservation that is dispatched in the same transaction, with its audit record.
 type Intent struct {
 	Reservation
-	Entry audit.Entry
+	Approval *Approval // that it uses up in the same transaction; nil: it needs none
+	Entry    audit.Entry
+}
+
+// An Approval is what an intent uses up.
+type Approval struct {
+	ID      string // "": there is none, and the intent may not be dispatched
+	Binding []byte // what is to be run
+	Resume  []byte // what it goes on from (see Waiting), or nil
+	Now     time.Time
 }
 
 // An Outcome ends an operation that its holder dispatched or reserved.
@@ -87,9 +97,11 @@ type Outcome struct {
 	Fence     int64
 	State     State // Waiting or an ended one
 	Answer    []byte
+	Undo      []byte
 	Round     []byte
 	Lease     time.Duration // Waiting: how long it waits
 	Abandoned bool          // by somebody else, after the lease ended
+	Approval  string        // that the operation used up, or "": it is given back if nothing was done
 	Entry     audit.Entry
 }
 
@@ -108,13 +120,16 @@ type Store interface {
 	// and op is how it stands, with an empty ID if there is none.
 	Reserve(ctx context.Context, r *Reservation) (op Operation, held bool, err error)
 	// Dispatch claims like Reserve, unless the holder has reserved it, and goes on to Dispatched
-	// with the audit record of the intent.
+	// with the audit record of the intent. It returns [call.ErrUnapproved], and writes nothing, if
+	// it would go on and the approval that it needs does not let it.
 	Dispatch(ctx context.Context, i *Intent) (op Operation, held bool, err error)
 	// Complete writes how an operation went on, with its audit record. It returns ErrFenced if
 	// the fence is not that of the operation, or the operation has ended.
 	Complete(ctx context.Context, o *Outcome) (op Operation, err error)
 	// Find returns the operation of a scope as it stands; an empty ID says there is none.
 	Find(ctx context.Context, scope []byte) (Operation, error)
+	// Operation returns an operation as it stands; an empty ID says there is none.
+	Operation(ctx context.Context, id string) (Operation, error)
 	// Abandoned returns at most limit operations that nobody holds and that have not ended.
 	Abandoned(ctx context.Context, limit int) ([]Operation, error)
 	// Append adds audit records that change no operation. It returns the index of the first.
@@ -140,7 +155,7 @@ func (r *Reservation) Claim(now int64, op *Operation) (next Operation, held, rep
 		return *op, false, false
 	default:
 		next = *op
-		next.Answer, next.Round, next.Ended = nil, nil, 0
+		next.Answer, next.Undo, next.Round, next.Ended = nil, nil, nil, 0
 	}
 	// What may have run stays so while it is held to find that out: a crash now must not make it look
 	// as if nothing had been sent.
@@ -189,7 +204,7 @@ func (o *Outcome) Apply(now int64, op *Operation) (next Operation, again bool, e
 		return Operation{}, false, ErrFenced
 	}
 	next = *op
-	next.State, next.Answer, next.Round, next.Until = o.State, o.Answer, o.Round, 0
+	next.State, next.Answer, next.Undo, next.Round, next.Until = o.State, o.Answer, o.Undo, o.Round, 0
 	if o.State == Waiting {
 		next.Until = now + o.Lease.Microseconds()
 	} else {

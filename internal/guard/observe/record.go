@@ -81,6 +81,7 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 		a = append(a, slog.Int64("queued_us", c.Event.QueueTime.Microseconds()))
 	}
 	a = optional(a, "operation", c.Event.Operation)
+	a = optional(a, "approval", c.Event.Approval)
 	if c.Event.Replayed {
 		a = append(a, slog.Bool("replayed", true))
 	}

@@ -18,6 +18,8 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -43,6 +45,7 @@ type File struct {
 type Policies struct {
 	environment string
 	set         *cedar.PolicySet
+	version     string
 }
 
 var _ policy.Decider = (*Policies)(nil)
@@ -57,7 +60,10 @@ const (
 // Parse reads policies. Errors name file, line and column.
 func Parse(environment string, files ...File) (*Policies, error) {
 	p := &Policies{environment: environment, set: cedar.NewPolicySet()}
+	h := sha256.New()
 	for _, f := range files {
+		fmt.Fprintf(h, "%d:", len(f.Text)) // so that no other files give the same bytes
+		h.Write(f.Text)
 		list, err := cedar.NewPolicyListFromBytes(f.Name, f.Text)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", f.Name, err)
@@ -73,8 +79,12 @@ func Parse(environment string, files ...File) (*Policies, error) {
 			}
 		}
 	}
+	p.version = hex.EncodeToString(h.Sum(nil))
 	return p, nil
 }
+
+// Version is a digest of the files.
+func (p *Policies) Version() string { return p.version }
 
 // Decide implements policy.Decider.
 func (p *Policies) Decide(_ context.Context, in *policy.Input) policy.Decision {

@@ -11,12 +11,14 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 )
 
@@ -24,6 +26,7 @@ import (
 const (
 	MaxRecords    = 65_536
 	MaxOperations = 65_536
+	MaxApprovals  = 16_384
 )
 
 // A DB is a store in memory. It is safe for concurrent use.
@@ -38,13 +41,17 @@ type DB struct {
 	byScope   map[string]*effect.Operation
 	ended     []string // ids
 	nextPrune int64
+	approvals map[string]*approve.Approval
 }
 
-var _ effect.Store = (*DB)(nil)
+var (
+	_ effect.Store  = (*DB)(nil)
+	_ approve.Store = (*DB)(nil)
+)
 
 // New returns an empty store.
 func New() *DB {
-	db := &DB{start: time.Now(), byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}}
+	db := &DB{start: time.Now(), byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, approvals: map[string]*approve.Approval{}}
 	db.Writer = durable.NewWriter(db.commit)
 	return db
 }
@@ -69,9 +76,13 @@ func (db *DB) commit(_ context.Context, work []*durable.Work) error {
 			loaded = append(loaded, *op)
 		}
 	}
-	b := durable.NewBatch(now, db.edge.Clone(), loaded)
+	b := durable.NewBatch(now, db.edge.Clone(), loaded, db.loadedApprovals(work))
 	for i, u := range work {
-		if u.Complete == nil && u.Append == nil && len(db.byID)+i >= MaxOperations {
+		if u.Ask != nil && len(db.approvals)+i >= MaxApprovals {
+			u.Err = fmt.Errorf("%w: it holds %d approvals in memory", effect.ErrAway, MaxApprovals)
+			continue
+		}
+		if (u.Reserve != nil || u.Dispatch != nil) && len(db.byID)+i >= MaxOperations {
 			u.Err = fmt.Errorf("%w: it holds %d operations in memory", effect.ErrAway, MaxOperations)
 			continue
 		}
@@ -89,6 +100,10 @@ func (db *DB) commit(_ context.Context, work []*durable.Work) error {
 		if op.State.Ended() {
 			db.ended = append(db.ended, op.ID)
 		}
+	}
+	for _, a := range b.Approvals() {
+		kept := *a
+		db.approvals[a.ID] = &kept
 	}
 	db.edge = b.Edge
 	db.rows = append(db.rows, b.Rows...)
@@ -117,6 +132,9 @@ func (db *DB) prune(now int64) {
 }
 
 func (db *DB) forget(now int64) {
+	maps.DeleteFunc(db.approvals, func(_ string, a *approve.Approval) bool {
+		return a.Ended > 0 && a.Ended < now-approve.Retention.Microseconds()
+	})
 	db.ended = slices.DeleteFunc(db.ended, func(id string) bool {
 		op := db.byID[id]
 		if op == nil || !op.State.Ended() {
@@ -144,6 +162,17 @@ func (db *DB) Find(_ context.Context, scope []byte) (effect.Operation, error) {
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	op := db.byScope[string(scope)]
+	if op == nil {
+		return effect.Operation{}, nil
+	}
+	return op.At(db.now()), nil
+}
+
+// Operation implements effect.Store.
+func (db *DB) Operation(_ context.Context, id string) (effect.Operation, error) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	op := db.byID[id]
 	if op == nil {
 		return effect.Operation{}, nil
 	}

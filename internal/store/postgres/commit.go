@@ -8,12 +8,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 )
@@ -44,7 +46,7 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		b.Apply(u)
 	}
 	changed := b.Changed()
-	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 && len(b.Approvals()) == 0 {
 		if err := rollback(conn); err != nil {
 			return classify(err)
 		}
@@ -98,14 +100,21 @@ func (db *DB) committed(ctx context.Context, token string) (bool, error) {
 // selectOps reads operations; those of a node that is gone are held by nobody.
 var selectOps = fmt.Sprintf(`SELECT o.id, o.scope, o.fingerprint, o.state, o.fence, o.holder,
 	CASE WHEN o.state IN (%d, %d) AND (n.seen IS NULL OR n.seen < clock_timestamp() - interval '%d seconds') THEN 0 ELSE o.until END,
-	o.round, o.ended, o.retain, o.idx, o.answer, o.tenant, o.principal, o.server, o.tool
+	o.round, o.ended, o.retain, o.idx, o.answer, o.undo, o.tenant, o.principal, o.server, o.tool
 	FROM newel_operations o LEFT JOIN newel_nodes n ON n.id = o.node `, effect.Reserved, effect.Dispatched, int(silent.Seconds()))
 
 // begin locks the head of the tree and reads what the work names. Whoever has the lock writes alone,
 // among all nodes: so nobody waits for anything else.
 func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Work) (*durable.Batch, error) {
 	scopes, ids, peek := [][]byte{}, []string{}, false
+	bindings, approvalIDs := [][]byte{}, []string{}
 	for _, u := range work {
+		if b := u.Binding(); b != nil {
+			bindings = append(bindings, b)
+		}
+		if id := u.ApprovalID(); id != "" {
+			approvalIDs = append(approvalIDs, id)
+		}
 		if s := u.Scope(); s != nil {
 			scopes = append(scopes, s)
 		} else if u.Complete != nil {
@@ -132,6 +141,13 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	if len(ids) > 0 {
 		q.Queue(selectOps+"WHERE o.id = ANY($1)", ids).Query(collect)
 	}
+	var approvals []approve.Approval
+	if len(bindings) > 0 || len(approvalIDs) > 0 {
+		q.Queue(selectApprovals+"WHERE binding = ANY($1) OR id = ANY($2)", bindings, approvalIDs).Query(func(rows pgx.Rows) (err error) {
+			approvals, err = pgx.CollectRows(rows, scanApproval)
+			return err
+		})
+	}
 	if err := conn.SendBatch(ctx, q).Close(); err != nil {
 		return nil, err
 	}
@@ -147,16 +163,16 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 			loaded = append(loaded, op)
 		}
 	}
-	return durable.NewBatch(now, e, loaded), nil
+	return durable.NewBatch(now, e, loaded, approvals), nil
 }
 
 const (
-	putOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool)
-	SELECT id, scope, fingerprint, state, fence, holder, $17, until, round, ended, retain, idx, answer, tenant, principal, server, tool FROM
-	unnest($1::text[], $2::bytea[], $3::bytea[], $4::smallint[], $5::bigint[], $6::text[], $7::bigint[], $8::bytea[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bytea[], $13::text[], $14::text[], $15::text[], $16::text[])
-	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool)
+	putOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
+	SELECT id, scope, fingerprint, state, fence, holder, $18, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo FROM
+	unnest($1::text[], $2::bytea[], $3::bytea[], $4::smallint[], $5::bigint[], $6::text[], $7::bigint[], $8::bytea[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bytea[], $13::text[], $14::text[], $15::text[], $16::text[], $17::bytea[])
+	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
 	ON CONFLICT (id) DO UPDATE SET state = excluded.state, fence = excluded.fence, holder = excluded.holder, node = excluded.node, until = excluded.until,
-	round = excluded.round, ended = excluded.ended, retain = excluded.retain, idx = excluded.idx, answer = excluded.answer`
+	round = excluded.round, ended = excluded.ended, retain = excluded.retain, idx = excluded.idx, answer = excluded.answer, undo = excluded.undo`
 	putRows = `INSERT INTO newel_audit (idx, record, hashes, private) SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[])`
 )
 
@@ -171,6 +187,13 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	}
 	if len(b.Pruned) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE "+pastRetention+" AND id = ANY($2)", int16(effect.Unknown), b.Pruned)
+	}
+	for _, a := range b.Approvals() {
+		facts, err := json.Marshal(&a.Facts)
+		if err != nil {
+			return false, err
+		}
+		q.Queue(putApproval, a.ID, a.Binding, a.Tenant, a.Principal, int16(a.State), a.Until, a.Deadline, a.Ended, a.Operation, a.Round, a.Index, a.Args, facts)
 	}
 	if n := len(b.Rows); n > 0 {
 		idx, record, hashes, private := make([]int64, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
@@ -194,20 +217,20 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 func columnsOf(ops []*effect.Operation) []any {
 	n := len(ops)
 	id, holder, tenant, principal, server, tool := make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
-	scope, fingerprint, round, answer := make([][]byte, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
+	scope, fingerprint, round, answer, undo := make([][]byte, n), make([][]byte, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
 	state := make([]int16, n)
 	fence, until, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
 	for i, op := range ops {
 		id[i], scope[i], fingerprint[i], state[i], fence[i], holder[i] = op.ID, op.Scope, op.Fingerprint, int16(op.State), op.Fence, op.Holder
 		until[i], round[i], ended[i], retain[i], idx[i], answer[i] = op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer
-		tenant[i], principal[i], server[i], tool[i] = op.Tenant, op.Principal, op.Server, op.Tool
+		tenant[i], principal[i], server[i], tool[i], undo[i] = op.Tenant, op.Principal, op.Server, op.Tool, op.Undo
 	}
-	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool}
+	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo}
 }
 
 func scan(row pgx.CollectableRow) (op effect.Operation, err error) {
 	var state int16
-	err = row.Scan(&op.ID, &op.Scope, &op.Fingerprint, &state, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
+	err = row.Scan(&op.ID, &op.Scope, &op.Fingerprint, &state, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Undo, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
 	op.State = effect.State(state)
 	return op, err
 }
@@ -234,6 +257,15 @@ func (db *DB) find(ctx context.Context, condition string, args ...any) ([]effect
 // Find implements effect.Store.
 func (db *DB) Find(ctx context.Context, scope []byte) (effect.Operation, error) {
 	ops, err := db.find(ctx, "WHERE o.scope = $1", scope)
+	if err != nil || len(ops) == 0 {
+		return effect.Operation{}, err
+	}
+	return ops[0], nil
+}
+
+// Operation implements effect.Store.
+func (db *DB) Operation(ctx context.Context, id string) (effect.Operation, error) {
+	ops, err := db.find(ctx, "WHERE o.id = $1", id)
 	if err != nil || len(ops) == 0 {
 		return effect.Operation{}, err
 	}

@@ -25,6 +25,7 @@ import (
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/faultpoint"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 )
@@ -37,8 +38,9 @@ type DB struct {
 }
 
 var (
-	_ effect.Store = (*DB)(nil)
-	_ audit.Source = (*DB)(nil)
+	_ effect.Store  = (*DB)(nil)
+	_ approve.Store = (*DB)(nil)
+	_ audit.Source  = (*DB)(nil)
 )
 
 const (
@@ -98,6 +100,13 @@ CREATE TABLE newel_operations (
 	tenant text NOT NULL, principal text NOT NULL, server text NOT NULL, tool text NOT NULL);
 CREATE INDEX newel_operations_live ON newel_operations (until) WHERE ended = 0;
 CREATE INDEX newel_operations_ended ON newel_operations (ended) WHERE ended > 0;
+`, `
+ALTER TABLE newel_operations ADD COLUMN undo bytea;
+CREATE TABLE newel_approvals (
+	id text PRIMARY KEY, binding bytea UNIQUE, tenant text NOT NULL, principal text NOT NULL, state smallint NOT NULL, until bigint NOT NULL,
+	deadline bigint NOT NULL, ended bigint NOT NULL, operation text NOT NULL, round bytea, idx bigint NOT NULL, args bytea, facts bytea NOT NULL);
+CREATE INDEX newel_approvals_state ON newel_approvals (state, tenant, principal);
+CREATE INDEX newel_approvals_ended ON newel_approvals (ended) WHERE ended > 0;
 `}
 
 // migrationLock keeps nodes that start together from migrating together.
@@ -209,6 +218,9 @@ func (db *DB) beat(ctx context.Context) error {
 // how many operations there were.
 func (db *DB) Prune(ctx context.Context) (int, error) {
 	if _, err := db.pool.Exec(ctx, "DELETE FROM newel_nodes WHERE seen < clock_timestamp() - interval '1 day' AND id <> $1", db.node); err != nil {
+		return 0, err
+	}
+	if _, err := db.pool.Exec(ctx, "DELETE FROM newel_approvals WHERE ended > 0 AND ended < "+clock+" - $1", approve.Retention.Microseconds()); err != nil {
 		return 0, err
 	}
 	total := 0

@@ -138,10 +138,30 @@ func TestUnheardCommit(t *testing.T) {
 	}
 }
 
+// TestMigration is a database of the version before: what it holds is there, and what is new works.
+func TestMigration(t *testing.T) {
+	dsn, key := engines.Postgres(t), secret.RandomKey()
+	db := open(t, dsn, key)
+	r := storetest.Reservation("k")
+	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
+		t.Fatal(held, err)
+	}
+	if _, err := db.pool.Exec(t.Context(), "DROP TABLE newel_approvals; ALTER TABLE newel_operations DROP COLUMN undo; UPDATE newel_meta SET value = '1' WHERE key = 'schema'"); err != nil {
+		t.Fatal(err)
+	}
+	db = open(t, dsn, key)
+	if op, err := db.Operation(t.Context(), r.ID); err != nil || op.State != effect.Dispatched || op.Undo != nil {
+		t.Errorf("found %+v, %v", op, err)
+	}
+	if a, made, err := db.Ask(t.Context(), storetest.Request("k")); err != nil || !made || a.ID == "" {
+		t.Errorf("%+v, %v, %v", a, made, err)
+	}
+}
+
 func TestSchema(t *testing.T) {
 	dsn, key := engines.Postgres(t), secret.RandomKey()
 	db := open(t, dsn, key)
-	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '2' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '3' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
 		t.Fatal(err)
 	}
 	db = open(t, dsn, key)
@@ -149,7 +169,7 @@ func TestSchema(t *testing.T) {
 	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
 		t.Errorf("one version back: %v, %v", held, err)
 	}
-	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '3' WHERE key = 'schema'"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '4' WHERE key = 'schema'"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(t.Context(), secret.New(dsn), key); err == nil || !strings.Contains(err.Error(), "newer program") {

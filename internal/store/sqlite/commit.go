@@ -13,6 +13,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 )
 
@@ -48,12 +49,16 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 	if err != nil {
 		return classify(err)
 	}
-	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded)
+	approvals, err := db.loadedApprovals(ctx, work)
+	if err != nil {
+		return classify(err)
+	}
+	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded, approvals)
 	for _, u := range work {
 		b.Apply(u)
 	}
 	changed := b.Changed()
-	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 {
+	if len(changed) == 0 && len(b.Rows) == 0 && len(b.Removed) == 0 && len(b.Pruned) == 0 && len(b.Approvals()) == 0 {
 		return nil
 	}
 	err = db.within(ctx, func() error {
@@ -139,10 +144,10 @@ func chunk(n int) int {
 }
 
 const (
-	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool FROM operations "
-	insertOp  = "INSERT INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool) VALUES "
-	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
-	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ? WHERE id = ?"
+	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool FROM operations "
+	insertOp  = "INSERT INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
+	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ?, undo = ? WHERE id = ?"
 	insertRow = "INSERT INTO audit (idx, record, hashes, private) VALUES "
 	rowValues = "(?,?,?,?)"
 )
@@ -157,14 +162,17 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 	var fresh []any
 	for _, op := range changed {
 		if b.IsNew(op) {
-			fresh = append(fresh, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Tenant, op.Principal, op.Server, op.Tool)
+			fresh = append(fresh, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
 			continue
 		}
 		if err := db.update(ctx, op); err != nil {
 			return err
 		}
 	}
-	if err := db.insert(ctx, insertOp, opValues, 16, fresh); err != nil {
+	if err := db.insert(ctx, insertOp, opValues, 17, fresh); err != nil {
+		return err
+	}
+	if err := db.storeApprovals(ctx, b.Approvals()); err != nil {
 		return err
 	}
 	rows := make([]any, 0, 4*len(b.Rows))
@@ -177,6 +185,11 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 	}
 	for _, id := range b.Pruned {
 		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ? AND ended > 0 AND (state <> ? OR scope IS NULL) AND ended + retain < ?", id, int64(effect.Unknown), b.Now); err != nil {
+			return err
+		}
+	}
+	if len(b.Pruned) > 0 {
+		if err := db.exec(ctx, "DELETE FROM approvals WHERE ended > 0 AND ended < ?", b.Now-approve.Retention.Microseconds()); err != nil {
 			return err
 		}
 	}
@@ -193,7 +206,7 @@ func (db *DB) update(ctx context.Context, op *effect.Operation) error {
 	if err != nil {
 		return err
 	}
-	r, err := s.ExecContext(ctx, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.ID)
+	r, err := s.ExecContext(ctx, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.ID)
 	if err != nil {
 		return err
 	}
@@ -254,7 +267,7 @@ func scan(rows *sql.Rows) (ops []effect.Operation, err error) {
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
 		var op effect.Operation
-		err := rows.Scan(&op.ID, &op.Scope, &op.Fingerprint, &op.State, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
+		err := rows.Scan(&op.ID, &op.Scope, &op.Fingerprint, &op.State, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Undo, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
 		if err != nil {
 			return nil, err
 		}
@@ -269,6 +282,18 @@ func (db *DB) Find(ctx context.Context, scope []byte) (effect.Operation, error) 
 		return effect.Operation{}, err
 	}
 	ops, err := query(ctx, db.read, "WHERE scope = ?", scope)
+	if err != nil || len(ops) == 0 {
+		return effect.Operation{}, err
+	}
+	return ops[0].At(db.now()), nil
+}
+
+// Operation implements effect.Store.
+func (db *DB) Operation(ctx context.Context, id string) (effect.Operation, error) {
+	if err := db.Fatal(); err != nil {
+		return effect.Operation{}, err
+	}
+	ops, err := query(ctx, db.read, "WHERE id = ?", id)
 	if err != nil || len(ops) == 0 {
 		return effect.Operation{}, err
 	}

@@ -29,6 +29,7 @@ import (
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/faultpoint"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 )
@@ -52,8 +53,9 @@ type DB struct {
 }
 
 var (
-	_ effect.Store = (*DB)(nil)
-	_ audit.Source = (*DB)(nil)
+	_ effect.Store  = (*DB)(nil)
+	_ approve.Store = (*DB)(nil)
+	_ audit.Source  = (*DB)(nil)
 )
 
 // ErrInUse says that another process has the file.
@@ -190,6 +192,12 @@ CREATE TABLE operations (
 	id TEXT NOT NULL UNIQUE, scope BLOB UNIQUE, fingerprint BLOB NOT NULL, state INTEGER NOT NULL, fence INTEGER NOT NULL, holder TEXT NOT NULL,
 	until INTEGER NOT NULL, round BLOB, ended INTEGER NOT NULL, retain INTEGER NOT NULL, idx INTEGER NOT NULL, answer BLOB,
 	tenant TEXT NOT NULL, principal TEXT NOT NULL, server TEXT NOT NULL, tool TEXT NOT NULL) STRICT;
+`, `
+ALTER TABLE operations ADD COLUMN undo BLOB;
+CREATE TABLE approvals (
+	id TEXT NOT NULL UNIQUE, binding BLOB UNIQUE, tenant TEXT NOT NULL, principal TEXT NOT NULL, state INTEGER NOT NULL, until INTEGER NOT NULL,
+	deadline INTEGER NOT NULL, ended INTEGER NOT NULL, operation TEXT NOT NULL, round BLOB, idx INTEGER NOT NULL, args BLOB, facts BLOB NOT NULL) STRICT;
+CREATE INDEX approvals_state ON approvals (state, tenant, principal);
 `}
 
 // migrate brings the schema up to date, one version a transaction: a crash between two leaves the
@@ -337,6 +345,14 @@ func (db *DB) Run(ctx context.Context) error {
 
 // Prune deletes operations past their retention, and returns how many there were.
 func (db *DB) Prune(ctx context.Context) (int, error) {
+	var old bool
+	err := db.read.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM approvals WHERE ended > 0 AND ended < ?)", db.now()-approve.Retention.Microseconds()).Scan(&old)
+	if err == nil && old {
+		err = db.Do(ctx, &durable.Work{Prune: []string{""}}) // no operation: approvals go with any
+	}
+	if err != nil {
+		return 0, err
+	}
 	total := 0
 	for {
 		ids, err := db.expired(ctx)

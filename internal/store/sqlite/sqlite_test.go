@@ -116,6 +116,30 @@ func TestReopen(t *testing.T) {
 	storetest.Check(t, db)
 }
 
+// TestMigration is a file of the version before: what it holds is there, and what is new works.
+func TestMigration(t *testing.T) {
+	file, key := filepath.Join(t.TempDir(), "state.db"), secret.RandomKey()
+	db, err := Open(t.Context(), file, key, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, db, "done", effect.Completed)
+	for _, text := range []string{"DROP TABLE approvals", "ALTER TABLE operations DROP COLUMN undo", "UPDATE meta SET value = '1' WHERE key = 'schema'"} {
+		if _, err := db.conn.ExecContext(t.Context(), text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	closed(t, db)
+	db = open(t, file, key)
+	scope := sha256.Sum256([]byte("done"))
+	if op, err := db.Find(t.Context(), scope[:]); err != nil || op.State != effect.Completed || string(op.Answer) != "answer" || op.Undo != nil {
+		t.Errorf("found %+v, %v", op, err)
+	}
+	if a, made, err := db.Ask(t.Context(), storetest.Request("k")); err != nil || !made || a.ID == "" {
+		t.Errorf("%+v, %v, %v", a, made, err)
+	}
+}
+
 // TestSchema is a file of a program of the next version, which only adds, and of one after that.
 func TestSchema(t *testing.T) {
 	file, key := filepath.Join(t.TempDir(), "state.db"), secret.RandomKey()
@@ -128,7 +152,7 @@ func TestSchema(t *testing.T) {
 		closed(t, db)
 		db.stmts, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil
 	}
-	change("UPDATE meta SET value = '2' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
+	change("UPDATE meta SET value = '3' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
 	db, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatalf("one version back: %v", err)
@@ -136,7 +160,7 @@ func TestSchema(t *testing.T) {
 	write(t, db, "k", effect.Completed)
 	storetest.Check(t, db)
 	closed(t, db)
-	change("UPDATE meta SET value = '3' WHERE key = 'schema'")
+	change("UPDATE meta SET value = '4' WHERE key = 'schema'")
 	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "newer program") {
 		t.Errorf("two versions back: %v", err)
 	}

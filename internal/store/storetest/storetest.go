@@ -15,12 +15,14 @@ import (
 	"time"
 
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 )
 
 // An Engine is a store with its log.
 type Engine interface {
 	effect.Store
+	approve.Store
 	audit.Source
 	Prune(ctx context.Context) (int, error)
 }
@@ -30,7 +32,7 @@ type Engine interface {
 func Run(t *testing.T, open func(t *testing.T) (engine, other Engine)) {
 	for name, test := range map[string]func(*testing.T, Engine, Engine){
 		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets,
-		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "every failure": everyFailure, "canceled": canceled,
+		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "approvals": approvals, "approvals run out": approvalsRunOut, "approvals are used once": approvalsOnce, "approvals are given back": approvalsBack, "approvals, every failure": approvalsEveryFailure, "every failure": everyFailure, "canceled": canceled,
 	} {
 		t.Run(name, func(t *testing.T) {
 			e, other := open(t)
@@ -147,8 +149,14 @@ func states(t *testing.T, e, other Engine) {
 	if seen := find(t, other, "k"); seen.State != effect.Dispatched || seen.ID != r.ID || seen.Tool != "pay" || seen.Principal != "alice" || seen.Tenant != "acme" || seen.Server != "/mcp" || seen.Lease == 0 {
 		t.Errorf("found %+v", seen)
 	}
-	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Completed, Answer: []byte("answer")}); err != nil {
+	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Completed, Answer: []byte("answer"), Undo: []byte("undo")}); err != nil {
 		t.Fatal(err)
+	}
+	if seen, err := other.Operation(t.Context(), r.ID); err != nil || seen.State != effect.Completed || string(seen.Undo) != "undo" {
+		t.Errorf("by its name: %+v, %v", seen, err)
+	}
+	if seen, err := other.Operation(t.Context(), "nobody"); err != nil || seen.ID != "" {
+		t.Errorf("one that is not there: %+v, %v", seen, err)
 	}
 	seen := find(t, other, "k")
 	if seen.State != effect.Completed || string(seen.Answer) != "answer" || seen.Index != 1 || seen.Lease != 0 {
