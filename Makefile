@@ -4,6 +4,7 @@ SHELL := bash -o pipefail
 
 FUZZTIME ?= 20s
 BENCHFLAGS ?=
+FAULTSFLAGS ?=
 SOAKFLAGS ?=
 
 help: ## list the targets
@@ -57,6 +58,15 @@ bench: ## what a call costs, against the floor and other libraries (six minutes,
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
 
+faults: ## crash a real server 500 times, at every moment of a call, on both engines, and check what is left (Linux; needs postgresql; four minutes)
+	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults $(FAULTSFLAGS)
+
+faults-long: ## the same 30,000 times, in runs of 500 with a seed each; goes on where it was interrupted
+	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults -cycles 30000 -resume dist/faults-long.json $(FAULTSFLAGS)
+
+faults-mutants: ## programs with one mistake each: the suite has to find every one
+	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults -mutants $(FAULTSFLAGS)
+
 soak: ## an hour of mixed load with reloads; memory, goroutines and descriptors must stay flat (Linux)
 	@go run ./test/soak $(SOAKFLAGS)
 
@@ -76,4 +86,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak bench fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak bench faults faults-long faults-mutants fuzz sbom ci

@@ -17,6 +17,7 @@ import (
 type Answer struct {
 	Result *call.Result
 	Err    *call.Error
+	Ask    *call.InputRequired
 	Lost   bool // it was over the bound: only its digest is recorded
 }
 
@@ -24,6 +25,7 @@ const (
 	formResult = 1
 	formError  = 2
 	formLost   = 3
+	formAsk    = 4
 	formAway   = 5 // a result that is not there yet
 )
 
@@ -41,6 +43,14 @@ func (a *Answer) Encode() []byte {
 		b = binary.AppendUvarint(b, uint64(len(e.Scopes)))
 		for _, s := range e.Scopes {
 			b = appendBytes(b, []byte(s))
+		}
+		return b
+	}
+	if a.Ask != nil {
+		b := appendBytes([]byte{formAsk}, []byte(a.Ask.State))
+		b = binary.AppendUvarint(b, uint64(len(a.Ask.Questions)))
+		for _, q := range a.Ask.Questions {
+			b = appendBytes(appendBytes(appendBytes(b, []byte(q.Key)), []byte(q.Method)), q.Params)
 		}
 		return b
 	}
@@ -137,6 +147,11 @@ func Decode(b []byte) (*Answer, error) {
 			e.Scopes = append(e.Scopes, string(c.bytes()))
 		}
 		a.Err = e
+	case formAsk:
+		a.Ask = &call.InputRequired{State: string(c.bytes())}
+		for range min(c.uint(), uint64(len(c.b))) {
+			a.Ask.Questions = append(a.Ask.Questions, call.Question{Key: string(c.bytes()), Method: string(c.bytes()), Params: c.bytes()})
+		}
 	case formResult:
 		flags := c.byte()
 		a.Result = &call.Result{IsError: flags&1 != 0, Public: flags&2 != 0, TTL: time.Duration(c.int()), Content: c.bytes(), Structured: c.bytes(), Extra: c.bytes(), Next: string(c.bytes())}

@@ -213,6 +213,7 @@ func (l *Live) whileRunning(ctx context.Context, serve func(context.Context) err
 			kept.log.LogAttrs(ctx, slog.LevelWarn, "the other nodes do not know of this one yet", slog.String("error", err.Error()))
 		}
 	}
+	kept.tasks.Accept() // Run may not have begun yet
 	kept.running.Store(true)
 	err := serve(ctx)
 	kept.running.Store(false)

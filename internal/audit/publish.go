@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"newel.dev/newel/internal/faultpoint"
 )
 
 // A Publisher keeps the newest signed head of a log in a file, for others to keep a copy of. What
@@ -98,6 +100,7 @@ func replace(file string, b []byte) (err error) {
 	}
 	_, err = f.Write(b)
 	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		faultpoint.Reached(faultpoint.Publishing)
 		err = os.Rename(f.Name(), file)
 	}
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/task"
@@ -291,7 +292,30 @@ func (w *Writer) safely(batch []*Work) (err error) {
 			err = fmt.Errorf("%w: panic: %v", ErrFatal, v)
 		}
 	}()
-	return w.commit(context.Background(), batch) // callers may go; what is being written is written
+	err = w.commit(context.Background(), batch) // callers may go; what is being written is written
+	if err == nil {
+		reached(batch, faultpoint.IntentCommitted, faultpoint.OutcomeCommitted)
+	}
+	return err
+}
+
+// Committing marks for tests that the engine commits next.
+func Committing(work []*Work) { reached(work, faultpoint.IntentCommit, faultpoint.OutcomeCommit) }
+
+func reached(work []*Work, intent, outcome faultpoint.Point) {
+	if !faultpoint.On {
+		return
+	}
+	for _, u := range work {
+		switch {
+		case u.Dispatch != nil:
+			faultpoint.Reached(intent)
+		case u.Complete != nil && !u.Complete.Abandoned: // a settled one is somebody else's
+			faultpoint.Reached(outcome)
+		case u.Prune != nil:
+			faultpoint.Reached(faultpoint.Pruning)
+		}
+	}
 }
 
 // Reserve implements effect.Store.
@@ -524,13 +548,13 @@ func (b *Batch) claim(u *Work) {
 	if r.Scope != nil {
 		op = b.byScope[string(r.Scope)]
 	}
+	again := op != nil && op.State == effect.Dispatched && op.Holder == r.Holder // by an earlier call of the same
 	next, held, replace := r.Claim(b.Now, op)
 	if !held {
 		u.Op = next.At(b.Now)
 		return
 	}
-	dispatched := next.State == effect.Dispatched // before, by ourselves
-	if u.Dispatch != nil && !dispatched && u.Dispatch.Approval != nil {
+	if u.Dispatch != nil && !again && u.Dispatch.Approval != nil {
 		need := u.Dispatch.Approval
 		spent, ok := b.approvals[need.ID].Spend(b.Now, need.Now, need.Binding, next.ID, need.Resume)
 		if !ok {
@@ -540,7 +564,7 @@ func (b *Batch) claim(u *Work) {
 		spent.Index = b.Edge.Size
 		b.keep(spent)
 	}
-	if u.Dispatch != nil && !dispatched {
+	if u.Dispatch != nil && !again {
 		next.State = effect.Dispatched
 		next.Index = b.append(u.Dispatch.Entry)
 	}

@@ -69,7 +69,8 @@ func newSealer(key []byte) (*sealer, error) {
 func binding(c *call.Call) []byte {
 	h := sha256.New()
 	field := func(s string) { fmt.Fprintf(h, "%d:%s", len(s), s) }
-	field("newel requestState v1")
+	field("newel requestState v2")
+	field(c.Key) // answers belong to one operation
 	if c.Principal != nil {
 		field(c.Principal.Tenant)
 		field(c.Principal.ID)

@@ -19,7 +19,7 @@ func TestStateOpensForItsCallOnly(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	s.now = func() time.Time { return now }
 	mine := func() *call.Call {
-		return &call.Call{Kind: call.Tool, Name: "pay", Args: jsontext.Value(`{"a":1,"b":[2]}`), Principal: &call.Principal{ID: "u", Tenant: "t"}}
+		return &call.Call{Kind: call.Tool, Name: "pay", Key: "k", Args: jsontext.Value(`{"a":1,"b":[2]}`), Principal: &call.Principal{ID: "u", Tenant: "t"}}
 	}
 	sealed, err := s.seal(mine(), &state{Expires: now.Add(time.Minute).Unix(), Round: 1, Answers: map[string]jsontext.Value{"q": jsontext.Value(`{}`)}})
 	if err != nil {
@@ -38,6 +38,8 @@ func TestStateOpensForItsCallOnly(t *testing.T) {
 		"no principal":       func(c *call.Call) { c.Principal = nil },
 		"moved border":       func(c *call.Call) { c.Principal = &call.Principal{ID: "", Tenant: "tu"} },
 		"another kind":       func(c *call.Call) { c.Kind = call.Prompt },
+		"another key":        func(c *call.Call) { c.Key = "l" },
+		"no key":             func(c *call.Call) { c.Key = "" },
 		"another tool":       func(c *call.Call) { c.Name = "refund" },
 		"another argument":   func(c *call.Call) { c.Args = jsontext.Value(`{"a":2,"b":[2]}`) },
 		"like-looking digit": func(c *call.Call) { c.Args = jsontext.Value(`{"a":1.0,"b":[2]}`) },

@@ -15,6 +15,8 @@ func again(a *answer.Answer, index int64) (*call.Result, error) {
 	mark := append(jsontext.Value(`{"replayed":true,"auditIndex":`), strconv.FormatInt(index, 10)...)
 	mark = append(mark, '}')
 	switch {
+	case a.Ask != nil:
+		return nil, a.Ask // asked once more: the sealed state says which call it is
 	case a.Lost:
 		e := call.Errorf(call.TooLarge, "this call was done before; its answer was too large to be kept, and it is not done again")
 		e.Data = jsontext.Value(`{"code":"too_large","retryable":false,"idempotency":` + string(mark) + `}`)

@@ -27,6 +27,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -280,6 +281,7 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 		return op, false, call.AsError(ctx.Err()) // nothing was sent: it is simply cancelled
 	}
 	o.res.Lease = o.limit(ctx) + leeway
+	faultpoint.Reached(faultpoint.Allowed)
 	args := audit.NewValue("arguments", o.c.Args)
 	rec := o.record(audit.Intent, &Operation{ID: o.res.ID, Fence: o.res.Expect + 1})
 	entry, err := o.entry(&rec, args)

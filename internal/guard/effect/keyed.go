@@ -3,6 +3,7 @@ package effect
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"log/slog"
@@ -15,6 +16,7 @@ import (
 	"newel.dev/newel/internal/answer"
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/faultpoint"
 )
 
 // keyed runs a call with a key: once, however often it comes.
@@ -39,11 +41,11 @@ func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
 		if decided {
 			return r, err
 		}
+		if o.res.Expect != 0 {
+			continue // it may be claimed: at once, however long that took
+		}
 		if time.Now().After(patience) {
 			return nil, busy()
-		}
-		if o.res.Expect != 0 {
-			continue // it may be claimed: at once
 		}
 		if err := sleep(ctx, pause); err != nil {
 			return nil, call.AsError(err)
@@ -116,8 +118,8 @@ func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result
 		if bytes.Equal(o.res.Resume, op.Round) {
 			return claim(false)
 		}
-		e := call.Errorf(call.Conflict, "the call with this idempotency key waits for answers to what it asked; send them, with the requestState that came with the questions")
-		return nil, e, true
+		r, err := o.askAgain(op)
+		return r, err, true
 	case Unknown:
 		return o.recover(ctx, op, claim)
 	}
@@ -139,6 +141,7 @@ func busy() error {
 
 // recover deals with an operation of which nobody knows whether it ran.
 func (o *operation) recover(ctx context.Context, op *Operation, claim func(bool) (*call.Result, error, bool)) (*call.Result, error, bool) {
+	faultpoint.Reached(faultpoint.Recovering)
 	switch o.rule.Recovery {
 	case call.RecoverSafe, call.RecoverResend:
 		return claim(true) // with the same Once: what runs it knows it again, or does not mind
@@ -200,6 +203,16 @@ func (o *operation) replay(op *Operation) (*call.Result, error) {
 	return again(a, op.Index)
 }
 
+// askAgain tells a caller what its call waits for: the questions may not have arrived.
+func (o *operation) askAgain(op *Operation) (*call.Result, error) {
+	if len(op.Answer) > 0 { // an older program did not keep them
+		if r, err := o.replay(op); call.AsError(err).Code != call.TooLarge {
+			return r, err
+		}
+	}
+	return nil, call.Errorf(call.Conflict, "the call with this idempotency key waits for answers to what it asked; send them, with the requestState that came with the questions")
+}
+
 // runToEnd runs a dispatched call with a key. It does not stop when its caller goes away: what is
 // done is stored, and told when the caller comes back.
 func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, error) {
@@ -226,8 +239,10 @@ func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, e
 			}
 		}
 	}()
+	faultpoint.Reached(faultpoint.Dispatched)
 	r, err := o.next(run, o.c)
 	returned = true
+	faultpoint.Reached(faultpoint.Answered)
 	return o.conclude(ctx, &op, r, err)
 }
 
@@ -236,13 +251,14 @@ func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, e
 func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result, err error) (*call.Result, error) {
 	var ask *call.InputRequired
 	if errors.As(err, &ask) {
-		state, round := NotExecuted, []byte(nil) // a handler asks before its first effect, and starts over
+		state, round, kept := NotExecuted, []byte(nil), (*answer.Answer)(nil) // a handler asks before its first effect, and starts over
 		if ask.State != "" {
-			state, round = Waiting, roundOf(ask.State)
+			state, round, kept = Waiting, roundOf(ask.State), &answer.Answer{Ask: ask}
 		}
-		if _, failed := o.end(ctx, op, state, nil, round, "input_required"); failed != nil {
+		if _, failed := o.end(ctx, op, state, kept, round, "input_required"); failed != nil {
 			return nil, o.unstored(ctx, op, failed)
 		}
+		faultpoint.Reached(faultpoint.Concluded)
 		return nil, ask
 	}
 	a := &answer.Answer{Result: r}
@@ -257,6 +273,7 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 	if _, failed := o.end(ctx, op, state, a, nil, code); failed != nil {
 		return nil, o.unstored(ctx, op, failed)
 	}
+	faultpoint.Reached(faultpoint.Concluded)
 	if state == Unknown {
 		return nil, unknown(err)
 	}
@@ -369,7 +386,8 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 	if found {
 		return o.conclude(ctx, &mine, looked, nil)
 	}
-	o.res.Expect = mine.Fence - 1 // the record names the attempt that holds it: this one
+	faultpoint.Reached(faultpoint.Held)
+	o.res.Expect, o.res.From, o.res.Holder = mine.Fence, mine.Holder, rand.Text()
 	mine, held, err = o.dispatch(ctx)
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/faultpoint"
 )
 
 const (
@@ -64,6 +65,7 @@ func (e *Effects) sweep(ctx context.Context) {
 }
 
 func (e *Effects) settle(ctx context.Context, op *Operation) error {
+	faultpoint.Reached(faultpoint.Recovering)
 	state, code := Unknown, call.OutcomeUnknown.String()
 	if op.State == Reserved {
 		state, code = NotExecuted, call.Canceled.String()

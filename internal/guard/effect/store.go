@@ -50,7 +50,7 @@ type Operation struct {
 	Ended       int64  // when it ended, or 0
 	Retain      int64  // microseconds to keep it after that
 	Index       int64  // of the audit record of its last step
-	Answer      []byte // Completed: sealed
+	Answer      []byte // Completed: sealed; Waiting: what was asked, sealed
 	Undo        []byte // Completed: the call that undoes it, sealed; nil: there is none
 
 	Tenant, Principal, Server, Tool string
@@ -71,6 +71,7 @@ type Reservation struct {
 	Recover     bool   // claims an operation even if it is not known whether it ran
 	Forget      bool   // an operation that ended as Unknown counts for Retain only
 	Resume      []byte // claims the operation that waits with this Round
+	From        string // Holder of an earlier claim of the same caller, which this one goes on from
 
 	Tenant, Principal, Server, Tool string
 }
@@ -115,7 +116,7 @@ var ErrFenced = errors.New("the operation was taken over by somebody else")
 // any other error than ErrFenced it may or may not have happened; the same call made again does
 // not do it twice.
 type Store interface {
-	// Reserve claims an operation. held is false if it stands otherwise: then nothing is written
+	// Reserve claims an operation; one that may have run is then Dispatched. held is false if it stands otherwise: then nothing is written
 	// and op is how it stands, with an empty ID if there is none.
 	Reserve(ctx context.Context, r *Reservation) (op Operation, held bool, err error)
 	// Dispatch claims like Reserve, unless the holder has reserved it, and goes on to Dispatched
@@ -156,7 +157,14 @@ func (r *Reservation) Claim(now int64, op *Operation) (next Operation, held, rep
 		next = *op
 		next.Answer, next.Undo, next.Round, next.Ended = nil, nil, nil, 0
 	}
-	next.State, next.Holder = Reserved, r.Holder
+	// What may have run stays so while it is held to find that out: a crash now must not make it look
+	// as if nothing had been sent.
+	if next.State != Dispatched && next.State != Unknown {
+		next.State = Reserved
+	} else {
+		next.State = Dispatched
+	}
+	next.Holder = r.Holder
 	next.Fence++
 	next.Until, next.Retain = now+r.Lease.Microseconds(), r.Retain.Microseconds()
 	return next, true, replace
@@ -167,7 +175,7 @@ func (r *Reservation) may(now int64, op *Operation) bool {
 	if r.Expect != op.Fence || r.ID != op.ID || !bytes.Equal(r.Fingerprint, op.Fingerprint) {
 		return false
 	}
-	held := op.Until > now
+	held := op.Until > now && (r.From == "" || op.Holder != r.From)
 	switch op.State {
 	case Reserved:
 		return !held

@@ -54,6 +54,7 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		return nil
 	}
 	token := rand.Text()
+	durable.Committing(work)
 	sent, err := db.store(ctx, conn, b, changed, token)
 	if err == nil {
 		return nil

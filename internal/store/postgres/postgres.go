@@ -24,6 +24,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
@@ -148,6 +149,7 @@ func (db *DB) prepare(ctx context.Context, key secret.Key) error {
 			if _, err := tx.Exec(ctx, migrations[found]); err != nil {
 				return fmt.Errorf("schema %d: %w", found+1, err)
 			}
+			faultpoint.Reached(faultpoint.Migrating)
 			_, err = tx.Exec(ctx, "INSERT INTO newel_meta VALUES ('schema', $1) ON CONFLICT (key) DO UPDATE SET value = excluded.value", strconv.Itoa(found+1))
 			return err
 		})
@@ -215,8 +217,12 @@ func (db *DB) Run(ctx context.Context) error {
 func (db *DB) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatEvery)
 	defer cancel()
-	_, err := db.pool.Exec(ctx, "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), '') ON CONFLICT (id) DO UPDATE SET seen = clock_timestamp()", db.node)
-	return err
+	q := &pgx.Batch{}
+	// Nobody was heard of in the future: the clock was set back. Who is gone would hold what it has
+	// until the clock is there again.
+	q.Queue("UPDATE newel_nodes SET seen = clock_timestamp() WHERE seen > clock_timestamp()")
+	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), '') ON CONFLICT (id) DO UPDATE SET seen = clock_timestamp()", db.node)
+	return db.pool.SendBatch(ctx, q).Close()
 }
 
 // Prune deletes operations and tasks past their time, and nodes that have long been gone, and returns

@@ -66,6 +66,34 @@ func TestDeadNode(t *testing.T) {
 	storetest.Check(t, a)
 }
 
+// TestClockSetBack is a node that died before the database's clock was set back by a day: it does not
+// hold its calls until the day is over, and a node that lives loses none of its own.
+func TestClockSetBack(t *testing.T) {
+	dsn, key := engines.Postgres(t), secret.RandomKey()
+	dead, alive := open(t, dsn, key), open(t, dsn, key)
+	for name, db := range map[string]*DB{"dead": dead, "alive": alive} {
+		r := storetest.Reservation(name)
+		if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
+			t.Fatal(held, err)
+		}
+	}
+	exec := func(statement string, args ...any) {
+		t.Helper()
+		if _, err := alive.pool.Exec(t.Context(), statement, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("UPDATE newel_nodes SET seen = seen + interval '1 day'") // as it looks after that
+	if err := alive.beat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	exec("UPDATE newel_nodes SET seen = seen - interval '16 seconds' WHERE id = $1", dead.node)
+	ops, err := alive.Abandoned(t.Context(), 10)
+	if err != nil || len(ops) != 1 {
+		t.Errorf("abandoned: %v, %v; want the call of the dead node", ops, err)
+	}
+}
+
 // TestServerGone is a database that stops and comes back.
 func TestServerGone(t *testing.T) {
 	server := engines.Start(t)

@@ -66,7 +66,11 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		return nil
 	}
 	changed := b.Changed()
-	err = db.within(ctx, func() error { return db.store(ctx, b, changed) })
+	err = db.within(ctx, func() error {
+		err := db.store(ctx, b, changed)
+		durable.Committing(work)
+		return err
+	})
 	if err != nil {
 		return classify(err)
 	}

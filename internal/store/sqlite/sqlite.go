@@ -28,6 +28,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/guard/approve"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
@@ -145,6 +146,7 @@ func pool(file string, queryOnly bool, connections int) (*sql.DB, error) {
 	if queryOnly {
 		q.Set("_query_only", "1")
 	}
+	throughFaults(q)
 	c, err := sqlite.NewConnector(address(file, q))
 	if err != nil {
 		return nil, err
@@ -231,6 +233,7 @@ func (db *DB) migrate(ctx context.Context) error {
 			if _, err := db.conn.ExecContext(ctx, migrations[v]); err != nil {
 				return err
 			}
+			faultpoint.Reached(faultpoint.Migrating)
 			_, err := db.conn.ExecContext(ctx, "INSERT INTO meta VALUES ('schema', ?) ON CONFLICT DO UPDATE SET value = excluded.value", strconv.Itoa(v+1))
 			return err
 		})

@@ -217,18 +217,38 @@ func claims(t *testing.T, e, other Engine) {
 	op = try("unknown, to recover", true, func(r *effect.Reservation) { recover(r); r.Lease = time.Millisecond })
 	eventually(t, "the lease ends", func() bool { return find(t, e, "k").Lease == 0 })
 	try("its lease ended", false, nothing)
-	op = try("its lease ended, to recover", true, recover)
-	if op.Fence != 4 || op.ID != first.ID {
+	look := Reservation("k") // somebody begins to find out, and dies
+	look.ID, look.Expect, look.Recover, look.Lease = first.ID, 3, true, time.Millisecond
+	op, held, err := other.Reserve(t.Context(), &look)
+	if err != nil || !held || op.State != effect.Dispatched || op.Fence != 4 {
+		t.Fatalf("held to find out: %+v, %v, %v", op, held, err)
+	}
+	eventually(t, "the lease ends", func() bool { return find(t, e, "k").Lease == 0 })
+	try("held to find out, as if it had not run", false, nothing)
+	look.Holder, look.Expect, look.Lease = look.Holder+" again", 4, time.Hour
+	if op, held, err = other.Reserve(t.Context(), &look); err != nil || !held || op.Fence != 5 {
+		t.Fatalf("held to find out again: %+v, %v, %v", op, held, err)
+	}
+	try("somebody else finds out", false, recover)
+	before, err := e.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	op = try("whoever found out goes on", true, func(r *effect.Reservation) { recover(r); r.From = look.Holder })
+	if head, err := e.Head(t.Context()); err != nil || head.Size != before.Size+1 || op.Fence != 6 || op.Index != before.Size {
+		t.Errorf("what runs again has no intent of its own: %d records, %+v, %v", head.Size-before.Size, op, err)
+	}
+	if op.Fence != 6 || op.ID != first.ID {
 		t.Errorf("got %+v", op)
 	}
 	if err := complete(t, e, effect.Outcome{ID: first.ID, Fence: 3, State: effect.Completed}); !errors.Is(err, effect.ErrFenced) {
 		t.Errorf("a holder that woke up wrote: %v", err)
 	}
-	if err := complete(t, e, effect.Outcome{ID: first.ID, Fence: 4, State: effect.Completed, Answer: []byte("x")}); err != nil {
+	if err := complete(t, e, effect.Outcome{ID: first.ID, Fence: 6, State: effect.Completed, Answer: []byte("x")}); err != nil {
 		t.Fatal(err)
 	}
 	try("completed", false, recover)
-	if err := complete(t, e, effect.Outcome{ID: first.ID, Fence: 4, State: effect.Unknown}); !errors.Is(err, effect.ErrFenced) {
+	if err := complete(t, e, effect.Outcome{ID: first.ID, Fence: 6, State: effect.Unknown}); !errors.Is(err, effect.ErrFenced) {
 		t.Errorf("an ended operation was changed: %v", err)
 	}
 	if err := complete(t, e, effect.Outcome{ID: "nobody", Fence: 1, State: effect.Completed}); !errors.Is(err, effect.ErrFenced) {

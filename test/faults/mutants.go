@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// A mutant is the program with one mistake in it. It shows that the suite would see that mistake:
+// each must be caught.
+type mutant struct {
+	name        string
+	engine      string
+	cycles      int
+	environment string
+	edits       []edit
+}
+
+type edit struct{ file, old, new string }
+
+// mutants are the mistakes that would cost somebody money.
+func mutants() []mutant {
+	const effect, store, lite, pg = "internal/guard/effect/", "internal/durable/durable.go", "internal/store/sqlite/", "internal/store/postgres/"
+	return []mutant{
+		{"nothing is synced (SQLite)", "sqlite", 60, "none", []edit{
+			{lite + "sqlite.go", `"synchronous(FULL)"`, `"synchronous(OFF)"`},
+			{lite + "sqlite.go", `{"wal", int64(2)}`, `{"wal", int64(0)}`},
+		}},
+		{"commits are not waited for (PostgreSQL)", "postgres", 0, "E1", []edit{
+			{pg + "postgres.go", `params["synchronous_commit"] = "on"`, `params["synchronous_commit"] = "off"`},
+		}},
+		{"no fencing", "postgres", 0, "two", []edit{
+			{effect + "store.go", `if op == nil || op.Fence != o.Fence {`, `if op == nil {`},
+			{effect + "store.go", `if op.State.Ended() || op.State == Waiting && !o.Abandoned || o.Abandoned && op.Until > now {`, `if o.Abandoned && op.Until > now {`},
+		}},
+		{"the intent is not marked as dispatched", "sqlite", 60, "none", []edit{
+			{store, "next.State = effect.Dispatched\n", "next.State = effect.Reserved\n"},
+		}},
+		{"the intent is not in the audit log", "sqlite", 30, "none", []edit{
+			{store, "next.Index = b.append(u.Dispatch.Entry)\n", ""},
+		}},
+		{"answered before the outcome is committed", "sqlite", 60, "none", []edit{
+			{effect + "keyed.go", "	if _, failed := o.end(ctx, op, state, a, nil, code); failed != nil {\n		return nil, o.unstored(ctx, op, failed)\n	}\n",
+				"	go func() { time.Sleep(20 * time.Millisecond); _, _ = o.end(ctx, op, state, a, nil, code) }()\n"},
+		}},
+		{"done before the intent is committed", "sqlite", 60, "none", []edit{
+			{effect + "effect.go", "	args := audit.NewValue", "	if o.find != nil && o.res.Expect == 0 {\n		_, _ = o.next(context.WithoutCancel(ctx), o.c)\n	}\n	args := audit.NewValue"},
+		}},
+		{"what is not known runs again", "sqlite", 60, "none", []edit{
+			{effect + "keyed.go", "	case call.RecoverSafe, call.RecoverResend:\n", "	case call.RecoverSafe, call.RecoverResend, call.RecoverNone:\n"},
+		}},
+		{"what is looked up runs again", "sqlite", 60, "none", []edit{
+			{effect + "keyed.go", "	if found {\n", "	if found && false {\n"},
+		}},
+		{"who looks forgets that it may have run", "sqlite", 0, "lookup", []edit{
+			{effect + "store.go", "	if next.State != Dispatched && next.State != Unknown {", "	if true {"},
+		}},
+		{"a failed sync is taken for a full disk", "sqlite", 0, "E2", []edit{
+			{lite + "commit.go", "	case codePerm, codeBusy,", "	case 10, codePerm, codeBusy,"},
+		}},
+		{"without a store a call runs all the same", "sqlite", 0, "E2", []edit{
+			{effect + "effect.go", "		return op, false, away(ctx, err)\n	}\n	return op, held, nil", "		return Operation{ID: o.res.ID, Fence: 1, State: Dispatched}, true, nil\n	}\n	return op, held, nil"},
+		}},
+		{"questions are not asked again", "sqlite", 0, "E10", []edit{
+			{effect + "keyed.go", "	if len(op.Answer) > 0 {", "	if false {"},
+		}},
+		{"answers belong to no call", "sqlite", 0, "mrtr", []edit{
+			{"internal/mcpwire/state.go", "	field(c.Key) // answers belong to one operation\n", ""},
+		}},
+		{"a clock that was set back is believed", "postgres", 0, "E9", []edit{
+			{pg + "postgres.go", "WHERE seen > clock_timestamp()\"", "WHERE false\""},
+		}},
+		{"an old head is vouched for", "sqlite", 0, "E16", []edit{
+			{"internal/audit/publish.go", "		return fmt.Errorf(\"audit: the published head cannot be read: %w\", err)\n	}\n	if err == nil {", "		return nil\n	}\n	if err == nil {"},
+		}},
+	}
+}
+
+// runMutants builds each program with a mistake and runs the part of the suite that should see it.
+func runMutants(ctx context.Context, o *options, out io.Writer) error {
+	type outcome struct {
+		Name    string `json:"mutant"`
+		Caught  bool   `json:"caught"`
+		By      string `json:"by,omitempty"`
+		Seconds int    `json:"seconds"`
+	}
+	var all []outcome
+	missed := 0
+	for _, m := range mutants() {
+		if !strings.Contains(m.name, o.mutant) {
+			continue
+		}
+		begun := time.Now()
+		by, err := m.run(ctx, o)
+		if err != nil {
+			return fmt.Errorf("%s: %w", m.name, err)
+		}
+		got := outcome{m.name, by != "", by, int(time.Since(begun).Seconds())}
+		verdict := "caught by " + by
+		if by == "" {
+			missed++
+			verdict = "NOT CAUGHT"
+		}
+		fmt.Fprintf(out, "%-42s %4ds  %s\n", m.name, got.Seconds, verdict)
+		all = append(all, got)
+	}
+	b, err := json.Marshal(map[string]any{"mutants": all, "caught": len(all) - missed, "missed": missed})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(out, string(b))
+	if missed > 0 {
+		return fmt.Errorf("%d mistakes were not found", missed)
+	}
+	return nil
+}
+
+// run says by which invariant a mutant was caught, or "".
+func (m *mutant) run(ctx context.Context, o *options) (by string, err error) {
+	mine := *o
+	mine.cycles, mine.only, mine.engines, mine.first, mine.quiet = m.cycles, m.environment, []string{m.engine}, true, true
+	if mine.dir, err = os.MkdirTemp("", "newel-mutant-"); err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(mine.dir)) }()
+	overlay, err := m.overlay(mine.dir)
+	if err != nil {
+		return "", err
+	}
+	mine.binary = filepath.Join(mine.dir, "newel")
+	if err := build(ctx, mine.binary, overlay); err != nil {
+		return "", err
+	}
+	r, err := run(ctx, &mine)
+	if ctx.Err() != nil {
+		return "", ctx.Err()
+	}
+	if r != nil && len(r.found) > 0 {
+		v := r.found[0]
+		return strings.TrimSpace(v.Invariant + " " + v.What), nil
+	}
+	if err != nil { // such as a server that does not start because its log is not what it published
+		return fmt.Sprintf("%.160s", oneLine([]byte(err.Error()))), nil
+	}
+	return "", nil
+}
+
+// overlay writes the changed files and what go build is to read instead of which.
+func (m *mutant) overlay(dir string) (string, error) {
+	files, contents := map[string]string{}, map[string]string{}
+	for i, e := range m.edits {
+		file, err := filepath.Abs(e.file)
+		if err != nil {
+			return "", err
+		}
+		text, ok := contents[file]
+		if !ok {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				return "", err
+			}
+			text = string(b)
+		}
+		if strings.Count(text, e.old) != 1 {
+			return "", fmt.Errorf("%s does not have %q once: the mutant has to be written anew", e.file, e.old)
+		}
+		contents[file] = strings.Replace(text, e.old, e.new, 1)
+		files[file] = filepath.Join(dir, fmt.Sprintf("%d.go", i))
+	}
+	for file, to := range files {
+		if err := os.WriteFile(to, []byte(contents[file]), 0o600); err != nil {
+			return "", err
+		}
+	}
+	b, err := json.Marshal(map[string]any{"Replace": files})
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Join(dir, "overlay.json")
+	return name, os.WriteFile(name, b, 0o600)
+}
