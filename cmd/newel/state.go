@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"time"
@@ -13,6 +16,7 @@ import (
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/postgres"
@@ -130,10 +134,46 @@ func newState(ctx context.Context, f *config.File, db engine, key secret.Key, he
 		return nil, errors.Join(err, db.Close())
 	}
 	p := &audit.Publisher{Source: db, Signer: signer, File: heads}
+	if p.Witness, err = witness(f); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
 	if err := p.Publish(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w; if a new log begins on purpose, move %s away", f.Position("state"), err, heads), db.Close())
 	}
 	return &state{&kept{engine: db, Publisher: p}, key, db}, nil
+}
+
+// witness posts heads of the audit log to where the configuration says; nil: nowhere.
+func witness(f *config.File) (func(ctx context.Context, head []byte) error, error) {
+	c := &f.Config.State
+	if c.Witness == "" {
+		return nil, nil
+	}
+	u, err := url.Parse(c.Witness)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil {
+		return nil, fmt.Errorf("%s: %q is not an address to post to, such as https://witness.example.com/newel", f.Position("state.witness"), c.Witness)
+	}
+	private, err := ranges(f, c.Private, "state.private_ranges")
+	if err != nil {
+		return nil, err
+	}
+	out := egress.Client(egress.Options{Allow: private, Loopback: true, Timeout: 10 * time.Second})
+	return func(ctx context.Context, head []byte) error {
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, u.String(), bytes.NewReader(head))
+		if err != nil {
+			return err
+		}
+		r.Header.Set("Content-Type", "text/plain; charset=utf-8")
+		resp, err := out.Do(r)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode/100 != 2 {
+			return fmt.Errorf("the witness answers with status %d", resp.StatusCode)
+		}
+		return nil
+	}, nil
 }
 
 func signerOf(f *config.File, key secret.Key) (*audit.Signer, error) {

@@ -8,7 +8,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -281,4 +283,52 @@ func TestCheck(t *testing.T) {
 	if _, err := Check(t.Context(), &l); !errors.Is(err, ErrTampered) || !strings.Contains(err.Error(), "record 7") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// A witness gets every head that it does not have, in order, and one that failed again.
+func TestWitness(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := NewSigner("test", bytes.Repeat([]byte{7}, 32))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var l log
+		l.add(1)
+		var mu sync.Mutex
+		var given []tlog.Tree
+		away := true
+		failures := 0
+		p := &Publisher{Source: &l, Signer: s, File: filepath.Join(t.TempDir(), "checkpoint"), Witness: func(_ context.Context, head []byte) error {
+			mu.Lock()
+			defer mu.Unlock()
+			tree, err := OpenCheckpoint(head, s.VerifierKey())
+			if err != nil {
+				t.Error(err)
+			}
+			if away {
+				return errors.New("connection refused")
+			}
+			given = append(given, tree)
+			return nil
+		}}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- p.Run(ctx, func(error) { failures++ }) }()
+		synctest.Wait()
+		mu.Lock()
+		away = false
+		mu.Unlock()
+		time.Sleep(publishEvery) // of the bubble's clock
+		synctest.Wait()
+		time.Sleep(publishEvery) // nothing is new
+		synctest.Wait()
+		l.add(2)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if failures != 1 || len(given) != 2 || given[0].N != 1 || given[1].N != 3 {
+			t.Errorf("%d failures, given %v", failures, given)
+		}
+	})
 }

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,6 +20,11 @@ type Publisher struct {
 	Source Source
 	Signer *Signer
 	File   string
+	// Witness gives a new head to somebody else, who keeps it; nil: nobody. One that fails is given
+	// again, or the next one: heads follow from each other.
+	Witness func(ctx context.Context, head []byte) error
+
+	given []byte // the head that the witness has
 }
 
 const publishEvery = time.Minute
@@ -31,10 +37,13 @@ func (p *Publisher) Run(ctx context.Context, failed func(error)) error {
 	defer tick.Stop()
 	for {
 		err := p.Publish(ctx)
-		switch {
-		case errors.Is(err, ErrTampered):
+		if errors.Is(err, ErrTampered) {
 			return err
-		case err != nil && ctx.Err() == nil:
+		}
+		if err == nil {
+			err = p.witness(ctx)
+		}
+		if err != nil && ctx.Err() == nil {
 			failed(err)
 		}
 		select {
@@ -43,11 +52,32 @@ func (p *Publisher) Run(ctx context.Context, failed func(error)) error {
 			defer cancel()
 			if err := p.Publish(last); err != nil {
 				failed(err)
+			} else if err := p.witness(last); err != nil {
+				failed(err)
 			}
 			return nil
 		case <-tick.C:
 		}
 	}
+}
+
+// witness gives what is published to the witness, if that does not have it.
+func (p *Publisher) witness(ctx context.Context) error {
+	if p.Witness == nil {
+		return nil
+	}
+	head, err := os.ReadFile(p.File)
+	if err != nil {
+		return fmt.Errorf("audit: the published head cannot be read: %w", err)
+	}
+	if bytes.Equal(head, p.given) {
+		return nil
+	}
+	if err := p.Witness(ctx, head); err != nil {
+		return fmt.Errorf("audit: the head is not witnessed: %w", err)
+	}
+	p.given = head
+	return nil
 }
 
 // Publish publishes the head as it is now, if it is a new one.

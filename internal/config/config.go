@@ -270,6 +270,8 @@ type State struct {
 	DSN     secret.String `yaml:"dsn" doc:"How to connect to postgres, such as postgres://newel@db.internal/newel."`
 	KeyFile string        `yaml:"key_file" default:".newel/key" doc:"Key that seals what is stored and signs the audit log; made if it is missing. All nodes of one database need the same. Keep a copy: without it answers cannot be replayed, and stored results cannot be read."`
 	Heads   string        `yaml:"checkpoint" default:".newel/checkpoint" doc:"File that gets the newest signed head of the audit log, every minute. Keep copies elsewhere: the log is checked against them. A log that does not continue the head in the file is not served."`
+	Witness string        `yaml:"witness" doc:"Address that every new head is posted to, as the signed text it is, so that somebody else has a copy."`
+	Private []string      `yaml:"private_ranges" doc:"Private address ranges in which the witness may be, besides this machine."`
 	Origin  string        `yaml:"origin" default:"newel" doc:"Name of the audit log in its signed heads, such as newel.example.com/audit."`
 }
 
