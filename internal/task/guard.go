@@ -68,6 +68,7 @@ type Tasks struct {
 	log     *slog.Logger
 	path    func(server string) call.Handler
 	kick    chan struct{}
+	turn    chan struct{} // held by whoever works
 	counts  atomic.Pointer[Counts]
 	since   atomic.Int64 // made since counts were read
 	running atomic.Bool
@@ -95,7 +96,7 @@ func New(o Options) (*Tasks, error) {
 		return nil, err
 	}
 	t := &Tasks{
-		store: o.Store, box: box, log: o.Logger, path: o.Path, kick: make(chan struct{}, 1),
+		store: o.Store, box: box, log: o.Logger, path: o.Path, kick: make(chan struct{}, 1), turn: make(chan struct{}, 1),
 		runs: map[string]*run{}, watchers: map[string]map[*Follower]struct{}{}, versions: map[string]int64{},
 	}
 	t.o.Store(&o)

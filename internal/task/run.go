@@ -64,8 +64,15 @@ func (t *Tasks) wake() {
 func (t *Tasks) Accept() { t.running.Store(true) }
 
 // Run works on tasks until ctx ends. Then those that run get a moment to end; the others go back to
-// the queue, for other nodes or the next start.
+// the queue, for other nodes or the next start. Where it is called more than once, one works and the
+// others wait to take over.
 func (t *Tasks) Run(ctx context.Context) error {
+	select {
+	case t.turn <- struct{}{}:
+		defer func() { <-t.turn }()
+	case <-ctx.Done():
+		return nil
+	}
 	t.Accept()
 	defer t.running.Store(false)
 	t.count(ctx)
