@@ -51,6 +51,9 @@ func printCosts(who *assembly.Identities, rules *policy.Policy, token string) er
 	fmt.Fprintln(w, "guard\tns\tbytes\tallocations")
 	var ns, bytes, allocs int64
 	for _, step := range guard.Path(set) {
+		if step.Guard == nil {
+			continue // an optional step that is not there costs nothing
+		}
 		one := step.Guard(end)
 		var failed error
 		r := testing.Benchmark(func(b *testing.B) {
@@ -116,7 +119,7 @@ func guards(who *assembly.Identities, rules *policy.Policy) (guard.Set, error) {
 	if err != nil {
 		return guard.Set{}, err
 	}
-	tasks, err := task.New(task.Options{Store: store, Key: secret.RandomKey()})
+	tasks, err := task.New(task.Options{Store: store, Key: secret.RandomKey(), Path: func(string) call.Handler { return nil }}) // nothing is worked on
 	if err != nil {
 		return guard.Set{}, err
 	}
