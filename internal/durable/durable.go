@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
@@ -117,6 +118,10 @@ type Writer struct {
 	leading bool
 	fatal   error
 	failed  chan struct{} // closed when fatal is set
+
+	// Of who leads.
+	likely int           // how many may come at once: who was in the last commit, or came meanwhile
+	took   time.Duration // by the last commit
 }
 
 // maxBatch bounds the work of one transaction, so that nobody waits for too many others.
@@ -212,17 +217,27 @@ func (w *Writer) lead(own *Work) {
 	}
 }
 
-// take returns the next batch. Callers that are about to come get the processor first: a commit
-// takes longer than that.
+// take returns the next batch. Callers that are about to come get the processor first. If there were
+// more of them the last time, they are waited for while they keep coming: a commit takes longer than
+// that. Nobody waits who is alone.
 func (w *Writer) take() []*Work {
+	pause := min(w.took/patience, longestPause)
 	for last := -1; ; {
 		w.mu.Lock()
 		n := len(w.pending)
-		if n == last || n >= w.most {
+		if n >= w.most || n == last && (n >= w.likely || pause == 0) {
 			break
 		}
-		last = n
 		w.mu.Unlock()
+		if n == last {
+			time.Sleep(pause)
+			w.mu.Lock()
+			if n == len(w.pending) {
+				break
+			}
+			w.mu.Unlock()
+		}
+		last = n
 		runtime.Gosched()
 	}
 	defer w.mu.Unlock()
@@ -232,13 +247,24 @@ func (w *Writer) take() []*Work {
 	return batch
 }
 
+// A pause for callers that may come is a fraction of what a commit takes.
+const (
+	patience     = 16
+	longestPause = time.Millisecond
+)
+
 // run commits a batch. If it fails as a whole, each unit is tried alone: one that cannot be written
 // does not take the others with it.
 func (w *Writer) run(batch []*Work) {
+	start := time.Now()
 	err := w.try(batch)
+	w.took = time.Since(start)
 	if err != nil && len(batch) > 1 && !hopeless(err) {
 		err = w.oneByOne(batch)
 	}
+	w.mu.Lock()
+	w.likely = len(batch) + len(w.pending)
+	w.mu.Unlock()
 	for _, u := range batch {
 		if err != nil && !u.tried {
 			u.Err = err

@@ -150,10 +150,10 @@ func chunk(n int) int {
 
 const (
 	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool FROM operations "
-	insertOp  = "INSERT INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
+	insertOp  = "INSERT OR ROLLBACK INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
 	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ?, undo = ? WHERE id = ?"
-	insertRow = "INSERT INTO audit (idx, record, hashes, private) VALUES "
+	insertRow = "INSERT OR ROLLBACK INTO audit (idx, record, hashes, private) VALUES "
 	rowValues = "(?,?,?,?)"
 )
 
