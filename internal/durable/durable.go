@@ -40,10 +40,10 @@ type Work struct {
 
 	Seen []effect.Operation // by Peek
 	Op   effect.Operation
-	Kept task.Record // the task as it stands
-	Held bool        // the operation or task is as the work wants it; or, of Ask, made
+	Kept *task.Record // the task as it stands; nil: see Err
+	Held bool         // the operation or task is as the work wants it; or, of Ask, made
 
-	Approval approve.Approval // of Ask and Decide
+	Approval *approve.Approval // of Ask and Decide; nil: see Err
 
 	Index int64 // of the first record appended
 	Err   error // of this unit; the others are committed all the same
@@ -294,7 +294,7 @@ func (w *Writer) oneByOne(batch []*Work) error {
 
 func (w *Writer) try(batch []*Work) error {
 	for _, u := range batch {
-		u.Op, u.Kept, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, task.Record{}, approve.Approval{}, false, 0, nil
+		u.Op, u.Kept, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, nil, nil, false, 0, nil
 	}
 	if err := w.Fatal(); err != nil {
 		return err
@@ -379,21 +379,29 @@ func (w *Writer) Append(ctx context.Context, entries []audit.Entry) (int64, erro
 func (w *Writer) PutTask(ctx context.Context, t *task.Write) (task.Record, bool, error) {
 	u := &Work{Task: t}
 	err := w.Do(ctx, u)
-	return u.Kept, u.Held, err
+	return or(u.Kept), u.Held, err
 }
 
 // Ask implements approve.Store.
 func (w *Writer) Ask(ctx context.Context, r *approve.Request) (approve.Approval, bool, error) {
 	u := &Work{Ask: r}
 	err := w.Do(ctx, u)
-	return u.Approval, u.Held, err
+	return or(u.Approval), u.Held, err
 }
 
 // Decide implements approve.Store.
 func (w *Writer) Decide(ctx context.Context, d *approve.Decision) (approve.Approval, error) {
 	u := &Work{Decide: d}
 	err := w.Do(ctx, u)
-	return u.Approval, err
+	return or(u.Approval), err
+}
+
+// or returns what p points at, or the zero value.
+func or[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
 }
 
 // A Batch computes what a transaction writes. The engine loads the operations that the work names
@@ -407,10 +415,9 @@ type Batch struct {
 
 	Rows    []audit.Row // to be added
 	changed []*effect.Operation
-	isDirty map[string]bool
-	isNew   map[string]bool
-	Removed []string // ids to be deleted first
-	Pruned  []string // ids to be deleted last, if they are still past their retention
+	fresh   map[*effect.Operation]bool // of each that changed, whether it is to be inserted
+	Removed []string                   // ids to be deleted first
+	Pruned  []string                   // ids to be deleted last, if they are still past their retention
 
 	approvals map[string]*approve.Approval
 	bound     map[string]*approve.Approval // by binding
@@ -424,7 +431,7 @@ type Batch struct {
 
 // NewBatch begins a batch on what the engine loaded.
 func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation, approvals []approve.Approval) *Batch {
-	b := &Batch{approvals: map[string]*approve.Approval{}, bound: map[string]*approve.Approval{}, Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, isDirty: map[string]bool{}, isNew: map[string]bool{}}
+	b := &Batch{approvals: map[string]*approve.Approval{}, bound: map[string]*approve.Approval{}, Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, fresh: map[*effect.Operation]bool{}}
 	for i := range loaded {
 		b.know(&loaded[i])
 	}
@@ -466,7 +473,8 @@ func (b *Batch) task(u *Work) {
 		}
 	}
 	next, ok, again := w.Apply(b.Now, old)
-	u.Held, u.Kept = ok, next.At(b.Now)
+	now := next.At(b.Now)
+	u.Held, u.Kept = ok, &now
 	if !ok || again {
 		return
 	}
@@ -527,7 +535,7 @@ func (b *Batch) know(op *effect.Operation) {
 
 // Changed returns the operations to be inserted or updated.
 func (b *Batch) Changed() []*effect.Operation {
-	out := b.changed[:0:0]
+	out := make([]*effect.Operation, 0, len(b.changed))
 	for _, op := range b.changed {
 		if b.byID[op.ID] == op { // not removed again
 			out = append(out, op)
@@ -537,7 +545,7 @@ func (b *Batch) Changed() []*effect.Operation {
 }
 
 // IsNew reports whether a changed operation is to be inserted.
-func (b *Batch) IsNew(op *effect.Operation) bool { return b.isNew[op.ID] }
+func (b *Batch) IsNew(op *effect.Operation) bool { return b.fresh[op] }
 
 // Apply does one unit of work.
 func (b *Batch) Apply(u *Work) {
@@ -631,7 +639,7 @@ func (b *Batch) ask(u *Work) {
 		next.Index = b.append(u.Ask.Entry)
 		b.keep(next)
 	}
-	u.Approval, u.Held, u.Index = next, made, next.Index
+	u.Approval, u.Held, u.Index = &next, made, next.Index
 }
 
 func (b *Batch) decide(u *Work) {
@@ -646,7 +654,7 @@ func (b *Batch) decide(u *Work) {
 		}
 		b.keep(next)
 	}
-	u.Approval, u.Index = next, next.Index
+	u.Approval, u.Index = &next, next.Index
 }
 
 func (b *Batch) append(e audit.Entry) int64 {
@@ -657,14 +665,14 @@ func (b *Batch) append(e audit.Entry) int64 {
 
 // put takes over a new form of an operation.
 func (b *Batch) put(op *effect.Operation, next effect.Operation) {
-	if op == nil {
+	isNew := op == nil
+	if isNew {
 		op = &effect.Operation{}
-		b.isNew[next.ID] = true
 	}
 	*op = next
 	b.know(op)
-	if !b.isDirty[op.ID] {
-		b.isDirty[op.ID] = true
+	if _, changed := b.fresh[op]; !changed {
+		b.fresh[op] = isNew
 		b.changed = append(b.changed, op)
 	}
 }
