@@ -208,10 +208,10 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 		}
 	}
 	if len(fresh) > 0 {
-		q.Queue(addOps, append(columnsOf(fresh), db.node)...)
+		q.Queue(addOps, append(roomFor(sizeOf(fresh), columnsOf(fresh)), db.node)...)
 	}
 	if len(known) > 0 {
-		q.Queue(changeOps, append(stateOf(known), db.node)...)
+		q.Queue(changeOps, append(roomFor(sizeOf(known), stateOf(known)), db.node)...)
 	}
 	if len(b.Pruned) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE "+pastRetention+" AND id = ANY($2)", int16(effect.Unknown), b.Pruned)
@@ -226,11 +226,13 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	}
 	if n := len(b.Rows); n > 0 {
 		idx, record, hashes, private := make([]int64, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
+		bytes := 0
 		for i := range b.Rows {
 			r := &b.Rows[i]
+			bytes += len(r.Record) + len(r.Hashes) + len(r.Private) + perRow
 			idx[i], record[i], hashes[i], private[i] = r.Index, r.Record, r.Hashes, r.Private
 		}
-		q.Queue(putRows, idx, record, hashes, private)
+		q.Queue(putRows, roomFor(bytes, []any{idx, record, hashes, private})...)
 		edge, err := b.Edge.MarshalBinary()
 		if err != nil {
 			return false, err
@@ -255,6 +257,19 @@ func columnsOf(ops []*effect.Operation) []any {
 		tenant[i], principal[i], server[i], tool[i], undo[i] = op.Tenant, op.Principal, op.Server, op.Tool, op.Undo
 	}
 	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo}
+}
+
+// perRow is about what an encoded row takes beside its texts and bytes.
+const perRow = 200
+
+// sizeOf is about what operations take when they are encoded.
+func sizeOf(ops []*effect.Operation) int {
+	n := 0
+	for _, op := range ops {
+		n += len(op.ID) + len(op.Scope) + len(op.Fingerprint) + len(op.Holder) + len(op.Round) + len(op.Answer) + len(op.Undo) +
+			len(op.Tenant) + len(op.Principal) + len(op.Server) + len(op.Tool) + perRow
+	}
+	return n
 }
 
 // stateOf turns what changes in operations into one array per column.

@@ -76,6 +76,7 @@ func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err er
 	params["statement_timeout"] = strconv.FormatInt(commitTimeout.Milliseconds(), 10)
 	params["idle_in_transaction_session_timeout"] = strconv.FormatInt(silent.Milliseconds(), 10) // a paused node does not hold the head for ever
 	cfg.ConnConfig.ConnectTimeout = openTimeout / 2
+	cfg.AfterConnect = encodeSized
 	cfg.MaxConns = max(cfg.MaxConns, connections)
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
