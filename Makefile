@@ -70,6 +70,9 @@ faults-mutants: ## programs with one mistake each: the suite has to find every o
 soak: ## an hour of mixed load with reloads; memory, goroutines and descriptors must stay flat (Linux)
 	@go run ./test/soak $(SOAKFLAGS)
 
+soak-nodes: ## 1,000 calls a second for ten minutes at two nodes, with a reload every second and one of them killed every minute; no call may fail
+	@go run ./test/soak -nodes $(SOAKFLAGS)
+
 fuzz: ## run every fuzz target for FUZZTIME (20s)
 	@set -e; targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ {names[++n]=$$1} /^ok/ {for (i=1; i<=n; i++) print $$2, names[i]; n=0}'); \
 	test -n "$$targets" || { echo "fuzz: no targets found"; exit 1; }; \
@@ -86,4 +89,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak bench faults faults-long faults-mutants fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak soak-nodes bench faults faults-long faults-mutants fuzz sbom ci
