@@ -178,7 +178,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	var store assembly.Store
 	if st.store != nil {
 		if before == nil {
-			st.store.failed = func(err error) {
+			st.store.Failed = func(err error) {
 				t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
 			}
 		}
