@@ -20,14 +20,17 @@ import (
 	"fmt"
 	"log/slog"
 	"path"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/faultpoint"
+	"newel.dev/newel/internal/redact"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -48,7 +51,9 @@ type Options struct {
 	// is safe are not confirmed: running them again does no harm.
 	Confirm []call.Effect
 	Rules   []Rule // what the operator says of tools; the first that fits counts
-	Logger  *slog.Logger
+	// Redact takes secrets out of arguments before the audit log gets them; nil: what always is one.
+	Redact *redact.Redactor
+	Logger *slog.Logger
 }
 
 // A Rule is what an operator says of tools.
@@ -71,6 +76,8 @@ type Effects struct {
 	secret string // derives Once
 	reads  *reads
 	log    *slog.Logger
+
+	schemas schemas
 }
 
 // New returns the step, or an error that names the option that makes no sense.
@@ -101,6 +108,12 @@ func New(o Options) (*Effects, error) {
 	o.MaxAnswer = or(o.MaxAnswer, 1<<20)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Redact == nil {
+		var err error
+		if o.Redact, err = redact.New(redact.Options{}); err != nil {
+			return nil, err
+		}
 	}
 	box, err := o.Key.Box("newel stored values")
 	if err != nil {
@@ -185,6 +198,7 @@ type operation struct {
 	next   call.Handler
 
 	approval *Approval
+	args     jsontext.Value // as the audit log has them; nil: not redacted yet
 }
 
 // begin checks the key and says what is to be claimed.
@@ -282,7 +296,10 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 	}
 	o.res.Lease = o.limit(ctx) + leeway
 	faultpoint.Reached(faultpoint.Allowed)
-	args := audit.NewValue("arguments", o.c.Args)
+	if o.args == nil {
+		o.args = o.o.Redact.JSON(o.c.Args, o.schemas.of(o.c.Target))
+	}
+	args := audit.NewValue("arguments", o.args)
 	rec := o.record(audit.Intent, &Operation{ID: o.res.ID, Fence: o.res.Expect + 1})
 	entry, err := o.entry(&rec, args)
 	if err != nil {
@@ -347,6 +364,28 @@ func (o *operation) entry(r *audit.Record, values ...audit.Value) (audit.Entry, 
 		return audit.Entry{}, call.Errorf(call.Internal, "internal error").Because(err)
 	}
 	return audit.Entry{Record: b, Private: private}, nil
+}
+
+// schemas are what the schemas of tools say is secret.
+type schemas struct {
+	mu   sync.Mutex
+	seen map[*call.Capability]*redact.Secret
+}
+
+const maxSchemas = 4096 // past that all are forgotten, and read again: catalogs come and go
+
+func (s *schemas) of(t *call.Capability) *redact.Secret {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	found, ok := s.seen[t]
+	if !ok {
+		if s.seen == nil || len(s.seen) >= maxSchemas {
+			s.seen = map[*call.Capability]*redact.Secret{}
+		}
+		found = redact.Of(t.Input)
+		s.seen[t] = found
+	}
+	return found
 }
 
 const answerValue = "answer"
