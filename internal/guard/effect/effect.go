@@ -14,12 +14,14 @@
 package effect
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"path"
+	"strings"
 	"sync"
 	"time"
 
@@ -199,6 +201,8 @@ type operation struct {
 
 	approval *Approval
 	args     jsontext.Value // as the audit log has them; nil: not redacted yet
+	asked    string         // the operation that asked, of a call without a key that goes on
+	resume   string         // what the handler goes on from
 }
 
 // begin checks the key and says what is to be claimed.
@@ -232,8 +236,11 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 			o.res.Retain = e.o.Retention // but for an operator who has it undone
 		}
 	}
-	if c.Resume != "" {
-		o.res.Resume = roundOf(c.Resume)
+	if o.resume = c.Resume; o.resume != "" {
+		if o.res.Scope == nil {
+			o.asked, o.resume = parseAsked(o.resume)
+		}
+		o.res.Resume = roundOf(o.resume)
 	}
 	if a := c.Approval; a != nil {
 		o.approval = &Approval{ID: a.ID, Binding: a.Binding, Resume: o.res.Resume}
@@ -265,17 +272,57 @@ func (e *Effects) Check(c *call.Call) error {
 // stored side by side.
 func newID() string { return fmt.Sprintf("%012x", time.Now().UnixMilli()) + rand.Text() }
 
-// once runs a call without a key: written down before and after, and never recognised again.
+// once runs a call without a key: written down before and after, and never recognised again but by the
+// answers to what it asked.
 func (o *operation) once(ctx context.Context) (*call.Result, error) {
-	o.res.Resume = nil
+	if o.asked == "" {
+		o.res.Resume = nil
+	} else if err := o.goOn(ctx); err != nil {
+		return nil, err
+	}
 	op, held, err := o.dispatch(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if !held && o.asked != "" {
+		return nil, answered()
 	}
 	if !held {
 		return nil, call.Errorf(call.Internal, "internal error").Because(errors.New("an operation with a random name was there before"))
 	}
 	return o.run(ctx, ctx, op)
+}
+
+// goOn makes the reservation one of the operation that asked.
+func (o *operation) goOn(ctx context.Context) error {
+	op, err := o.store.Operation(ctx, o.asked)
+	switch {
+	case err != nil:
+		return away(ctx, err)
+	case op.State == Unknown:
+		return unknown(nil)
+	case op.State != Waiting || op.Scope != nil || !bytes.Equal(op.Round, o.res.Resume) || !bytes.Equal(op.Fingerprint, o.res.Fingerprint),
+		op.Tenant != o.res.Tenant || op.Principal != o.res.Principal || op.Server != o.res.Server:
+		return answered()
+	}
+	o.res.ID, o.res.Expect = op.ID, op.Fence
+	return nil
+}
+
+// answered is what a caller gets whose answers come once more, or too late.
+func answered() error {
+	return call.Errorf(call.Conflict, "these answers came before, or come too late, or the tool has changed since it asked; look at what the call should have changed before you start it again")
+}
+
+// asking is a state that names the operation which asked, for calls that have no other name.
+func asking(operation, state string) string { return operation + ":" + state }
+
+func parseAsked(state string) (operation, rest string) {
+	operation, rest, ok := strings.Cut(state, ":")
+	if !ok || len(operation) != len(newID()) { // of an older program
+		return "", state
+	}
+	return operation, rest
 }
 
 // leeway is how long a lease outlives the deadline of its call: for storing the outcome.

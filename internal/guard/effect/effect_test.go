@@ -383,6 +383,71 @@ func TestQuestions(t *testing.T) {
 	}
 }
 
+// A call without a key that asks goes on as the operation that it was: it ends once, and nobody finds
+// it waiting later.
+func TestQuestionsWithoutKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var names []string
+		b := newBench(t, effect.Options{}, func(_ context.Context, c *call.Call) (*call.Result, error) {
+			names = append(names, c.Once)
+			if c.Resume == "round 1" {
+				return call.Text("done"), nil
+			}
+			return nil, &call.InputRequired{State: "round 1"}
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- b.Run(ctx) }()
+		defer func() {
+			cancel()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}()
+		ask := func(args string) string {
+			var ask *call.InputRequired
+			if _, err := b.do(b.call("", args)); !errors.As(err, &ask) {
+				t.Fatal(err)
+			}
+			return ask.State
+		}
+		resume := func(state, args, principal string) error {
+			c := b.call("", args)
+			c.Resume, c.Principal.ID = state, principal
+			_, err := b.do(c)
+			return err
+		}
+		state := ask(`{"a":1}`)
+		for what, err := range map[string]error{"another caller": resume(state, `{"a":1}`, "mallory"), "another call": resume(state, `{"a":2}`, "alice"), "another state": resume(state+"x", `{"a":1}`, "alice")} {
+			if codeOf(err) != call.Conflict {
+				t.Errorf("%s went on: %v", what, err)
+			}
+		}
+		b.ran(1)
+		time.Sleep(14 * time.Minute) // as long as the sealed state may still be opened
+		if err := resume(state, `{"a":1}`, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		if err := resume(state, `{"a":1}`, "alice"); codeOf(err) != call.Conflict {
+			t.Errorf("the answers came twice: %v", err)
+		}
+		b.ran(2)
+		if names[0] != names[1] {
+			t.Error("the tool was told two operations")
+		}
+		time.Sleep(time.Hour)
+		b.wantLog("intent", "outcome input_required input_required", "intent", "outcome completed")
+		late := ask(`{"a":3}`)
+		time.Sleep(time.Hour)
+		if err := resume(late, `{"a":3}`, "alice"); err == nil {
+			t.Error("answers that came too late went on")
+		}
+		if log := b.log(); log[len(log)-1] != "outcome outcome_unknown outcome_unknown" {
+			t.Errorf("a call that was never answered ended as %q", log[len(log)-1])
+		}
+	})
+}
+
 func TestOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, effect.Options{Rules: []effect.Rule{{Tool: "p*", Once: time.Minute}}}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })

@@ -277,7 +277,21 @@ func again(t *testing.T, e, other Engine) {
 }
 
 // waits is a call whose backend asked its caller.
-func waits(t *testing.T, e, _ Engine) {
+func waits(t *testing.T, e, other Engine) {
+	unkeyed := Reservation("")
+	dispatch(t, e, unkeyed)
+	if err := complete(t, e, effect.Outcome{ID: unkeyed.ID, Fence: 1, State: effect.Waiting, Round: sum("state"), Lease: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	on := Reservation("")
+	on.ID, on.Expect, on.Resume = unkeyed.ID, 1, sum("state")
+	if op, held := dispatch(t, other, on); !held || op.ID != unkeyed.ID || op.Fence != 2 || op.State != effect.Dispatched {
+		t.Errorf("a call without a key did not go on: %+v, %v", op, held)
+	}
+	on.Holder = rand.Text()
+	if _, held := dispatch(t, other, on); held {
+		t.Error("a call without a key went on twice")
+	}
 	r := Reservation("k")
 	dispatch(t, e, r)
 	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Waiting, Round: sum("state"), Lease: time.Hour}); err != nil {
