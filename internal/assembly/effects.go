@@ -61,7 +61,7 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 			return err
 		}
 	}
-	if h.approvals, err = approve.New(approve.Options{Store: k.store, Key: k.key, Webhook: o.Webhook, Logger: o.Logger}); err != nil {
+	if h.approvals, err = approve.New(approve.Options{Store: k.store, Key: k.key, Webhook: o.Webhook, Ended: k.observer.Decided, Logger: o.Logger}); err != nil {
 		return err
 	}
 	h.effects, err = effect.New(effect.Options{

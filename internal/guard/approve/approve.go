@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -37,7 +38,9 @@ type Options struct {
 	Store   Store      // required
 	Key     secret.Key // seals arguments
 	Webhook *Webhook   // hears of approvals and may decide; nil: none
-	Logger  *slog.Logger
+	// Ended is told how approvals were decided: approved, denied or expired; nil: nobody is.
+	Ended  func(ctx context.Context, outcome string)
+	Logger *slog.Logger
 }
 
 // Approvals is the step's state. It is safe for concurrent use.
@@ -47,6 +50,8 @@ type Approvals struct {
 	hook  *Webhook
 	log   *slog.Logger
 	kick  chan struct{}        // something is to be announced
+	ended func(ctx context.Context, outcome string)
+	open  atomic.Int64         // that wait, as of the last look
 	told  map[string]time.Time // when the webhook is told next of an approval; only Run touches it
 }
 
@@ -75,7 +80,10 @@ func New(o Options) (*Approvals, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Approvals{store: o.Store, box: box, hook: o.Webhook, log: o.Logger, kick: make(chan struct{}, 1)}, nil
+	if o.Ended == nil {
+		o.Ended = func(context.Context, string) {}
+	}
+	return &Approvals{store: o.Store, box: box, hook: o.Webhook, ended: o.Ended, log: o.Logger, kick: make(chan struct{}, 1)}, nil
 }
 
 // Guard returns the guard for one server.
@@ -283,8 +291,15 @@ func (p *Approvals) Decide(ctx context.Context, id string, by Person, yes bool, 
 	if err != nil {
 		return Approval{}, err
 	}
-	return p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})
+	a, err = p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})
+	if err == nil && (a.State == Approved || a.State == Denied) {
+		p.ended(ctx, a.State.String())
+	}
+	return a, err
 }
+
+// Pending is how many approvals of all nodes wait, as of a few seconds ago, and at most 256.
+func (p *Approvals) Pending() int64 { return p.open.Load() }
 
 func clip(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxReason)], "�") }
 
@@ -297,8 +312,12 @@ func (w *waiting) over(ctx context.Context, a *Approval) error {
 	if a.State == Expired {
 		e = audit.Entry{} // written down when it ended
 	}
-	if _, err := w.store.Decide(ctx, &Decision{ID: a.ID, Told: true, Now: time.Now(), Entry: e}); err != nil && !errors.Is(err, ErrEnded) {
+	_, err = w.store.Decide(ctx, &Decision{ID: a.ID, Told: true, Now: time.Now(), Entry: e})
+	if err != nil && !errors.Is(err, ErrEnded) {
 		return away(ctx, err)
+	}
+	if err == nil && e.Record != nil {
+		w.ended(ctx, Expired.String())
 	}
 	a.State = Expired
 	return w.refusal(a, call.Errorf(call.Denied, "nobody approved this call in time (approval %s), so it is denied; nothing was done. If it is still wanted, the same call asks anew", a.ID))
@@ -435,11 +454,15 @@ func (p *Approvals) sweep(ctx context.Context) {
 			if err == nil {
 				_, err = p.store.Decide(ctx, &Decision{ID: a.ID, Now: now, Entry: e})
 			}
+			if err == nil {
+				p.ended(ctx, Expired.String())
+			}
 			if err != nil && !errors.Is(err, ErrEnded) && ctx.Err() == nil {
 				p.log.LogAttrs(ctx, slog.LevelWarn, "an approval could not be ended", slog.String("approval", a.ID), slog.String("error", err.Error()))
 			}
 		}
 	}
+	p.open.Store(int64(len(wait)))
 	if p.hook != nil {
 		p.hook.tell(ctx, p, wait)
 	}
