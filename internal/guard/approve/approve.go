@@ -14,7 +14,9 @@ package approve
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -45,14 +47,15 @@ type Options struct {
 
 // Approvals is the step's state. It is safe for concurrent use.
 type Approvals struct {
-	store Store
-	box   *secret.Box
-	hook  *Webhook
-	log   *slog.Logger
-	kick  chan struct{}        // something is to be announced
-	ended func(ctx context.Context, outcome string)
-	open  atomic.Int64         // that wait, as of the last look
-	told  map[string]time.Time // when the webhook is told next of an approval; only Run touches it
+	store   Store
+	box     *secret.Box
+	hook    *Webhook
+	log     *slog.Logger
+	kick    chan struct{} // something is to be announced
+	digests []byte        // keys them
+	ended   func(ctx context.Context, outcome string)
+	open    atomic.Int64         // that wait, as of the last look
+	told    map[string]time.Time // when the webhook is told next of an approval; only Run touches it
 }
 
 // Bounds.
@@ -77,13 +80,17 @@ func New(o Options) (*Approvals, error) {
 	if err != nil {
 		return nil, err
 	}
+	digests, err := o.Key.Derive("newel approval digests")
+	if err != nil {
+		return nil, err
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.Ended == nil {
 		o.Ended = func(context.Context, string) {}
 	}
-	return &Approvals{store: o.Store, box: box, hook: o.Webhook, ended: o.Ended, log: o.Logger, kick: make(chan struct{}, 1)}, nil
+	return &Approvals{store: o.Store, box: box, hook: o.Webhook, digests: digests, ended: o.Ended, log: o.Logger, kick: make(chan struct{}, 1)}, nil
 }
 
 // Guard returns the guard for one server.
@@ -208,7 +215,7 @@ func (w *waiting) request(ctx context.Context) (Approval, error) {
 	r.ID, r.Binding, r.Facts = newID(), w.c.Approval.Binding, w.facts
 	r.Requested = time.Now().UTC()
 	r.Args = w.box.Seal(w.args, "arguments of "+r.ID)
-	if r.Entry, err = entry(&r.Approval, "requested", nil, w.c); err != nil {
+	if r.Entry, err = w.entry(&r.Approval, "requested", nil, w.c); err != nil {
 		return Approval{}, err
 	}
 	a, made, err := w.store.Ask(ctx, r)
@@ -287,7 +294,7 @@ func (p *Approvals) Decide(ctx context.Context, id string, by Person, yes bool, 
 	if yes {
 		outcome = "approved"
 	}
-	e, err := entry(&a, outcome, v, nil)
+	e, err := p.entry(&a, outcome, v, nil)
 	if err != nil {
 		return Approval{}, err
 	}
@@ -305,7 +312,7 @@ func clip(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxReason
 
 // over ends an approval whose time is over, and tells its caller, once.
 func (w *waiting) over(ctx context.Context, a *Approval) error {
-	e, err := entry(a, Expired.String(), nil, nil)
+	e, err := w.entry(a, Expired.String(), nil, nil)
 	if err != nil {
 		return err
 	}
@@ -398,12 +405,20 @@ func away(ctx context.Context, err error) error {
 	return e
 }
 
+// keyed stands for the arguments in the audit log, which keeps it for ever: without the key nobody can
+// try arguments against it.
+func (p *Approvals) keyed(a *Approval) string {
+	h := hmac.New(sha256.New, p.digests)
+	h.Write([]byte(a.ID + " " + a.Arguments))
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 // entry is the audit record of a step of an approval. v is who decided, or nil.
-func entry(a *Approval, outcome string, v *Vote, c *call.Call) (audit.Entry, error) {
+func (p *Approvals) entry(a *Approval, outcome string, v *Vote, c *call.Call) (audit.Entry, error) {
 	r := audit.Record{
 		Act: audit.Approval, Approval: a.ID, Capability: clip(a.Name), Client: clip(a.Client), Effect: a.Effect, Kind: a.Kind, Outcome: outcome, Pin: a.Pin,
 		Principal: clip(a.Principal), Rule: clip(a.Rule), Server: a.Server, Tenant: clip(a.Tenant), Time: audit.Time(time.Now()),
-		Digests: []audit.Digest{{Name: "canonical arguments", SHA256: a.Arguments}},
+		Digests: []audit.Digest{{Name: "canonical arguments (keyed)", SHA256: p.keyed(a)}},
 	}
 	if v != nil {
 		r.By, r.Door = clip(v.By), v.How
@@ -450,7 +465,7 @@ func (p *Approvals) sweep(ctx context.Context) {
 				}
 				continue
 			}
-			e, err := entry(a, Expired.String(), nil, nil)
+			e, err := p.entry(a, Expired.String(), nil, nil)
 			if err == nil {
 				_, err = p.store.Decide(ctx, &Decision{ID: a.ID, Now: now, Entry: e})
 			}
