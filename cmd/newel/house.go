@@ -16,6 +16,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
@@ -223,7 +224,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		return nil, exit(exitFailed, err)
 	}
 	effects := effects(&c.Effects)
-	effects.Redact = hide
+	effects.Redact, effects.Keep = hide, audit.Retention(c.Audit.Retention)
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {

@@ -100,7 +100,7 @@ func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, 
 // An engine is a store with its log.
 type engine interface {
 	assembly.Store
-	audit.Source
+	audit.Eraser
 	Run(ctx context.Context) error
 	Close() error
 }

@@ -27,6 +27,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
@@ -101,6 +102,7 @@ type Effects struct {
 	Confirm   []call.Effect    // classes of tools whose calls their caller confirms; safe ones are left out
 	Rules     []effect.Rule    // what the operator says of tools; the first that fits counts
 	Redact    *redact.Redactor // takes secrets out of what the audit log gets [names that always are secret, card and account numbers]
+	Keep      audit.Retention  // how long the audit log keeps values [until somebody erases them]
 }
 
 // Tasks say which tools may be tasks, and bound them. Zero means the default in brackets.

@@ -278,7 +278,15 @@ type State struct {
 
 // Audit is what the audit log keeps of calls.
 type Audit struct {
-	Redact Redact `yaml:"redact" doc:"What is taken out of arguments before they are written, beside members such as password, token and api_key, what schemas call writeOnly or format password, payment cards and IBANs."`
+	Retention AuditRetention `yaml:"retention" doc:"How long arguments of calls are kept in the log, by the class of the tool; 0: until newel audit erase. Records stay, so the log stays provable."`
+	Redact    Redact         `yaml:"redact" doc:"What is taken out of arguments before they are written, beside members such as password, token and api_key, what schemas call writeOnly or format password, payment cards and IBANs."`
+}
+
+// AuditRetention is how long values are kept.
+type AuditRetention struct {
+	Read        time.Duration `yaml:"read" doc:"Of calls that read and that somebody had to approve; others leave no values."`
+	Write       time.Duration `yaml:"write" doc:"Of tools that write."`
+	Destructive time.Duration `yaml:"destructive" doc:"Of tools that destroy, and of those that do not say what they do."`
 }
 
 // Redact is what is secret in arguments.
