@@ -22,10 +22,14 @@ type Result struct {
 	Extra jsontext.Value
 	// Next is the cursor of the next page of a list, or "".
 	Next string
-	// TTL says how long lists and resources may be cached; 0 means not at all.
+	// TTL says how long lists and resources may be cached. 0: nothing is said, and callers are told not
+	// to. Below 0: nobody keeps it, the house included.
 	TTL time.Duration
 	// Public allows shared caches to serve the result to other callers. Default: private.
 	Public bool
+	// Private says that whoever answered meant it for one caller: the house gives it to nobody else
+	// again, whatever the operator says of its capability.
+	Private bool
 	// Task is set if the call goes on as a task, and in answers about one: then it is the answer.
 	Task *Task
 	// Elsewhere names what the call left running where it was sent to, for the target's Follow: the

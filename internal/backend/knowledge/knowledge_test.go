@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -340,7 +341,8 @@ func TestChanges(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := refresh()
-	if !got.listed || len(got.updated) != 1 || got.updated[0] != "kb://document/docs/a.md" {
+	slices.Sort(got.updated)
+	if want := []string{"kb://document/docs/a.md", "kb://document/docs/b.md", "kb://document/docs/c.md"}; !got.listed || !slices.Equal(got.updated, want) {
 		t.Errorf("got %+v", got)
 	}
 	for query, want := range map[string]string{"omega": "a.md", "beta": "", "gamma": "c.md"} {
@@ -401,6 +403,9 @@ func TestRun(t *testing.T) {
 	})
 	write(t, w.docs, map[string]string{"b.md": "# B\nbeta"})
 	<-listed
+	if uri := <-updated; uri != "kb://document/docs/b.md" {
+		t.Error(uri)
+	}
 	write(t, w.docs, map[string]string{"a.md": "# A\nanother alpha"})
 	if uri := <-updated; uri != "kb://document/docs/a.md" {
 		t.Error(uri)

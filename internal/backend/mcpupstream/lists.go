@@ -181,6 +181,9 @@ func (u *Upstream) capability(s *session, method string, def jsontext.Value) (*c
 		Name: d.Name, Title: d.Title, Description: d.Description, MIME: d.MIME, Owner: u.name,
 		Origin: "server " + u.name, Effect: call.Read, MaxResultBytes: 0,
 	}
+	if !u.config.PerUser {
+		c.Depends = call.OnRequest // what the house does not know of a request is passed on
+	}
 	t := &target{u: u, name: d.Name, read: true}
 	c.Run = t.run
 	switch method {
