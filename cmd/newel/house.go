@@ -210,7 +210,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if others != nil {
 		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
 	}
-	results, err := resultCache(f) // its own of each configuration: another may answer otherwise
+	results, err := resultCache(f, o, before, shared, st.key, t.logger)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
