@@ -140,6 +140,15 @@ func (h *House) placeFor(s *Server, before *House) *place {
 		}
 	}
 	p := &place{hub: catalog.NewHub(), identified: identified}
+	address := s.Host + s.Path
+	p.hub.View = func(kind call.Kind, who *call.Principal) string {
+		if now := h.kept.current.Load(); now != nil {
+			if f := now.faceAt(address); f != nil {
+				return f.shown(kind, who)
+			}
+		}
+		return ""
+	}
 	p.hub.OnFollow = func(uri string) {
 		if now := h.kept.current.Load(); now != nil {
 			now.follow(uri)

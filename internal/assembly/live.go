@@ -115,7 +115,7 @@ func (l *Live) takeOver(old, next *House) {
 			}
 		}
 		for _, k := range kinds {
-			f.place.hub.ListChanged(k)
+			f.place.hub.ListChanged(k, false)
 		}
 		f.place.hub.FollowAgain()
 	}

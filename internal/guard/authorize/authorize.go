@@ -149,6 +149,11 @@ func (g *Authorizer) check(ctx context.Context, c *call.Call) error {
 	return g.decide(ctx, c, c.Target, c.Args, now)
 }
 
+// Shown is what a caller may see now.
+func (g *Authorizer) Shown(ctx context.Context, p *call.Principal) *call.Visible {
+	return g.visible(ctx, p, time.Now())
+}
+
 // visible is what the caller may see: the same for all of whom the policy reads the same.
 func (g *Authorizer) visible(ctx context.Context, p *call.Principal, now time.Time) *call.Visible {
 	return &call.Visible{
