@@ -1,6 +1,8 @@
 package call
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -49,6 +51,14 @@ func TextContent(s string) jsontext.Value {
 	b := append(make(jsontext.Value, 0, len(s)+32), `[{"type":"text","text":`...)
 	b = AppendString(b, s)
 	return append(b, "}]"...)
+}
+
+// AppendETag appends a member _meta to the contents of a resource, with a validator of what they hold: the
+// same as long as that is, and no longer (strong, RFC 9110, section 8.8.3). It is what callers compare
+// what they have with.
+func AppendETag(dst jsontext.Value, content []byte) jsontext.Value {
+	sum := sha256.Sum256(content)
+	return append(hex.AppendEncode(append(dst, `,"_meta":{"dev.newel/etag":"`...), sum[:16]), `"}`...)
 }
 
 // AppendString appends s as a JSON string, replacing invalid UTF-8.

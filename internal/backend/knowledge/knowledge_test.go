@@ -527,3 +527,37 @@ func TestSuite(t *testing.T) {
 		{Kind: call.Prompt, Name: "answer_from_kb", Args: `{"question":"x"}`},
 	})
 }
+
+// A resource carries a validator: the same while its text is, another one after it changed. Under both
+// its URIs a policy tells of changes.
+func TestETag(t *testing.T) {
+	c := config()
+	c.Sources[0].Policies = "policies"
+	w := newWorld(t, c, map[string]string{"a.md": "# A\nalpha", "policies/returns.md": "# Returns\nfour weeks"})
+	tag := func(uri string) string {
+		t.Helper()
+		r, err := w.do(t, &call.Call{Kind: call.Resource, Name: uri})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var contents []struct {
+			Meta map[string]string `json:"_meta"`
+		}
+		if err := json.Unmarshal(r.Content, &contents); err != nil || len(contents[0].Meta["dev.newel/etag"]) != 32 {
+			t.Fatalf("%v: %s", err, r.Content)
+		}
+		return contents[0].Meta["dev.newel/etag"]
+	}
+	a, returns := tag("kb://document/docs/a.md"), tag("kb://policy/returns")
+	if again := tag("kb://document/docs/a.md"); again != a || a == returns {
+		t.Errorf("%s, then %s; another document has %s", a, again, returns)
+	}
+	write(t, w.docs, map[string]string{"policies/returns.md": "# Returns\nsix weeks, not four"})
+	got, err := w.refresh(t.Context(), false)
+	if err != nil || !slices.Contains(got.updated, "kb://policy/returns") {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if tag("kb://policy/returns") == returns || tag("kb://document/docs/a.md") != a {
+		t.Error("the validators do not tell what changed")
+	}
+}

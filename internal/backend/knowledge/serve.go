@@ -379,6 +379,7 @@ func (b *Backend) contents(ctx context.Context, c *call.Call, where string, with
 	out := call.AppendString(jsontext.Value(`[{"uri":`), c.Name)
 	out = call.AppendString(append(out, `,"mimeType":`...), mime)
 	out = call.AppendString(append(out, `,"text":`...), p.Text)
+	out = call.AppendETag(out, []byte(p.Text))
 	return &call.Result{Content: append(out, "}]"...), TTL: b.config.Refresh}, nil
 }
 

@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"runtime"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -257,5 +260,57 @@ func TestCacheWithoutRedis(t *testing.T) {
 		if time.Now().After(limit) {
 			t.Fatal("the other node never hears of it")
 		}
+	}
+}
+
+// Redis that comes and goes under load fails no call, and a node never gives again what it wrote over.
+func TestCacheWithFlappingRedis(t *testing.T) {
+	s := engines.Redis(t)
+	db := open(t, s.URL)
+	var world atomic.Int64
+	n := newCacheNode(t, db, secret.RandomKey(), "one", &world)
+	stop := make(chan struct{})
+	var all sync.WaitGroup
+	var calls, kept atomic.Int64
+	for i := range 4 {
+		all.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				written := world.Load()
+				if i == 0 && calls.Load()%16 == 0 {
+					n.call(writeOrders, "ada")
+					written = world.Load()
+				}
+				// A write that ended before this call began is in its answer, unless another one runs now.
+				text, cached := n.call(readOrders, fmt.Sprint(i))
+				if got, err := strconv.ParseInt(text, 10, 64); err != nil || got < written-1 {
+					t.Errorf("%d was written, and %q is given (kept %v)", written, text, cached)
+					return
+				}
+				if calls.Add(1); cached {
+					kept.Add(1)
+				}
+			}
+		})
+	}
+	for range 4 {
+		for before := calls.Load(); calls.Load() < before+500 && !t.Failed(); {
+			runtime.Gosched()
+		}
+		s.Stop()
+		for before := calls.Load(); calls.Load() < before+500 && !t.Failed(); {
+			runtime.Gosched()
+		}
+		s.Restart(t)
+	}
+	close(stop)
+	all.Wait()
+	t.Logf("%d calls, %d of them answered again", calls.Load(), kept.Load())
+	if kept.Load() == 0 {
+		t.Error("nothing was kept: the test shows nothing")
 	}
 }
