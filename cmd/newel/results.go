@@ -41,7 +41,12 @@ func resultCache(f *config.File, o, before *opened, shared *redis.DB, key secret
 		case f.Config.State.Engine == "memory":
 			return nil, fmt.Errorf("%s: nodes that share results need a key that they share; write a state.engine with a state.key_file", at)
 		}
-		if options.Shared, err = cache.NewShared(shared, key, answering(&f.Config), log); err != nil {
+		scope := answering(&f.Config)
+		options.Shared, err = reuse(o, before, "shared results", scope, func() (*cache.Shared, func(context.Context) error, error) { // which knows what other nodes were not told of
+			s, err := cache.NewShared(shared, key, scope, log)
+			return s, nil, err
+		})
+		if err != nil {
 			return nil, fmt.Errorf("%s: %w", at, err)
 		}
 	}

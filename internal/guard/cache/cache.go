@@ -74,6 +74,7 @@ type Cache struct {
 	bytes   int
 	flights map[key]*flight
 	old     []uint64           // by rule: how often its results were made old
+	rounds  []string           // by rule: as of which round of all nodes they are
 	sources map[string]*source // by prefix: resources of which answers of tools are made
 }
 
@@ -128,7 +129,7 @@ func New(o Options) (*Cache, error) {
 	}
 	return &Cache{
 		o: o, entries: map[key]*list.Element{}, named: map[string]map[key]struct{}{}, used: list.New(),
-		flights: map[key]*flight{}, old: make([]uint64, len(o.Rules)), sources: map[string]*source{},
+		flights: map[key]*flight{}, old: make([]uint64, len(o.Rules)), rounds: make([]string, len(o.Rules)), sources: map[string]*source{},
 	}, nil
 }
 

@@ -36,7 +36,7 @@ type Store interface {
 // round of their rule: a random word that every refresh replaces. A result of another round opens
 // nowhere, so one question to the store tells a node whether what it keeps is still good. What only
 // this node knows to be old, because the store was away when it was written, is not taken from the
-// store until the others were told.
+// store until the others were told. Caches of one scope that follow each other have one Shared.
 type Shared struct {
 	store Store
 	key   secret.Key
@@ -86,12 +86,16 @@ func (s *Shared) begin(rules []Rule) error {
 	if s == nil {
 		return nil
 	}
-	if s.rules != nil {
-		return errors.New("cache: what is shared is of one cache")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rules == nil {
+		s.rules = make([]sharedRule, len(rules))
+		for i, r := range rules {
+			s.rules[i].ttl = r.TTL + roundTTL
+		}
 	}
-	s.rules = make([]sharedRule, len(rules))
-	for i, r := range rules {
-		s.rules[i].ttl = r.TTL + roundTTL
+	if len(s.rules) != len(rules) {
+		return errors.New("cache: caches of one scope have the same rules")
 	}
 	return nil
 }
@@ -160,27 +164,27 @@ func (c *Cache) round(ctx context.Context, rule int) (got string, other bool) {
 		s.mu.Unlock()
 		return "", false
 	}
-	other = r.begin(got)
+	r.begin(got)
 	s.mu.Unlock()
-	if other {
-		c.mu.Lock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if other = c.rounds[rule] != got; other {
+		c.rounds[rule] = got
 		c.old[rule]++
-		c.mu.Unlock()
 	}
 	return got, other
 }
 
-// begin makes a round the one that counts, and reports whether it was another one.
-func (r *sharedRule) begin(round string) bool {
+// begin makes a round the one that counts.
+func (r *sharedRule) begin(round string) {
 	if r.last == round {
-		return false
+		return
 	}
 	if r.last != "" {
 		r.dead = append(r.dead, r.last)
 		r.dead = r.dead[max(0, len(r.dead)-maxDead):]
 	}
 	r.last = round
-	return true
 }
 
 // tell tells other nodes of refreshes of rules. What they cannot be told of now stays owed.

@@ -29,11 +29,12 @@ var (
 
 // A cacheNode is a cache of one node, in front of a world that all share.
 type cacheNode struct {
-	t     *testing.T
-	cache *cache.Cache
-	h     call.Handler
-	world *atomic.Int64
-	asked atomic.Int64
+	t      *testing.T
+	cache  *cache.Cache
+	shared *cache.Shared
+	h      call.Handler
+	world  *atomic.Int64
+	asked  atomic.Int64
 }
 
 func newCacheNode(t *testing.T, db *DB, k secret.Key, scope string, world *atomic.Int64) *cacheNode {
@@ -42,13 +43,18 @@ func newCacheNode(t *testing.T, db *DB, k secret.Key, scope string, world *atomi
 	if err != nil {
 		t.Fatal(err)
 	}
+	return newCacheNodeWith(t, shared, world)
+}
+
+func newCacheNodeWith(t *testing.T, shared *cache.Shared, world *atomic.Int64) *cacheNode {
+	t.Helper()
 	c, err := cache.New(cache.Options{Shared: shared, MaxEntry: 10_000, Rules: []cache.Rule{
 		{Names: []string{"read_*", "kb://*"}, TTL: time.Minute, For: cache.Everybody, RefreshOn: []string{"write_*"}},
 	}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &cacheNode{t: t, cache: c, world: world}
+	n := &cacheNode{t: t, cache: c, shared: shared, world: world}
 	n.h = c.Guard("/mcp")(func(_ context.Context, cl *call.Call) (*call.Result, error) {
 		if cl.Target.Effect == call.Write {
 			return call.Text(fmt.Sprint(world.Add(1))), nil
@@ -240,6 +246,7 @@ func TestCacheWithoutRedis(t *testing.T) {
 	b.want(readOrders, "bob", "1", false)
 	b.want(readOrders, "bob", "1", true)
 	t.Logf("four calls without Redis took %v", time.Since(start))
+	b = newCacheNodeWith(t, b.shared, &world) // another configuration that answers the same
 	s.Restart(t)
 	for key, value := range kept { // Redis comes back with what it had before
 		for limit := time.Now().Add(5 * time.Second); ; {
