@@ -155,6 +155,19 @@ type Filter struct {
 	Tasks            []string // tasks whose changes are wanted
 }
 
+// Lists reports whether changes of the list of a kind are wanted.
+func (f *Filter) Lists(kind Kind) bool {
+	switch kind {
+	case ListTools:
+		return f.ToolsChanged
+	case ListPrompts:
+		return f.PromptsChanged
+	case ListResources, ListTemplates:
+		return f.ResourcesChanged
+	}
+	return false
+}
+
 // Credential is what the caller presented, unverified. It prints as nothing.
 type Credential struct {
 	Bearer      string   // access token, or ""
@@ -250,6 +263,7 @@ type Notification struct {
 	URI    string // for notifications/resources/updated
 	TaskID string // for TaskChanged
 	Task   *Task  // for TaskChanged: as it stands, set on the way to the subscriber
+	Anew   bool   // of lists: what they name is other things, although they may look the same
 }
 
 // A Handler ends a call or passes it on. It is safe for concurrent use. It returns either a

@@ -356,16 +356,16 @@ func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
 		if err != nil {
 			return err
 		}
-		for _, kind := range kinds { // their backend was told so, even if nothing is different any more
-			if !slices.Contains(changed, kind) {
-				changed = append(changed, kind)
-			}
-		}
 		if h.kept.current.Load() != h {
 			continue // it serves nobody yet
 		}
 		for _, kind := range changed {
-			f.place.hub.ListChanged(kind)
+			if !slices.Contains(kinds, kind) {
+				f.place.hub.ListChanged(kind, false)
+			}
+		}
+		for _, kind := range kinds { // their backend was told so, even if nothing is different any more
+			f.place.hub.ListChanged(kind, true)
 		}
 	}
 	return nil

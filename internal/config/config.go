@@ -240,14 +240,15 @@ type Cache struct {
 	Rules    []CacheRule `yaml:"rules" doc:"Results of which tools and resources; the first rule that fits counts. Only what reads is kept."`
 	MaxBytes Size        `yaml:"max_bytes" default:"64MiB" doc:"Most that is kept; the least recently used goes first."`
 	MaxEntry Size        `yaml:"max_entry_bytes" default:"1MiB" doc:"Largest result that is kept."`
+	Shared   bool        `yaml:"shared" doc:"Whether nodes give each other's results again, sealed in Redis; a refresh counts for all at once then. The nodes need redis.url and the same state.key_file."`
 }
 
 // CacheRule says how results are kept.
 type CacheRule struct {
 	Names     []string      `yaml:"names" required:"true" doc:"Names of tools, or URIs of resources; * stands for any text."`
 	TTL       time.Duration `yaml:"ttl" required:"true" doc:"For how long. A result that says less is kept for less."`
-	For       string        `yaml:"for" enum:"caller,tenant,everybody" default:"caller" doc:"Who is given a result again. What the backend makes of who is calling must not depend on more than that."`
-	RefreshOn []string      `yaml:"refresh_on" doc:"Names of tools whose calls make what is kept old; * stands for any text."`
+	For       string        `yaml:"for" enum:"caller,tenant,everybody" default:"caller" doc:"Who is given a result again. Results that depend on who is calling, or that a server calls private, are kept for their caller alone whatever is written here."`
+	RefreshOn []string      `yaml:"refresh_on" doc:"Names of tools whose calls, and URIs of resources whose updates, make what is kept old; * stands for any text."`
 }
 
 // Redis is what nodes share.

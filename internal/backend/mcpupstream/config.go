@@ -46,7 +46,7 @@ type Config struct {
 	StartTimeout       time.Duration `yaml:"start_timeout" default:"30s" doc:"Longest start of a process with its first handshake."`
 	ListTimeout        time.Duration `yaml:"list_timeout" default:"5s" doc:"How long the start of the gateway waits for this server's lists; they come later then."`
 	CallTimeout        time.Duration `yaml:"call_timeout" doc:"Longest call of this server; default: the gateway's own."`
-	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for when it does not tell of changes."`
+	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for; sooner if it does not tell of changes and its ttlMs is shorter."`
 	MaxMessageBytes    int           `yaml:"max_message_bytes" default:"16777216" doc:"Largest message it may send, in bytes."`
 	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" default:"64" doc:"Most calls it gets at once."`
 	MaxProcesses       int           `yaml:"max_processes" default:"8" doc:"Most processes of a command, or streams of a server that speaks HTTP+SSE."`

@@ -366,7 +366,7 @@ func (t *target) stateless(ctx context.Context, c *call.Call, s *session) (*call
 		case m.Result.Type == "task" && t.takesTask(c):
 			return elsewhere(m.Result)
 		case m.Result.Type != "input_required":
-			return t.result(m.Result)
+			return t.result(m.Result, true)
 		}
 		if before, err = questions(m.Result); err != nil {
 			return nil, err
@@ -425,8 +425,11 @@ func (u *Upstream) forget(s *session) {
 	s.broken.Store(true)
 }
 
+// maxTTL bounds how long a server's word counts.
+const maxTTL = 24 * time.Hour
+
 // result passes a result on. Which member is its content depends on the method.
-func (t *target) result(r *result) (*call.Result, error) {
+func (t *target) result(r *result, stateless bool) (*call.Result, error) {
 	if r.Type != "" && r.Type != "complete" {
 		return nil, fmt.Errorf("%w: a result of type %.40q was not negotiated", errGarbage, r.Type)
 	}
@@ -438,8 +441,13 @@ func (t *target) result(r *result) (*call.Result, error) {
 		if out.Content = r.Contents; out.Content == nil {
 			return nil, fmt.Errorf("%w: contents is missing", errGarbage)
 		}
-		if ms, err := strconv.ParseInt(string(r.TTL), 10, 64); err == nil && ms > 0 {
-			out.TTL = min(time.Duration(ms)*time.Millisecond, 24*time.Hour)
+		// Only the stateless revision has words for it: there what is not said is private (SEP-2549).
+		out.Private = stateless && !out.Public
+		if ms, err := strconv.ParseInt(string(r.TTL), 10, 64); err == nil {
+			out.TTL = time.Duration(min(ms, maxTTL.Milliseconds())) * time.Millisecond
+			if ms <= 0 {
+				out.TTL = -1
+			}
 		}
 	case call.Prompt:
 		if out.Content = r.Messages; out.Content == nil {

@@ -149,7 +149,7 @@ func (t *target) standing(ctx context.Context, c *call.Call, m *result) (v *upst
 		if err := json.Unmarshal(v.Result, &r); err != nil {
 			return nil, nil, fmt.Errorf("%w: the result of a task: %w", errGarbage, err)
 		}
-		out, err := t.result(&r)
+		out, err := t.result(&r, true)
 		return nil, out, err
 	case "cancelled":
 		return nil, nil, call.Errorf(call.Failed, "the server %q behind this cancelled the task", t.u.name)

@@ -56,8 +56,9 @@ type Upstream struct {
 
 	mu        sync.Mutex // guards what is below
 	published []*call.Capability
-	listed    bool   // its lists came at least once
-	problem   string // why they did not, last time
+	listed    bool          // its lists came at least once
+	problem   string        // why they did not, last time
+	fresh     time.Duration // how long the lists are good, as a server says that does not tell of changes; 0: it says nothing
 	followed  map[string]struct{}
 	refollow  chan struct{} // closed and replaced when followed grows
 	updated   func(uri string)
@@ -271,8 +272,11 @@ func (u *Upstream) keepListed(ctx context.Context, changed func(kinds ...call.Ki
 	for {
 		u.mu.Lock()
 		failed := u.problem != ""
-		u.mu.Unlock()
 		next := u.config.RefreshInterval
+		if u.fresh != 0 {
+			next = min(next, u.fresh)
+		}
+		u.mu.Unlock()
 		if failed {
 			next, pause = pause, min(pause*2, time.Minute)
 		} else {

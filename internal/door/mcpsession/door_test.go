@@ -219,9 +219,9 @@ func TestChanges(t *testing.T) {
 		t.Errorf("subscribing to what is not there: %v", err)
 	}
 	for want, change := range map[string]func(){
-		"tools":     func() { w.hub.ListChanged(call.ListTools) },
-		"prompts":   func() { w.hub.ListChanged(call.ListPrompts) },
-		"resources": func() { w.hub.ListChanged(call.ListResources) },
+		"tools":     func() { w.hub.ListChanged(call.ListTools, false) },
+		"prompts":   func() { w.hub.ListChanged(call.ListPrompts, false) },
+		"resources": func() { w.hub.ListChanged(call.ListResources, false) },
 		"kb://a":    func() { w.hub.Updated("kb://a") },
 	} {
 		// The client opens its stream in the background: repeat until it hears.

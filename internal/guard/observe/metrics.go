@@ -86,6 +86,17 @@ func (o *Observer) Gauge(name, description string, read func() int64) error {
 	return err
 }
 
+// Counter publishes a number that somebody else counts up. read is called whenever metrics are
+// collected; it must be quick and safe for concurrent use.
+func (o *Observer) Counter(name, description string, read func() int64) error {
+	_, err := o.metrics.meter.Int64ObservableCounter(name, metric.WithDescription(description),
+		metric.WithInt64Callback(func(_ context.Context, out metric.Int64Observer) error {
+			out.Observe(read())
+			return nil
+		}))
+	return err
+}
+
 // Decided counts an approval that was decided.
 func (o *Observer) Decided(ctx context.Context, outcome string) {
 	o.metrics.decided.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.outcome", outcome)))
