@@ -106,7 +106,15 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See, f.tasks.Find), rules.Guard
 	shared.Approve = h.approvals.Guard(s.Path)
 	shared.Task = h.kept.tasks.Guard(name, h.effects.Check)
-	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
+	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability {
+		t := f.catalog.Load().Tool(name)
+		if t == nil {
+			return nil
+		}
+		mine := *t
+		mine.Run = h.resilience.Guard(t.Run) // what is looked up is looked up at a backend too
+		return &mine
+	})
 	end := guard.End(f.catalog, f.place.hub, f.tasks)
 	path, err := guard.Compile(guard.Path(shared), end)
 	if err != nil {

@@ -97,6 +97,7 @@ func (h *House) keep(ctx context.Context, before *House) error {
 		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", gate((*admit.Gate).Queued)),
 		observer.Gauge("newel.calls.running", "Calls that run.", gate((*admit.Gate).Running)),
 		observer.Gauge("newel.streams.open", "Open subscriptions.", gate((*admit.Gate).Streams)),
+		backendMetrics(observer, k.current.Load),
 		h.expiryMetric())
 }
 

@@ -164,16 +164,6 @@ func (t *target) standing(ctx context.Context, c *call.Call, m *result) (v *upst
 
 // about sends a request about the task that the call left at the server.
 func (t *target) about(ctx context.Context, c *call.Call, method string, answers jsontext.Value) (*message, error) {
-	leave, err := t.u.enter(ctx)
-	if err != nil {
-		return nil, err
-	}
-	m, err := t.askAbout(ctx, c, method, answers)
-	leave(err)
-	return m, err
-}
-
-func (t *target) askAbout(ctx context.Context, c *call.Call, method string, answers jsontext.Value) (*message, error) {
 	s, release, err := t.u.lease(ctx, c)
 	if err != nil {
 		return nil, unsentError{err}

@@ -36,6 +36,9 @@ type Options struct {
 	Memory      func() uint64 // what the process has; default: as the Go runtime says
 }
 
+// DefaultConcurrent is how many calls run at once if nobody says otherwise.
+const DefaultConcurrent = 256
+
 // A Gate admits calls. It is safe for concurrent use.
 type Gate struct {
 	o      Options
@@ -66,7 +69,7 @@ func New(o Options) (*Gate, error) {
 	if problems != nil {
 		return nil, errors.Join(problems...)
 	}
-	o.MaxConcurrent = or(o.MaxConcurrent, 256)
+	o.MaxConcurrent = or(o.MaxConcurrent, DefaultConcurrent)
 	o.MaxQueued = or(o.MaxQueued, 1024)
 	o.QueueTimeout = or(o.QueueTimeout, 5*time.Second)
 	o.CallTimeout = or(o.CallTimeout, time.Minute)
