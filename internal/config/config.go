@@ -32,27 +32,28 @@ const MaxBytes = 1 << 20
 
 // Config is a configuration.
 type Config struct {
-	Server         Server    `yaml:"server" doc:"What clients see of the server."`
-	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
-	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
-	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
-	Compatibility  []string  `yaml:"compatibility" enum:"absent-headers" doc:"What is put up with of clients that do not keep to the protocol. absent-headers: clients of revision 2026-07-28 may leave out headers that mirror the body; those that are there have to agree with it."`
-	TLS            TLS       `yaml:"tls" doc:"Encryption of what is served over HTTP."`
-	Auth           Auth      `yaml:"auth" doc:"Who may call."`
-	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
-	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
-	Quotas         Quotas    `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
-	Cache          Cache     `yaml:"cache" doc:"Results that are kept and given again."`
-	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
-	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
-	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
-	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
-	Tasks          Tasks     `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
-	Approvals      Approvals `yaml:"approvals" doc:"Who hears of calls that wait for a person, beside newel approvals."`
-	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
-	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
-	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
-	Backends       []Backend `yaml:"backends" doc:"What is served, beside mcpServers."`
+	Server         Server     `yaml:"server" doc:"What clients see of the server."`
+	Listen         string     `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
+	AllowedHosts   []string   `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
+	AllowedOrigins []string   `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	Compatibility  []string   `yaml:"compatibility" enum:"absent-headers" doc:"What is put up with of clients that do not keep to the protocol. absent-headers: clients of revision 2026-07-28 may leave out headers that mirror the body; those that are there have to agree with it."`
+	TLS            TLS        `yaml:"tls" doc:"Encryption of what is served over HTTP."`
+	Auth           Auth       `yaml:"auth" doc:"Who may call."`
+	Policy         Policy     `yaml:"policy" doc:"Who may call what."`
+	Limits         Limits     `yaml:"limits" doc:"Bounds of what is served at once."`
+	Resilience     Resilience `yaml:"resilience" doc:"How much of the server one backend may take, and what happens while it fails."`
+	Quotas         Quotas     `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
+	Cache          Cache      `yaml:"cache" doc:"Results that are kept and given again."`
+	Redis          Redis      `yaml:"redis" doc:"What nodes share."`
+	Telemetry      Telemetry  `yaml:"telemetry" doc:"Logs, traces and metrics."`
+	State          State      `yaml:"state" doc:"What is remembered of calls, and the audit log."`
+	Effects        Effects    `yaml:"effects" doc:"Calls that change something."`
+	Tasks          Tasks      `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
+	Approvals      Approvals  `yaml:"approvals" doc:"Who hears of calls that wait for a person, beside newel approvals."`
+	Artifacts      Artifacts  `yaml:"artifacts" doc:"Results that are too large to send."`
+	ToolSearch     string     `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
+	Servers        []Virtual  `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
+	Backends       []Backend  `yaml:"backends" doc:"What is served, beside mcpServers."`
 }
 
 // Server is what clients see.
@@ -492,6 +493,7 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	d.backends(root, modules)
 	d.servers(root, modules)
 	d.broker(root)
+	d.resilience(root)
 	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
 		d.problem(where(root), "backends", "nothing is served: both backends and mcpServers are missing or empty", "newel init writes a file to start from")
 	}
