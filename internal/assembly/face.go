@@ -223,7 +223,7 @@ func (f *face) openDoors(h *House) error {
 	f.sessions, err = f.place.next(mcpsession.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable,
-		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
+		Crowded: h.gate.Crowded, MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
 		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 	})

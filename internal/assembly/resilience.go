@@ -67,7 +67,7 @@ func (h *House) openResilience(before *House) error {
 		known = before.resilience
 	}
 	var err error
-	h.resilience, err = resilience.New(resilience.Options{Backends: all, Safe: func(t *call.Capability) bool { return h.effects.Safe(t) }}, known)
+	h.resilience, err = resilience.New(resilience.Options{Backends: all, NotCritical: o.Limits.NotCritical, Safe: func(t *call.Capability) bool { return h.effects.Safe(t) }}, known)
 	return err
 }
 

@@ -188,7 +188,7 @@ type Limits struct {
 	MaxQueuedCalls     int           `yaml:"max_queued_calls" default:"1024" doc:"Most calls that wait."`
 	QueueTimeout       time.Duration `yaml:"queue_timeout" default:"5s" doc:"Longest wait of a call."`
 	CallTimeout        time.Duration `yaml:"call_timeout" default:"60s" doc:"Longest run of a call."`
-	MaxMemory          Size          `yaml:"max_memory" doc:"Memory that the process may have, such as 512MiB; default: nobody looks. From 90 % on, tools in quotas.not_critical are refused, from 95 % on all calls."`
+	MaxMemory          Size          `yaml:"max_memory" doc:"Memory that the process may have, such as 512MiB; default: nobody looks. From 85 % on no subscription or session begins, from 90 % on tools in quotas.not_critical are refused, from 95 % on all calls."`
 	MaxStreams         int           `yaml:"max_streams" default:"10000" doc:"Most open subscriptions."`
 	MaxStreamsPerPeer  int           `yaml:"max_streams_per_peer" default:"1000" doc:"Most open subscriptions of one client address."`
 	MaxSessions        int           `yaml:"max_sessions" default:"10000" doc:"Most sessions of older protocol revisions."`

@@ -24,6 +24,7 @@ import (
 	"github.com/failsafe-go/failsafe-go/bulkhead"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/pattern"
 )
 
 // Bounds are those of one backend. Zero means the default in brackets; below zero is refused.
@@ -85,6 +86,9 @@ type Options struct {
 	// Safe reports whether running a capability twice does no harm although it does not only read.
 	// Nil: none is.
 	Safe func(*call.Capability) bool
+	// NotCritical are names of tools whose calls do not wait for a backend whose queue is half full; *
+	// stands for any text.
+	NotCritical []string
 }
 
 // Resilience is the step's state. It is safe for concurrent use.
@@ -112,6 +116,7 @@ func New(o Options, before *Resilience) (*Resilience, error) {
 			old = before.backends[one.Name]
 		}
 		r.backends[one.Name] = newBackend(one.Name, bounds, one.Apart, old)
+		r.backends[one.Name].notCritical = o.NotCritical
 		r.names = append(r.names, one.Name)
 	}
 	return r, nil
@@ -125,6 +130,8 @@ type backend struct {
 	breakers *breakers
 	budget   *budget
 	counts   *counts
+
+	notCritical []string
 }
 
 // room is the places for calls.
@@ -275,7 +282,11 @@ func (b *backend) enter(ctx context.Context, c *call.Call, breaker *breaker) err
 		return b.away(wait)
 	}
 	defer b.room.queued.Add(-1)
-	if b.room.queued.Add(1) > int64(b.bounds.Queued) {
+	waiting := b.room.queued.Add(1)
+	if waiting > (int64(b.bounds.Queued)+1)/2 && c.Kind == call.Tool && pattern.Any(b.notCritical, c.Target.Name) {
+		return b.full("has many calls that wait, and does what is more important first")
+	}
+	if waiting > int64(b.bounds.Queued) {
 		return b.full("has as many calls as it may have, running and waiting")
 	}
 	start := time.Now()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -399,6 +400,36 @@ func TestBulkhead(t *testing.T) {
 			t.Errorf("status %+v", s)
 		}
 		b.state("closed")
+	})
+}
+
+// Tools that are not critical leave half of a queue to the others.
+func TestPriority(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		free := make(chan struct{})
+		r, err := New(Options{Backends: []Backend{{Name: "db", Bounds: Bounds{Concurrent: 1, Queued: 4, QueueTimeout: time.Minute}}}, NotCritical: []string{"nice_*"}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		step := r.Guard(func(context.Context, *call.Call) (*call.Result, error) { <-free; return &call.Result{}, nil })
+		var refused []string
+		var all sync.WaitGroup
+		for _, name := range []string{"x", "nice_1", "x", "nice_2", "x", "x", "x"} {
+			all.Go(func() {
+				c := tool(call.Read)
+				c.Target.Name = name
+				if _, err := step(context.Background(), c); err != nil {
+					want(t, err, call.Exhausted, "")
+					refused = append(refused, name)
+				}
+			})
+			synctest.Wait()
+		}
+		if got := strings.Join(refused, " "); got != "nice_2 x" { // one runs, four wait
+			t.Errorf("refused: %s", got)
+		}
+		close(free)
+		all.Wait()
 	})
 }
 
