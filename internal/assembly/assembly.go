@@ -347,10 +347,16 @@ func (h *House) follow(uri string) {
 	}
 }
 
+// refreshTimeout bounds how long backends take to say what they publish, all together: meanwhile no
+// other configuration is gone over to.
+const refreshTimeout = time.Minute
+
 // refresh registers everything anew and tells subscribers what changed. A failure keeps the
 // snapshot that is served.
 func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
-	snapshot, err := h.register(ctx)
+	limited, cancel := context.WithTimeout(ctx, refreshTimeout)
+	defer cancel()
+	snapshot, err := h.register(limited)
 	if err != nil {
 		return err
 	}
