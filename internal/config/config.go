@@ -32,28 +32,30 @@ const MaxBytes = 1 << 20
 
 // Config is a configuration.
 type Config struct {
-	Server         Server     `yaml:"server" doc:"What clients see of the server."`
-	Listen         string     `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
-	AllowedHosts   []string   `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
-	AllowedOrigins []string   `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
-	Compatibility  []string   `yaml:"compatibility" enum:"absent-headers" doc:"What is put up with of clients that do not keep to the protocol. absent-headers: clients of revision 2026-07-28 may leave out headers that mirror the body; those that are there have to agree with it."`
-	TLS            TLS        `yaml:"tls" doc:"Encryption of what is served over HTTP."`
-	Auth           Auth       `yaml:"auth" doc:"Who may call."`
-	Policy         Policy     `yaml:"policy" doc:"Who may call what."`
-	Limits         Limits     `yaml:"limits" doc:"Bounds of what is served at once."`
-	Resilience     Resilience `yaml:"resilience" doc:"How much of the server one backend may take, and what happens while it fails."`
-	Quotas         Quotas     `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
-	Cache          Cache      `yaml:"cache" doc:"Results that are kept and given again."`
-	Redis          Redis      `yaml:"redis" doc:"What nodes share."`
-	Telemetry      Telemetry  `yaml:"telemetry" doc:"Logs, traces and metrics."`
-	State          State      `yaml:"state" doc:"What is remembered of calls, and the audit log."`
-	Effects        Effects    `yaml:"effects" doc:"Calls that change something."`
-	Tasks          Tasks      `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
-	Approvals      Approvals  `yaml:"approvals" doc:"Who hears of calls that wait for a person, beside newel approvals."`
-	Artifacts      Artifacts  `yaml:"artifacts" doc:"Results that are too large to send."`
-	ToolSearch     string     `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
-	Servers        []Virtual  `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
-	Backends       []Backend  `yaml:"backends" doc:"What is served, beside mcpServers."`
+	Server         Server    `yaml:"server" doc:"What clients see of the server."`
+	Listen         string    `yaml:"listen" default:"127.0.0.1:8080" doc:"Address to serve HTTP on, as host:port. Without authentication only loopback addresses are accepted."`
+	AllowedHosts   []string  `yaml:"allowed_hosts" doc:"Host names that clients may use, beside loopback ones."`
+	AllowedOrigins []string  `yaml:"allowed_origins" doc:"Origins of web pages that may call the server, such as https://app.example.com."`
+	Compatibility  []string  `yaml:"compatibility" enum:"absent-headers" doc:"What is put up with of clients that do not keep to the protocol. absent-headers: clients of revision 2026-07-28 may leave out headers that mirror the body; those that are there have to agree with it."`
+	TLS            TLS       `yaml:"tls" doc:"Encryption of what is served over HTTP."`
+	Auth           Auth      `yaml:"auth" doc:"Who may call."`
+	Policy         Policy    `yaml:"policy" doc:"Who may call what."`
+	Limits         Limits    `yaml:"limits" doc:"Bounds of what is served at once."`
+	Quotas         Quotas    `yaml:"quotas" doc:"How much each tenant, caller, client and tool may use."`
+	Cache          Cache     `yaml:"cache" doc:"Results that are kept and given again."`
+	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
+	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
+	SLOs           []SLO     `yaml:"slos" doc:"Service level objectives: what calls of tools are to be like. newel slo rules makes recording rules and alerts of them for Prometheus."`
+	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
+	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
+	Tasks          Tasks     `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
+	Approvals      Approvals `yaml:"approvals" doc:"Who hears of calls that wait for a person, beside newel approvals."`
+	Artifacts      Artifacts `yaml:"artifacts" doc:"Results that are too large to send."`
+	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
+	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
+	Backends       []Backend `yaml:"backends" doc:"What is served, beside mcpServers."`
+
+	Resilience Resilience `yaml:"resilience" doc:"How much of the server one backend may take, and what happens while it fails."`
 }
 
 // Server is what clients see.
@@ -264,6 +266,16 @@ type Telemetry struct {
 	OTLPEndpoint string `yaml:"otlp_endpoint" doc:"URL of an OpenTelemetry collector for traces, such as http://127.0.0.1:4318; empty sends none."`
 }
 
+// SLO is a service level objective.
+type SLO struct {
+	Name        string        `yaml:"name" required:"true" doc:"Name of the objective: lower-case letters, digits, - and _."`
+	Tools       []string      `yaml:"tools" doc:"Names of the tools whose calls count; * stands for any text. Empty: all."`
+	Success     float64       `yaml:"success" default:"0.995" doc:"Share of calls that must not fail for a reason of the server's, above 0 and below 1. Errors of callers, and results that tell of an error, are no failures."`
+	Latency     time.Duration `yaml:"latency" doc:"Time within which calls are to be answered; one of 1ms, 2ms, 5ms, 10ms, 20ms, 50ms, 100ms, 200ms, 500ms, 1s, 2s, 5s, 10s, 30s, 1m, 2m, 5m. Default: no objective."`
+	LatencyRate float64       `yaml:"latency_success" default:"0.95" doc:"Share of calls that must be answered within it, above 0 and below 1."`
+	Window      time.Duration `yaml:"window" default:"720h" doc:"Time over which shares are counted, in whole days from 24h to 2160h."`
+}
+
 // State is what is remembered.
 type State struct {
 	Engine  string        `yaml:"engine" enum:"sqlite,postgres,memory" default:"sqlite" doc:"sqlite: a file, for one node. postgres: a database, for any number of nodes. memory: nothing outlives the process, so a call that is tried again after a restart runs again."`
@@ -431,6 +443,18 @@ func (f *File) Position(path string) string {
 		}
 	}
 	return f.name
+}
+
+// Problem returns what is wrong with a setting, for what only shows when settings are put to use.
+func (f *File) Problem(path, message string) Problem {
+	p := Problem{File: f.name, Path: path, Message: message}
+	for ; path != ""; path = parent(path) {
+		if at, ok := f.positions[path]; ok {
+			p.Line, p.Column = at.line, at.column
+			break
+		}
+	}
+	return p
 }
 
 // parent is the setting above another, or "".
