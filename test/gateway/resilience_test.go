@@ -108,13 +108,17 @@ func TestRetriesAtServers(t *testing.T) {
 				}
 			}))
 			t.Cleanup(s.Close)
-			url := serve(t, map[string]mcpupstream.Config{"up": {URL: s.URL}})
+			var log syncBuffer
+			url := serveOrdered(t, &log, upstream{"up", mcpupstream.Config{URL: s.URL}})
 			got := callOK(t, url, "ok")
 			if !strings.Contains(got, tt.want) {
 				t.Errorf("got %s, want %s in it", got, tt.want)
 			}
 			if n := asked.Load(); n != tt.asked {
 				t.Errorf("the server was asked %d times, want %d", n, tt.asked)
+			}
+			if said := strings.Contains(log.String(), "attempts=3"); said != (tt.asked == 3) {
+				t.Errorf("the record: %s", log.String())
 			}
 		})
 	}
