@@ -14,6 +14,7 @@ package audit
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -118,7 +119,7 @@ func digest(salt, data []byte) string {
 	h := sha256.New()
 	h.Write(salt) // fixed length: no other split gives the same bytes
 	h.Write(data)
-	return fmt.Sprintf("%x", h.Sum(nil))
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 // Encode returns the canonical form (RFC 8785). Text that is not UTF-8 is refused, and so is a

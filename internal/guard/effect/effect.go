@@ -17,6 +17,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -284,7 +286,11 @@ func (e *Effects) Check(c *call.Call) error {
 
 // newID returns an unguessable name that begins with the time, so that what is stored under it is
 // stored side by side.
-func newID() string { return fmt.Sprintf("%012x", time.Now().UnixMilli()) + rand.Text() }
+func newID() string {
+	var ms [8]byte
+	binary.BigEndian.PutUint64(ms[:], uint64(time.Now().UnixMilli()))
+	return hex.EncodeToString(ms[2:]) + rand.Text()
+}
 
 // once runs a call without a key: written down before and after, and never recognised again but by the
 // answers to what it asked.

@@ -51,6 +51,7 @@ type DB struct {
 	edge  audit.Edge
 	live  map[string]effect.Operation // what has not ended
 	stmts map[string]*sql.Stmt
+	args  []any // of one statement after the other
 }
 
 var (
