@@ -227,6 +227,7 @@ type Event struct {
 	Tokens      int           // estimated tokens of the result
 	Cached      bool          // answered from what was answered before
 	Paged       bool          // bound cut the result into pages or an artifact
+	Attempts    int           // how often the backend was asked, if more than once
 	Operation   string        // id of the durable operation, or ""
 	Replayed    bool          // the answer is that of an earlier call with the same key
 	Approval    string        // id of the approval that the call waits for or used up, or ""

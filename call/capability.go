@@ -116,6 +116,7 @@ type Capability struct {
 	// It may be run again, by any node. Nil if Run leaves nothing.
 	Follow Handler
 
+	Backend string   // name of the backend that publishes it; the catalog sets it
 	Scopes  []string // scopes a caller needs
 	Owner   string
 	Version string

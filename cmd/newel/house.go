@@ -255,7 +255,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
+		Resilience: resilience(&c.Resilience), Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
 		Configuration: f.Digest, By: operatorName(),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,

@@ -107,7 +107,15 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	shared.Resolve, shared.Authorize = resolve.New(f.catalog, f.rules.See, f.tasks.Find), f.rules.Guard
 	shared.Approve = h.approvals.Guard(s.Path)
 	shared.Task = h.kept.tasks.Guard(name, h.effects.Check)
-	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
+	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability {
+		t := f.catalog.Load().Tool(name)
+		if t == nil {
+			return nil
+		}
+		mine := *t
+		mine.Run = h.resilience.Guard(t.Run) // what is looked up is looked up at a backend too
+		return &mine
+	})
 	end := guard.End(f.catalog, f.place.hub, f.tasks)
 	path, err := guard.Compile(guard.Path(shared), end)
 	if err != nil {
@@ -221,7 +229,7 @@ func (f *face) openDoors(h *House) error {
 	f.sessions, err = f.place.next(mcpsession.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable, Shown: f.shown,
-		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
+		Crowded: h.gate.Crowded, MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
 		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 	})

@@ -104,8 +104,10 @@ func (h *House) keep(ctx context.Context, before *House) error {
 		observer.Gauge("newel.approvals.pending", "Calls of all nodes that wait for a person, at most 256.", pending),
 		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", gate((*admit.Gate).Queued)),
 		observer.Gauge("newel.calls.running", "Calls that run.", gate((*admit.Gate).Running)),
+		observer.Gauge("newel.overload", "What is refused to save memory: 0 nothing, 1 new streams and sessions, 2 tools that are not critical too, 3 all calls.", gate((*admit.Gate).Overload)),
 		observer.Gauge("newel.streams.open", "Open subscriptions.", gate((*admit.Gate).Streams)),
 		k.cacheMetrics(),
+		backendMetrics(observer, k.current.Load),
 		h.expiryMetric())
 }
 

@@ -214,6 +214,7 @@ func (s *Snapshot) add(backend string, given *call.Capability) (call.Kind, item,
 		return 0, item{}, errors.New("a nil capability")
 	}
 	c := *given // what the backend holds stays as it is
+	c.Backend = backend
 	if c.Run == nil {
 		return 0, item{}, errors.New("has no handler")
 	}

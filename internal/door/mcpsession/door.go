@@ -60,6 +60,8 @@ type Options struct {
 	Events  mcp.EventStore
 	Scope   string
 
+	Crowded func() bool // while it says so no session begins; nil: it never does
+
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
 	IdleTimeout          time.Duration // a session ends after this long without a message [30 min]

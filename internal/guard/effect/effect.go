@@ -56,8 +56,16 @@ type Options struct {
 	Confirm []call.Effect
 	Rules   []Rule // what the operator says of tools; the first that fits counts
 	// Redact takes secrets out of arguments before the audit log gets them; nil: what always is one.
-	Redact *redact.Redactor
-	Logger *slog.Logger
+	Redact  *redact.Redactor
+	Breaker Breaker // nil: nobody is asked
+	Logger  *slog.Logger
+}
+
+// A Breaker knows what is away.
+type Breaker interface {
+	// Ready returns the error that the call would end with because what it goes to is known to be
+	// away, or nil. It takes no place and returns at once.
+	Ready(c *call.Call) error
 }
 
 // A Rule is what an operator says of tools.
@@ -155,6 +163,12 @@ func (e *Effects) rule(t *call.Capability) Rule {
 		}
 	}
 	return own
+}
+
+// Safe reports whether running a tool twice does no harm.
+func (e *Effects) Safe(t *call.Capability) bool {
+	r := e.rule(t)
+	return r.Recovery == call.RecoverSafe
 }
 
 // hasEffect reports whether a call goes through the store: tools of any class but read, and what a
@@ -286,6 +300,9 @@ func (o *operation) once(ctx context.Context) (*call.Result, error) {
 	} else if err := o.goOn(ctx); err != nil {
 		return nil, err
 	}
+	if err := o.ready(); err != nil {
+		return nil, err
+	}
 	op, held, err := o.dispatch(ctx)
 	if err != nil {
 		return nil, err
@@ -297,6 +314,14 @@ func (o *operation) once(ctx context.Context) (*call.Result, error) {
 		return nil, call.Errorf(call.Internal, "internal error").Because(errors.New("an operation with a random name was there before"))
 	}
 	return o.run(ctx, ctx, op)
+}
+
+// ready refuses what would only be written down twice: that it is sent, and that it could not be.
+func (o *operation) ready() error {
+	if o.o.Breaker == nil {
+		return nil
+	}
+	return o.o.Breaker.Ready(o.c)
 }
 
 // goOn makes the reservation one of the operation that asked.

@@ -641,6 +641,66 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
+// away is a breaker that is open.
+type away struct{ open atomic.Bool }
+
+func (a *away) Ready(*call.Call) error {
+	if a.open.Load() {
+		return call.Errorf(call.Unavailable, "it is failing")
+	}
+	return nil
+}
+
+// While what a call goes to is away nothing is written of it, and what was answered before is
+// answered again.
+func TestOpenBreaker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		breaker := &away{}
+		b := newBench(t, effect.Options{Breaker: breaker}, func(_ context.Context, c *call.Call) (*call.Result, error) {
+			if string(c.Args) == `{"lost":1}` {
+				return nil, call.Errorf(call.OutcomeUnknown, "lost")
+			}
+			return call.Text("paid"), nil
+		})
+		if _, err := b.do(b.call("before", `{}`)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.do(b.call("lost", `{"lost":1}`)); codeOf(err) != call.OutcomeUnknown {
+			t.Fatal(err)
+		}
+		written := len(b.log())
+		breaker.open.Store(true)
+		for _, key := range []string{"", "new"} {
+			if _, err := b.do(b.call(key, `{}`)); codeOf(err) != call.Unavailable || !strings.Contains(err.Error(), "failing") {
+				t.Errorf("key %q: %v", key, err)
+			}
+		}
+		c := b.call("before", `{}`)
+		if r, err := b.do(c); err != nil || !c.Event.Replayed || !strings.Contains(string(r.Content), "paid") {
+			t.Errorf("the replay: %v, %v", r, err)
+		}
+		if _, err := b.do(b.call("before", `{"other":1}`)); codeOf(err) != call.Failed {
+			t.Errorf("the key with other arguments: %v", err)
+		}
+		if _, err := b.do(b.call("lost", `{"lost":1}`)); codeOf(err) != call.OutcomeUnknown {
+			t.Errorf("what is not known: %v", err)
+		}
+		time.Sleep(25 * time.Hour) // the answer is not kept any more
+		if _, err := b.do(b.call("before", `{}`)); codeOf(err) != call.Unavailable {
+			t.Errorf("an old answer: %v", err)
+		}
+		b.ran(2)
+		if got := len(b.log()); got != written {
+			t.Errorf("%d records were written", got-written)
+		}
+		breaker.open.Store(false)
+		if _, err := b.do(b.call("new", `{}`)); err != nil {
+			t.Errorf("the refused one, again: %v", err)
+		}
+		b.ran(3)
+	})
+}
+
 // values opens what the audit log keeps of its newest record of an act.
 func (b *bench) values(act string) (rec *audit.Record, values []audit.Value) {
 	b.t.Helper()

@@ -24,6 +24,9 @@ func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
 	patience := time.Now().Add(o.o.Wait)
 	pause := firstPause
 	for {
+		if err := o.ready(); err != nil {
+			return o.meanwhile(ctx, err)
+		}
 		// The first attempt claims a new operation. The others claim the one that stands, by the
 		// number that was seen: whoever comes between wins.
 		op, held, err := o.dispatch(ctx)
@@ -55,6 +58,24 @@ func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
 			return nil, err
 		}
 	}
+}
+
+// meanwhile answers a call whose backend is away (refused says so): with what is stored, if that is
+// its answer. It writes nothing.
+func (o *operation) meanwhile(ctx context.Context, refused error) (*call.Result, error) {
+	op, err := o.store.Find(ctx, o.res.Scope)
+	if err != nil {
+		return nil, away(ctx, err)
+	}
+	switch {
+	case op.ID == "", op.Past:
+		return nil, refused
+	case op.State == Completed, op.State == Waiting, op.State == Unknown && o.rule.Recovery == call.RecoverNone && !o.res.Forget, !bytes.Equal(op.Fingerprint, o.res.Fingerprint):
+		if r, err, decided := o.standing(ctx, &op); decided {
+			return r, err
+		}
+	}
+	return nil, refused
 }
 
 // Pauses between two looks at an operation that somebody else holds.
