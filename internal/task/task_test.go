@@ -311,3 +311,22 @@ type says string
 func (s says) Ask(_ context.Context, q ...call.Question) (map[string]jsontext.Value, error) {
 	return map[string]jsontext.Value{q[0].Key: jsontext.Value(s)}, nil
 }
+
+// TestAnswersMakeOneTask is that answers to what was asked before there was a task make one, however often
+// they are sent: the second time its handle comes again.
+func TestAnswersMakeOneTask(t *testing.T) {
+	n := nodes(t)(task.Options{}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+	one := n.begin(t, &call.Call{Asked: "a", AsTask: call.TaskWish{TTL: time.Minute}})
+	n.until(t, one.ID, call.TaskCompleted)
+	c := &call.Call{Kind: call.Tool, Name: "job", Target: tool, Asked: "a", AsTask: call.TaskWish{Accepts: true}}
+	r, err := n.make(t.Context(), c)
+	if err != nil || r.Task.ID != one.ID || !c.Event.Replayed {
+		t.Errorf("the same answers: %+v, %v", r, err)
+	}
+	if one.TTL < 15*time.Minute {
+		t.Errorf("the task is forgotten after %v, and the answers are taken for longer", one.TTL)
+	}
+	if other := n.begin(t, &call.Call{Asked: "b"}); other.ID == one.ID {
+		t.Error("other answers get the same task")
+	}
+}

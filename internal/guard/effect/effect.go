@@ -184,8 +184,12 @@ type operation struct {
 	find   func(name string) *call.Capability
 	next   call.Handler
 
+	answers  bool // it has no key and answers what was asked: it is done once, and not replayed
 	approval *Approval
 }
+
+// answered is how long it is known that answers were used, at least: longer than a sealed state lives.
+const answered = 20 * time.Minute
 
 // begin checks the key and says what is to be claimed.
 func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
@@ -211,6 +215,10 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 		o.res.Retain, o.res.Forget = o.rule.Once, true
 	case c.TaskID != "":
 		o.res.Scope = scopeOf(c, server, "task "+c.TaskID)
+	case c.Asked != "":
+		// Whoever has the sealed state could send it as often as they like: what it leads to is done once.
+		o.res.Scope, o.answers = scopeOf(c, server, "asked "+c.Asked), true
+		o.res.Retain = max(answered, e.o.Retention)
 	}
 	if o.res.Scope == nil {
 		o.res.Retain = 0 // nobody can ask for it again; the audit log has it

@@ -573,3 +573,84 @@ func BenchmarkRead(b *testing.B) {
 		}
 	}
 }
+
+// TestAnswersOnce is a call without a key that asks: what its answers lead to is done once, however often
+// they are sent, and for tools that read as often.
+func TestAnswersOnce(t *testing.T) {
+	var fail error
+	gate, begun := make(chan struct{}), make(chan struct{}, 10)
+	b := newBench(t, effect.Options{Wait: time.Millisecond, Retention: time.Millisecond}, func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		switch {
+		case fail != nil:
+			return nil, fail
+		case c.Asked == "" || c.Trace.Correlation == "more":
+			return nil, &call.InputRequired{Questions: []call.Question{{Key: "sure", Method: call.MethodElicit}}}
+		case c.Trace.Correlation == "slow":
+			begun <- struct{}{}
+			select {
+			case <-gate:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+		return call.Text("done"), nil
+	})
+	try := func(ctx context.Context, asked, how string) error {
+		c := b.call("", "{}")
+		c.Asked, c.Trace.Correlation = asked, how
+		_, err := b.step(ctx, c)
+		return err
+	}
+	ctx := t.Context()
+	var ask *call.InputRequired
+	if err := try(ctx, "", ""); !errors.As(err, &ask) {
+		t.Fatal(err)
+	}
+	fail = call.Errorf(call.Unavailable, "not now")
+	if err := try(ctx, "a", ""); codeOf(err) != call.Unavailable {
+		t.Fatal(err)
+	}
+	fail = nil
+	for range 2 { // nothing was done: the answers are still good, also to be asked once more
+		if err := try(ctx, "a", "more"); !errors.As(err, &ask) {
+			t.Fatal(err)
+		}
+	}
+	before := b.runs.Load()
+	if err := try(ctx, "a", ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := try(ctx, "a", ""); codeOf(err) != call.Conflict || call.AsError(err).Retryable || !strings.Contains(string(call.AsError(err).Data), "state_used") {
+		t.Errorf("answers sent again: %v", err)
+	}
+	b.ran(before + 1)
+	if err := try(ctx, "b", ""); err != nil {
+		t.Errorf("answers to another question: %v", err)
+	}
+
+	var all sync.WaitGroup
+	short, cancel := context.WithCancel(ctx)
+	all.Go(func() {
+		if err := try(short, "c", "slow"); codeOf(err) != call.OutcomeUnknown {
+			t.Errorf("its caller went away: %v", err)
+		}
+	})
+	<-begun
+	if err := try(ctx, "c", "slow"); codeOf(err) != call.Conflict || !call.AsError(err).Retryable {
+		t.Errorf("the same answers at once: %v", err)
+	}
+	cancel() // without a key it is not finished for somebody who comes back
+	all.Wait()
+	before = b.runs.Load()
+	if err := try(ctx, "c", ""); codeOf(err) != call.OutcomeUnknown {
+		t.Errorf("answers of a call of which nobody knows: %v", err)
+	}
+	b.ran(before)
+
+	b.tool.Effect = call.Read
+	for range 2 {
+		if err := try(ctx, "a", ""); err != nil {
+			t.Errorf("a tool that reads: %v", err)
+		}
+	}
+}

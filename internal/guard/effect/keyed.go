@@ -110,6 +110,9 @@ func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result
 	}
 	switch op.State {
 	case Completed:
+		if o.answers {
+			return nil, used(), true
+		}
 		r, err := o.replay(op)
 		return r, err, true
 	case NotExecuted:
@@ -134,8 +137,15 @@ func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result
 
 // busy is what a second caller gets while the first one runs.
 func busy() error {
-	e := call.Errorf(call.Conflict, "a call with this idempotency key is running; try again in a moment, with the same key")
+	e := call.Errorf(call.Conflict, "a call with this idempotency key, or with these answers, is running; try again in a moment, with the same key")
 	e.Retryable, e.RetryAfter = true, time.Second
+	return e
+}
+
+// used is what a caller gets that sends answers again without a key, after what they led to was done.
+func used() error {
+	e := call.Errorf(call.Conflict, "this requestState was used already, and the call that it belongs to was done; it is not done again. Start a new call without requestState if you mean one; with an idempotency key a call that is sent again gets its answer")
+	e.Data = jsontext.Value(`{"code":"conflict","retryable":false,"idempotency":{"reason":"state_used"}}`)
 	return e
 }
 
@@ -216,8 +226,9 @@ func (o *operation) askAgain(op *Operation) (*call.Result, error) {
 // runToEnd runs a dispatched call with a key. It does not stop when its caller goes away: what is
 // done is stored, and told when the caller comes back.
 func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, error) {
-	if o.c.TaskID != "" {
-		return o.run(ctx, ctx, op) // its worker waits for it, and ends it when the task is cancelled
+	if o.c.TaskID != "" || o.answers {
+		// Its worker waits for it, and ends it when the task is cancelled; without a key nobody hears of it later.
+		return o.run(ctx, ctx, op)
 	}
 	run, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.limit(ctx))
 	defer cancel()
