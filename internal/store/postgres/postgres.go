@@ -200,6 +200,7 @@ func (db *DB) Run(ctx context.Context) error {
 	defer beat.Stop()
 	prune := time.NewTicker(pruneEvery)
 	defer prune.Stop()
+	_, _ = db.Prune(ctx) // nodes that live for less than the interval would never do it
 	for {
 		select {
 		case <-ctx.Done():
