@@ -16,6 +16,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/answer"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/faultpoint"
 )
 
 const (
@@ -307,6 +308,7 @@ func (t *Tasks) work(ctx context.Context, r *run, path call.Handler) {
 			err = call.Errorf(call.Internal, "internal error").Because(errors.New("what is followed leads elsewhere again"))
 		}
 	}
+	faultpoint.Reached(faultpoint.TaskDone)
 	if why := context.Cause(ctx); errors.Is(why, errCancelled) || errors.Is(why, errTaken) {
 		return // it is somebody else's now
 	}
