@@ -129,14 +129,30 @@ func TestTenThousand(t *testing.T) {
 	}
 }
 
-// TestAgain is a tool that says that nothing was done, and then does it; and one that never does.
-func TestAgain(t *testing.T) { synctest.Test(t, again) }
+// TestAgain is a run that did nothing, and then does it: its tool says so, or somebody else is at the same
+// call. A conflict that stays is an end.
+func TestAgain(t *testing.T) {
+	running := call.Errorf(call.Conflict, "it is running")
+	running.Retryable = true
+	for _, first := range []error{call.Errorf(call.Unavailable, "not now"), running} {
+		synctest.Test(t, func(t *testing.T) { again(t, first) })
+	}
+	synctest.Test(t, func(t *testing.T) {
+		n := nodes(t)(task.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
+			return nil, call.Errorf(call.Conflict, "it was done before")
+		})
+		if v := n.until(t, n.begin(t, &call.Call{}).ID, call.TaskFailed); call.AsError(v.Err).Code != call.Conflict {
+			t.Errorf("it ended as %+v", v)
+		}
+		n.stop()
+	})
+}
 
-func again(t *testing.T) {
+func again(t *testing.T, first error) {
 	var tries atomic.Int64
 	n := nodes(t)(task.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
 		if tries.Add(1) == 1 {
-			return nil, call.Errorf(call.Unavailable, "not now")
+			return nil, first
 		}
 		return call.Text("ok"), nil
 	})
