@@ -44,29 +44,35 @@ func (l *lane) propose(p *petition, addr string) Event {
 	if err != nil {
 		e.Outcome, e.Detail = lost, err.Error()
 	} else if understand(&e, status, body, p.operation); e.Outcome == refused {
-		var said struct {
-			Error struct {
-				Data struct {
-					Approval struct {
-						ID      string    `json:"id"`
-						State   string    `json:"state"`
-						Expires time.Time `json:"expires"`
-					} `json:"approval"`
-				} `json:"data"`
-			} `json:"error"`
-		}
-		if json.Unmarshal(body, &said) == nil {
-			switch a := &said.Error.Data.Approval; a.State {
-			case nobodyYet:
-				e.Outcome, p.approval, p.expires = waits, a.ID, a.Expires.Add(time.Second) // it is told in whole seconds
-				l.journal.add(Event{Kind: pending, Op: p.ID, Subject: a.ID, Until: p.expires.UnixNano()})
-			case denied, "expired":
-				e.Outcome = denied
-			}
-		}
+		l.refusal(&e, p, body)
 	}
 	l.journal.add(e)
 	return e
+}
+
+// refusal says what a refusal means for a call that a person has to approve.
+func (l *lane) refusal(e *Event, p *petition, body []byte) {
+	var said struct {
+		Error struct {
+			Data struct {
+				Approval struct {
+					ID      string    `json:"id"`
+					State   string    `json:"state"`
+					Expires time.Time `json:"expires"`
+				} `json:"approval"`
+			} `json:"data"`
+		} `json:"error"`
+	}
+	if json.Unmarshal(body, &said) != nil {
+		return
+	}
+	switch a := &said.Error.Data.Approval; a.State {
+	case nobodyYet:
+		e.Outcome, p.approval, p.expires = waits, a.ID, a.Expires.Add(time.Second) // it is told in whole seconds
+		l.journal.add(Event{Kind: pending, Op: p.ID, Subject: a.ID, Until: p.expires.UnixNano()})
+	case denied, "expired":
+		e.Outcome = denied
+	}
 }
 
 // asOperator sends a request of who has the key file. Its status is 0 if no answer came.
@@ -276,7 +282,7 @@ const approvalSection = `policy:
 // approvalsCrash breaks calls that people approve at every moment, twice: with a key and without one.
 func approvalsCrash(l *lane) error {
 	n := l.nodes[0]
-	if err := errors.Join(l.configure(fmt.Sprintf(approvalSection, "1h")), l.restart(n, false)); err != nil {
+	if err := errors.Join(l.configure(fmt.Sprintf(approvalSection+taskSection, "1h", 1)), l.restart(n, false)); err != nil {
 		return err
 	}
 	var broken []*petition
@@ -312,6 +318,33 @@ func approvalsCrash(l *lane) error {
 		if err := l.conclude(p, n); err != nil {
 			return err
 		}
+	}
+	return l.approvedTasks(n)
+}
+
+// approvedTasks breaks tasks of calls that were approved: their run uses the approval up.
+func (l *lane) approvedTasks(n *node) error {
+	for i, point := range []string{"T1 before", "T1 after", "T2 after", "K4", "K8", "T3"} {
+		p := l.petition(effects[l.rand.IntN(len(effects))], i < 2 || i%2 == 0)
+		e := &errand{operation: p.operation, petition: p}
+		if ev := l.begin(e, n.addr); ev.Outcome != waits {
+			l.expect("approvals", "I9: a task that has to be approved is %s: %s", ev.Outcome, ev.Detail)
+			continue
+		}
+		if status, err := l.decide(p, n, true); err != nil || status != http.StatusOK {
+			return errors.Join(fmt.Errorf("the decision about %s is answered with %d", p.approval, status), err)
+		}
+		if err := armed(point)(l, n, e); err != nil {
+			return err
+		}
+		l.fault(p.operation, "approved task "+point)
+		if err := l.restart(n, l.engine == "sqlite" && l.rand.IntN(2) == 0); err != nil {
+			return err
+		}
+		if e.handle == "" && e.Key == "" {
+			continue
+		}
+		l.finish(e, n.addr)
 	}
 	return nil
 }

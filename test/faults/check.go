@@ -102,10 +102,10 @@ func recovers(tool string) bool { return tool == "resend" || tool == "lookup" }
 // mayBeUnknown reports whether a call may end as outcome_unknown after a fault at this point.
 // Reserve and dispatch are one transaction, so after its commit it may.
 func mayBeUnknown(point string) bool {
-	if ofTaskOrApproval(point) {
+	if point = asACall(point); ofTaskOrApproval(point) {
 		return false
 	}
-	switch asACall(point) {
+	switch point {
 	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E16", "MRTR":
 		return false
 	}

@@ -421,7 +421,7 @@ func (r *result) add(engine string, v *Verdict) {
 
 // print prints the table, what was found, and the last line.
 func (r *result) print(out io.Writer) {
-	fmt.Fprintf(out, "%-20s %-9s %7s %9s %9s %8s %11s\n", "point", "engine", "cycles", "ledger 0", "ledger 1", "unknown", "violations")
+	fmt.Fprintf(out, "%-24s %-9s %7s %9s %9s %8s %11s\n", "point", "engine", "cycles", "ledger 0", "ledger 1", "unknown", "violations")
 	var names []string
 	for _, lines := range r.lines {
 		for p := range lines {
@@ -434,7 +434,7 @@ func (r *result) print(out io.Writer) {
 	for _, p := range names {
 		for _, engine := range []string{"sqlite", "postgres"} {
 			if l := r.lines[engine][p]; l != nil {
-				fmt.Fprintf(out, "%-20s %-9s %7d %9d %9d %8d %11d\n", p, engine, l.Cycles, l.Zero, l.One, l.Unknown, l.Violations)
+				fmt.Fprintf(out, "%-24s %-9s %7d %9d %9d %8d %11d\n", p, engine, l.Cycles, l.Zero, l.One, l.Unknown, l.Violations)
 			}
 		}
 	}

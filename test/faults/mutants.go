@@ -94,7 +94,8 @@ func mutants() []mutant {
 				"			go func() { time.Sleep(20 * time.Millisecond); _, _ = s.change(context.WithoutCancel(ctx), w, &notes{}) }()\n"},
 		}},
 		{"a cancelled task stays in the queue", "sqlite", 0, "tasks", []edit{
-			{tasks + "serve.go", "			w.State = Cancelled\n", "			w.State = Queued\n"},
+			{tasks + "task.go", "return s >= Completed", "return s == Completed || s == Failed"},
+			{lite + "task.go", "WHERE state < 4 AND (state <> 3", "WHERE (state < 4 OR state = 6) AND (state <> 3"},
 		}},
 		{"a task may be changed by who had it before", "postgres", 0, "takeover", []edit{
 			{tasks + "task.go", "old.Version != w.Version || old.ID != w.ID || old.State.Ended()", "old.ID != w.ID"},

@@ -60,7 +60,7 @@ func ofTaskOrApproval(point string) bool {
 
 // asACall is the point of a call that is broken within a task, after it was approved, or when it goes on with answers.
 func asACall(point string) string {
-	for _, way := range []string{"task ", "approved ", "answers "} {
+	for _, way := range []string{"approved ", "answers ", "task "} {
 		point = strings.TrimPrefix(point, way)
 	}
 	return point

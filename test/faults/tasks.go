@@ -65,8 +65,9 @@ func request(addr, method, subject, key string, id int, params map[string]any) [
 // An errand is a call that its driver wants as a task.
 type errand struct {
 	*operation
-	handle string // once it was heard of
-	asks   []string
+	handle   string // once it was heard of
+	asks     []string
+	petition *petition // if a person has to approve it
 }
 
 func (l *lane) errand(tool string) *errand { return &errand{operation: l.operation(tool)} }
@@ -101,7 +102,11 @@ func (l *lane) attempt(e *errand, addr, method, subject, key string, params map[
 	case err != nil:
 		ev.Outcome, ev.Detail = lost, err.Error()
 	case json.Unmarshal(body, &t) != nil || t.Error != nil || t.Result.ID == "" && method != "tasks/update" && method != "tasks/cancel":
-		if understand(&ev, status, body, e.operation); t.Error != nil && t.Error.Data.Code == "not_found" && method == "tasks/get" {
+		understand(&ev, status, body, e.operation)
+		if ev.Outcome == refused && e.petition != nil {
+			l.refusal(&ev, e.petition, body)
+		}
+		if t.Error != nil && t.Error.Data.Code == "not_found" && method == "tasks/get" {
 			ev.Outcome, t.Result.ID, t.Result.Status = working, subject, taskGone
 			understood(&ev, &t)
 		}
