@@ -384,13 +384,13 @@ func workerDies(l *lane) error {
 	if err := errors.Join(l.configure(fmt.Sprintf(taskSection, 4)), l.restart(b, false)); err != nil {
 		return err
 	}
-	for _, p := range []string{"K4", "T3", "K8 stop"} {
+	for _, p := range []string{"K8", "T3", "K8 stop"} {
 		if err := l.restart(a, false); err != nil {
 			return err
 		}
 		for i := range 8 { // more than it has workers, so that some wait
 			e := l.errand(append(effects, "ask")[i%4])
-			e.Args.Delay = 700
+			e.Args.Delay = 1500 // all are begun before the first one ends
 			l.touchedBy(e, "takeover")
 			l.later = append(l.later, e)
 			l.begin(e, a.addr)

@@ -184,7 +184,8 @@ type operation struct {
 	find   func(name string) *call.Capability
 	next   call.Handler
 
-	answers  bool // it has no key and answers what was asked: it is done once, and not replayed
+	claimed  time.Time // just before its intent was committed
+	answers  bool      // it has no key and answers what was asked: it is done once, and not replayed
 	approval *Approval
 }
 
@@ -299,6 +300,7 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 	if o.approval != nil {
 		o.approval.Now = time.Now()
 	}
+	o.claimed = time.Now()
 	op, held, err = o.store.Dispatch(ctx, &Intent{Reservation: o.res, Approval: o.approval, Entry: entry})
 	if errors.Is(err, call.ErrUnapproved) {
 		return op, false, call.Errorf(call.Denied, "a person has to approve this call first").Because(err)

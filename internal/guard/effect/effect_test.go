@@ -654,3 +654,56 @@ func TestAnswersOnce(t *testing.T) {
 		}
 	}
 }
+
+// slow is a store that takes long to say that an intent is durable.
+type slow struct {
+	*inmem.DB
+	by time.Duration
+}
+
+func (s *slow) Dispatch(ctx context.Context, i *effect.Intent) (effect.Operation, bool, error) {
+	op, held, err := s.DB.Dispatch(ctx, i)
+	time.Sleep(s.by)
+	return op, held, err
+}
+
+// TestAsleep is a process that sleeps between the intent and the first byte: nothing is sent any more, whether
+// somebody took the call over or not.
+func TestAsleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{DB: inmem.New()}
+		b := newBench(t, effect.Options{Store: store, Wait: time.Millisecond}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+		b.store = store.DB
+		for _, key := range []string{"", "k"} {
+			store.by = 10 * time.Second
+			if _, err := b.do(b.call(key, "{}")); codeOf(err) != call.Unavailable {
+				t.Errorf("asleep with the key %q: %v", key, err)
+			}
+			before := b.runs.Load()
+			store.by = 8 * time.Second
+			if _, err := b.do(b.call(key, "{}")); err != nil {
+				t.Errorf("awake with the key %q: %v", key, err)
+			}
+			b.ran(before + 1)
+		}
+		b.wantLog("intent", "outcome failed_not_executed unavailable", "intent", "outcome completed", "intent", "outcome failed_not_executed unavailable", "intent", "outcome completed")
+
+		store.by = 2 * time.Minute // longer than the lease: somebody else settles it
+		slept := make(chan error)
+		go func() {
+			_, err := b.do(b.call("l", "{}"))
+			slept <- err
+		}()
+		time.Sleep(100 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		all.Go(func() { _ = b.Run(ctx) })
+		synctest.Wait()
+		if err := <-slept; codeOf(err) != call.Conflict || !call.AsError(err).Retryable {
+			t.Errorf("taken over: %v", err)
+		}
+		cancel()
+		all.Wait()
+		b.ran(2)
+	})
+}

@@ -251,10 +251,33 @@ func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, e
 		}
 	}()
 	faultpoint.Reached(faultpoint.Dispatched)
+	if time.Since(o.claimed) > asleep {
+		returned = true
+		return nil, o.late(ctx, &op)
+	}
 	r, err := o.next(run, o.c)
 	returned = true
 	faultpoint.Reached(faultpoint.Answered)
 	return o.conclude(ctx, &op, r, err)
+}
+
+// asleep is how long after its intent a call may begin. It is shorter than any lease, and than the silence
+// after which other nodes take over.
+const asleep = 9 * time.Second
+
+// late gives back a call that was held up between its intent and its first byte: the process slept, and
+// somebody else may have taken it over. Nothing was sent.
+func (o *operation) late(ctx context.Context, op *Operation) error {
+	_, err := o.end(ctx, op, NotExecuted, nil, nil, call.Unavailable.String())
+	if errors.Is(err, ErrFenced) {
+		return busy()
+	}
+	if err != nil {
+		return away(ctx, err)
+	}
+	e := call.Errorf(call.Unavailable, "this server was held up, and another one may have taken over; nothing was done here, try again in a moment, with the same key")
+	e.RetryAfter = time.Second
+	return e
 }
 
 // conclude stores how a call ended, and returns what its caller is told: nothing else than what is
