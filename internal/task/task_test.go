@@ -134,7 +134,9 @@ func TestTenThousand(t *testing.T) {
 func TestAgain(t *testing.T) {
 	running := call.Errorf(call.Conflict, "it is running")
 	running.Retryable = true
-	for _, first := range []error{call.Errorf(call.Unavailable, "not now"), running} {
+	lost := call.Errorf(call.OutcomeUnknown, "it can be found out")
+	lost.Retryable = true
+	for _, first := range []error{call.Errorf(call.Unavailable, "not now"), running, lost} {
 		synctest.Test(t, func(t *testing.T) { again(t, first) })
 	}
 	synctest.Test(t, func(t *testing.T) {

@@ -707,3 +707,20 @@ func TestAsleep(t *testing.T) {
 		b.ran(2)
 	})
 }
+
+// TestUnknownAgain is that a call of which nobody knows may be sent again where that finds out what became of it.
+func TestUnknownAgain(t *testing.T) {
+	for _, c := range []struct {
+		key      string
+		recovery call.Recovery
+		want     bool
+	}{{"k", call.RecoverNone, false}, {"k", call.RecoverResend, true}, {"", call.RecoverResend, false}} {
+		b := newBench(t, effect.Options{Rules: []effect.Rule{{Tool: "pay", Recovery: c.recovery}}}, func(context.Context, *call.Call) (*call.Result, error) {
+			return nil, call.Errorf(call.Timeout, "too long")
+		})
+		_, err := b.do(b.call(c.key, "{}"))
+		if e := call.AsError(err); codeOf(err) != call.OutcomeUnknown || e.Retryable != c.want || strings.Contains(e.Message, "again with the same key") != c.want {
+			t.Errorf("with the key %q and the recovery %v: %v", c.key, c.recovery, err)
+		}
+	}
+}

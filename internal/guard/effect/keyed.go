@@ -164,11 +164,11 @@ func (o *operation) recover(ctx context.Context, op *Operation, claim func(bool)
 			return nil, away(ctx, err), true
 		}
 	}
-	return nil, unknown(nil), true
+	return nil, o.unknown(nil), true
 }
 
 // unknown is what a caller gets whose call may or may not have run.
-func unknown(cause error) error {
+func (o *operation) unknown(cause error) error {
 	why := "it is not known whether this call was done"
 	if cause != nil {
 		switch e := call.AsError(cause); e.Code {
@@ -181,6 +181,10 @@ func unknown(cause error) error {
 		}
 	}
 	e := call.Errorf(call.OutcomeUnknown, "%s; it is not done again: look at what it should have changed before you call again, with a new key", why)
+	if o.res.Scope != nil && !o.answers && o.rule.Recovery != call.RecoverNone {
+		e = call.Errorf(call.OutcomeUnknown, "%s; try again with the same key: the tool has a way to find out, or to do it once", why)
+		e.Retryable = true
+	}
 	if cause != nil {
 		e = e.Because(errors.New(cause.Error())) // not the error itself: a deadline behind it would look like a plain time-out
 	}
@@ -309,7 +313,7 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 	}
 	faultpoint.Reached(faultpoint.Concluded)
 	if state == Unknown {
-		return nil, unknown(err)
+		return nil, o.unknown(err)
 	}
 	return r, err
 }
@@ -370,7 +374,7 @@ const taskWaiting = 8 * 24 * time.Hour
 // else later would be worse.
 func (o *operation) unstored(ctx context.Context, op *Operation, cause error) error {
 	o.log.LogAttrs(ctx, slog.LevelError, "an outcome could not be stored", slog.String("operation", op.ID), slog.String("error", cause.Error()))
-	return unknown(cause)
+	return o.unknown(cause)
 }
 
 // name is what the operation is called behind this server. It says nothing of caller or key.
@@ -400,7 +404,7 @@ type Finding struct {
 func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, error) {
 	tool := o.find(o.rule.Lookup)
 	if tool == nil || tool.Kind != call.Tool || tool.Effect != call.Read {
-		return nil, unknown(errors.New("the lookup tool " + o.rule.Lookup + " is not there, or does not only read"))
+		return nil, o.unknown(errors.New("the lookup tool " + o.rule.Lookup + " is not there, or does not only read"))
 	}
 	o.res.ID, o.res.Expect, o.res.Recover, o.res.Lease = op.ID, op.Fence, true, o.limit(ctx)+leeway
 	mine, held, err := o.store.Reserve(ctx, &o.res)
@@ -415,7 +419,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 		if _, failed := o.end(ctx, &mine, Unknown, nil, nil, call.OutcomeUnknown.String()); failed != nil {
 			return nil, o.unstored(ctx, op, failed)
 		}
-		return nil, unknown(err)
+		return nil, o.unknown(err)
 	}
 	if found {
 		return o.conclude(ctx, &mine, looked, nil)
