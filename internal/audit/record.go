@@ -42,6 +42,9 @@ const (
 	Undo       = "undo"       // somebody has an operation undone
 	TaskMade   = "task_made"  // a call goes on as a task; Operation is its id
 	TaskEnded  = "task_ended" // how the task ended
+
+	Erased    = "erased"     // the values of Records were erased, by whom and why
+	AuditRead = "audit_read" // somebody looked at the values of Records
 )
 
 // A Record says what was done, by whom, when and why it was allowed. Fields stand in the order of
@@ -65,7 +68,9 @@ type Record struct {
 	Outcome     string   `json:"outcome,omitzero"`   // state the operation ended in
 	Pin         string   `json:"pin,omitzero"`       // SHA-256 of the definition that was called
 	Principal   string   `json:"principal,omitzero"`
-	Rule        string   `json:"rule,omitzero"` // of the policy, that allowed it
+	Reason      string   `json:"reason,omitzero"`  // Erased: why
+	Records     string   `json:"records,omitzero"` // Erased, AuditRead: which, as 3,7-9
+	Rule        string   `json:"rule,omitzero"`    // of the policy, that allowed it
 	Server      string   `json:"server,omitzero"`
 	Tenant      string   `json:"tenant,omitzero"`
 	Time        string   `json:"time"` // UTC, RFC 3339 with microseconds, by the clock of the server

@@ -24,12 +24,13 @@ import (
 	"newel.dev/newel/internal/task"
 )
 
-// Work is one unit of work; exactly one of the first eight is set. The rest is how it went.
+// Work is one unit of work; exactly one of those before Seen is set. The rest is how it went.
 type Work struct {
 	Reserve  *effect.Reservation
 	Dispatch *effect.Intent
 	Complete *effect.Outcome
 	Append   []audit.Entry
+	Erase    *Erasure
 	Ask      *approve.Request
 	Decide   *approve.Decision
 	Prune    []string                  // ids of operations past their retention
@@ -387,6 +388,16 @@ func (w *Writer) Append(ctx context.Context, entries []audit.Entry) (int64, erro
 	return u.Index, err
 }
 
+// Erase implements audit.Eraser.
+func (w *Writer) Erase(ctx context.Context, records []int64, entry audit.Entry) (int64, error) {
+	if len(records) > audit.MaxErase {
+		return 0, fmt.Errorf("durable: %d records cannot be erased at once", len(records))
+	}
+	u := &Work{Erase: &Erasure{Records: records, Entry: entry}}
+	err := w.Do(ctx, u)
+	return u.Index, err
+}
+
 // PutTask implements task.Store.
 func (w *Writer) PutTask(ctx context.Context, t *task.Write) (task.Record, bool, error) {
 	u := &Work{Task: t}
@@ -408,6 +419,13 @@ func (w *Writer) Decide(ctx context.Context, d *approve.Decision) (approve.Appro
 	return u.Approval, err
 }
 
+// An Erasure is values that are erased, and the record that says so. Mark is what stands in their place.
+type Erasure struct {
+	Records []int64
+	Entry   audit.Entry
+	Mark    []byte
+}
+
 // A Batch computes what a transaction writes. The engine loads the operations that the work names
 // and the edge of the tree, applies every unit, and writes what changed.
 type Batch struct {
@@ -418,6 +436,7 @@ type Batch struct {
 	byScope map[string]*effect.Operation
 
 	Rows    []audit.Row // to be added
+	Erased  []*Erasure  // of rows that are there, or were added before
 	changed []*effect.Operation
 	isDirty map[string]bool
 	isNew   map[string]bool
@@ -561,6 +580,10 @@ func (b *Batch) Apply(u *Work) {
 		for _, e := range u.Append {
 			b.Rows = append(b.Rows, b.Edge.Append(e))
 		}
+	case u.Erase != nil:
+		u.Index = b.append(u.Erase.Entry)
+		u.Erase.Mark = audit.Mark(u.Index)
+		b.Erased = append(b.Erased, u.Erase)
 	case u.reservation() != nil:
 		b.claim(u)
 	case u.Ask != nil:

@@ -108,7 +108,8 @@ func mutants() []mutant {
 			{effect + "keyed.go", "	if time.Since(o.claimed) > asleep {\n", "	if false {\n"},
 		}},
 		{"answers without a key are taken again", "sqlite", 0, "answers", []edit{
-			{effect + "effect.go", `	case c.Asked != "":`, `	case c.Asked == "x":`},
+			{effect + "effect.go", "	case op.State != Waiting || op.Scope != nil || !bytes.Equal(op.Round, o.res.Resume) || !bytes", "	case !bytes"},
+			{effect + "effect.go", "	o.res.ID, o.res.Expect = op.ID, op.Fence\n", "	o.asked, o.res.Resume = \"\", nil\n"},
 		}},
 		{"an approval is not used up", "sqlite", 0, "approvals", []edit{
 			{store, "		spent.Index = b.Edge.Size\n		b.keep(spent)\n", "		_ = spent\n"},
@@ -118,8 +119,8 @@ func mutants() []mutant {
 			{store, "		if a, changed := b.approvals[u.Complete.Approval].Release(", "		if a := b.approvals[u.Complete.Approval]; a != nil {\n			spent := *a\n			spent.State, spent.Operation, spent.Ended = approve.Used, next.ID, b.Now\n			b.keep(spent)\n		}\n		if a, changed := b.approvals[u.Complete.Approval].Release("},
 		}},
 		{"a decision is told before it is durable", "sqlite", 0, "approvals", []edit{
-			{"internal/guard/approve/approve.go", "	return p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})\n",
-				"	d := &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e}\n	next, _, err := d.Apply(0, &a)\n	if err == nil {\n		go func() { time.Sleep(20 * time.Millisecond); _, _ = p.store.Decide(context.WithoutCancel(ctx), d) }()\n	}\n	return next, err\n"},
+			{"internal/guard/approve/approve.go", "	a, err = p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})\n",
+				"	d := &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e}\n	next, _, err := d.Apply(0, &a)\n	if err == nil {\n		go func() { time.Sleep(20 * time.Millisecond); _, _ = p.store.Decide(context.WithoutCancel(ctx), d) }()\n	}\n	a = next\n"},
 		}},
 		{"what is decided can be decided again", "sqlite", 0, "approvals", []edit{
 			{"internal/guard/approve/store.go", "	if a.State != Pending || a.Over(now, d.Now) {\n", "	if a.Over(now, d.Now) {\n"},

@@ -455,7 +455,7 @@ func answersComeAgain(l *lane) error {
 		again := 3
 		for deadline := time.Now().Add(l.patience()); again > 0; {
 			e := l.try(o, n.addr, way{})
-			if e.Outcome == succeeded || e.Outcome == unknown || strings.Contains(e.Detail, "used already") {
+			if e.Outcome == succeeded || e.Outcome == unknown || strings.Contains(e.Detail, "used already") || strings.Contains(e.Detail, "came before") {
 				again--
 			} else if <-time.After(20 * time.Millisecond); time.Now().After(deadline) {
 				l.journal.add(Event{Kind: gaveUp, Op: o.ID, Tool: o.Tool, Detail: e.Outcome + " " + e.Detail})

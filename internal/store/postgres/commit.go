@@ -222,6 +222,9 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 		}
 		q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
 	}
+	for _, e := range b.Erased {
+		q.Queue("UPDATE newel_audit SET private = $1 WHERE idx = ANY($2) AND length(private) > $3", e.Mark, e.Records, len(e.Mark))
+	}
 	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last", db.node, token)
 	q.Queue("COMMIT")
 	return true, conn.SendBatch(ctx, q).Close()

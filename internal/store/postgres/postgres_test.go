@@ -189,3 +189,12 @@ func TestSchema(t *testing.T) {
 		t.Errorf("no server: %v", err)
 	}
 }
+
+func TestRestored(t *testing.T) {
+	db := open(t, engines.Postgres(t), secret.RandomKey())
+	storetest.Restored(t, db, func(index int64, private []byte) {
+		if _, err := db.pool.Exec(t.Context(), "UPDATE newel_audit SET private = $1 WHERE idx = $2", private, index); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

@@ -65,6 +65,12 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 	if b.Empty() {
 		return nil
 	}
+	if len(b.Erased) > 0 { // what is erased is overwritten in the file
+		if _, err := db.conn.ExecContext(ctx, "PRAGMA secure_delete = ON"); err != nil {
+			return classify(err)
+		}
+		defer db.conn.ExecContext(ctx, "PRAGMA secure_delete = OFF") //nolint:errcheck // it only costs time then
+	}
 	changed := b.Changed()
 	err = db.within(ctx, func() error {
 		err := db.store(ctx, b, changed)
@@ -187,6 +193,13 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 	}
 	if err := db.insert(ctx, insertRow, rowValues, 4, rows); err != nil {
 		return err
+	}
+	for _, e := range b.Erased {
+		for _, i := range e.Records {
+			if err := db.exec(ctx, "UPDATE audit SET private = ? WHERE idx = ? AND length(private) > ?", e.Mark, i, len(e.Mark)); err != nil {
+				return err
+			}
+		}
 	}
 	for _, id := range b.Pruned {
 		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ? AND ended > 0 AND (state <> ? OR scope IS NULL) AND ended + retain < ?", id, int64(effect.Unknown), b.Now); err != nil {
@@ -322,6 +335,20 @@ func (db *DB) Abandoned(ctx context.Context, limit int) ([]effect.Operation, err
 	}}
 	err := db.Do(ctx, w)
 	return w.Seen, err
+}
+
+// Erase implements audit.Eraser. What is erased goes from the log of the file too, as soon as nobody
+// reads from it.
+func (db *DB) Erase(ctx context.Context, records []int64, entry audit.Entry) (int64, error) {
+	index, err := db.Writer.Erase(ctx, records, entry)
+	if err != nil {
+		return index, err
+	}
+	var busy, frames, moved int64
+	if err := db.read.QueryRowContext(ctx, "PRAGMA wal_checkpoint(TRUNCATE)").Scan(&busy, &frames, &moved); err != nil {
+		return index, fmt.Errorf("it is erased, but may still be read in %s-wal: %w", db.file, err)
+	}
+	return index, nil
 }
 
 // Head implements audit.Source.

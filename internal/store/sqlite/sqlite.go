@@ -57,7 +57,7 @@ var (
 	_ effect.Store  = (*DB)(nil)
 	_ approve.Store = (*DB)(nil)
 	_ task.Store    = (*DB)(nil)
-	_ audit.Source  = (*DB)(nil)
+	_ audit.Eraser  = (*DB)(nil)
 )
 
 // ErrInUse says that another process has the file.
