@@ -72,6 +72,7 @@ type Call struct {
 	Progress   bool       // the caller wants progress
 	LogLevel   string     // lowest level of log messages the caller wants, or "": none
 	Resume     string     // what [InputRequired.State] held when this call asked last, or ""
+	Asked      string     // names the question that this call, or an earlier round of it, answers first; unguessable; "": it answers none
 	AsTask     TaskWish   // whether the caller takes, or wants, a task in place of the result
 	// Responses are the answers to what a task asked, by key; for UpdateTask only.
 	Responses map[string]jsontext.Value
@@ -94,8 +95,8 @@ type Call struct {
 	Asker Asker // asks the caller's side for input; never nil
 
 	// Restore opens what the caller brought of an earlier round of this call, which is sealed for
-	// its principal: authenticate calls it as soon as Principal is known. It sets Resume and what
-	// Asker knows. Nil: the caller brought nothing.
+	// its principal: authenticate calls it as soon as Principal is known. It sets Resume, Asked and
+	// what Asker knows. Nil: the caller brought nothing.
 	Restore func(*Call) error
 
 	// ---- set along the path ----

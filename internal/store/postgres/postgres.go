@@ -209,16 +209,16 @@ func (db *DB) Run(ctx context.Context) error {
 		defer close(pruning)
 		prune := time.NewTicker(pruneEvery)
 		defer prune.Stop()
-		for {
+		for { // at once, too: nodes that live for less than the interval would never do it
+			limited, cancel := context.WithTimeout(ctx, pruneTimeout)
+			_, _ = db.Prune(limited) // the next one does what is left
+			cancel()
 			select {
 			case <-ctx.Done():
 				return
 			case <-db.Failed():
 				return
 			case <-prune.C:
-				limited, cancel := context.WithTimeout(ctx, pruneTimeout)
-				_, _ = db.Prune(limited) // the next one does what is left
-				cancel()
 			}
 		}
 	}()
