@@ -237,7 +237,8 @@ var errTooLarge = errors.New("the message is larger than max_message_bytes")
 
 // events reads an event stream until the answer to id.
 func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message, *stream, error) {
-	v := &events{e: e, r: bufio.NewReaderSize(body, 8<<10)}
+	v := newEvents(e, body)
+	messages := newPace(messagesAtOnce, messagesPerSecond)
 	for {
 		_, data, err := v.next()
 		if err != nil {
@@ -245,6 +246,9 @@ func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message
 		}
 		if len(bytes.TrimSpace(data)) == 0 {
 			continue
+		}
+		if !messages.take() {
+			return nil, &v.from, errFlood
 		}
 		m, err := parse(data, e.maxSize)
 		if err != nil {

@@ -16,9 +16,50 @@ import (
 // events takes an event stream apart (HTML standard, server-sent events). Lines and events are
 // bounded by max_message_bytes.
 type events struct {
-	e    *endpoint
-	r    *bufio.Reader
-	from stream
+	e     *endpoint
+	r     *bufio.Reader
+	from  stream
+	lines pace
+}
+
+// What one stream or process may send: nobody has to read what a server can make up at will. Real
+// ones tell of progress a few times a second; an answer may have been broken into many lines.
+const (
+	messagesAtOnce    = 20_000 // beside answers
+	messagesPerSecond = 5000
+	linesAtOnce       = 200_000
+	linesPerSecond    = 10_000
+)
+
+// errFlood is a server that sends more than that.
+var errFlood = errors.New("it sends more messages than the gateway takes")
+
+// A pace counts what comes: at once so many, over time so many a second. It is not safe for
+// concurrent use.
+type pace struct {
+	atOnce, perSecond int
+	spent             int
+	since             time.Time
+}
+
+func newPace(atOnce, perSecond int) pace {
+	return pace{atOnce: atOnce, perSecond: perSecond, since: time.Now()}
+}
+
+// take reports whether one more may come.
+func (p *pace) take() bool {
+	if p.spent++; p.spent <= p.atOnce {
+		return true // the clock is only asked when it matters
+	}
+	now := time.Now()
+	if earned := int(min(now.Sub(p.since), time.Hour).Seconds() * float64(p.perSecond)); earned > 0 {
+		p.spent, p.since = max(1, p.spent-earned), now
+	}
+	return p.spent <= p.atOnce
+}
+
+func newEvents(e *endpoint, body io.Reader) *events {
+	return &events{e: e, r: bufio.NewReaderSize(body, 8<<10), lines: newPace(linesAtOnce, linesPerSecond)}
 }
 
 // next returns the next event that has data. It fails with errCut when the stream ends.
@@ -30,6 +71,9 @@ func (v *events) next() (name string, data []byte, err error) {
 				err = errCut
 			}
 			return "", nil, err
+		}
+		if !v.lines.take() {
+			return "", nil, errFlood
 		}
 		if len(line) == 0 {
 			if len(data) > 0 {
@@ -98,7 +142,7 @@ func dialSSE(ctx context.Context, end context.CancelFunc, e *endpoint) (*sseStre
 	if err != nil {
 		return nil, err
 	}
-	s := &sseStream{endpoint: e, body: resp.Body, events: &events{e: e, r: bufio.NewReaderSize(resp.Body, 8<<10)}, end: end}
+	s := &sseStream{endpoint: e, body: resp.Body, events: newEvents(e, resp.Body), end: end}
 	if err := s.begin(resp); err != nil {
 		resp.Body.Close()
 		return nil, err
