@@ -15,13 +15,9 @@ import (
 	"newel.dev/newel/internal/backend/artifact"
 )
 
-// Time-outs of the HTTP server: slow clients may not hold what others need.
 const (
-	readHeaderTimeout = 10 * time.Second
-	readTimeout       = 60 * time.Second // of a whole message
-	idleTimeout       = 120 * time.Second
-	maxHeaderBytes    = 64 << 10
-	drainTimeout      = 15 * time.Second // for calls that run when the server is told to stop
+	maxHeaderBytes = 64 << 10
+	drainTimeout   = 15 * time.Second // for calls that run when the server is told to stop
 )
 
 // drain tells doors that the server is stopping.
@@ -123,14 +119,22 @@ func (l *Live) Serve(ctx context.Context, listener net.Listener) error {
 	floor := make([]byte, heapFloor)
 	defer runtime.KeepAlive(floor)
 	first := l.House()
+	limits, err := first.opts.Limits.Connections.withDefaults()
+	if err != nil {
+		return err
+	}
+	accepted := newGuarded(listener, limits, first.opts.Proxies, first.opts.Logger)
+	if err := accepted.measure(first.opts.Meter.Meter("newel.dev/newel")); err != nil {
+		return err
+	}
 	return l.whileRunning(ctx, func(ctx context.Context) error {
-		out := &leaving{Listener: listener, done: make(chan struct{})}
+		out := &leaving{Listener: accepted, done: make(chan struct{})}
 		srv := &http.Server{
 			Handler:           out.handler(first.kept),
 			ConnState:         out.count,
-			ReadHeaderTimeout: readHeaderTimeout,
-			ReadTimeout:       readTimeout,
-			IdleTimeout:       idleTimeout,
+			ReadHeaderTimeout: limits.Header,
+			ReadTimeout:       limits.Body,
+			IdleTimeout:       limits.Idle,
 			MaxHeaderBytes:    maxHeaderBytes,
 			ErrorLog:          slog.NewLogLogger(first.opts.Logger.Handler(), slog.LevelWarn),
 		}

@@ -35,6 +35,7 @@ type Options struct {
 	MaxMessageBytes int           // default 4 MiB
 	KeepAlive       time.Duration // between comments on an idle subscription; default 15 s
 	WriteTimeout    time.Duration // for one event, or a large answer; default 30 s
+	BodyTimeout     time.Duration // for a whole message; default 60 s. Each 64 KiB of it have a sixth of that
 	AllowedHosts    []string      // Host names beside loopback ones; "*" allows any
 	AllowedOrigins  []string      // Origins beside the server's own; never "*"
 	// AbsentHeaders puts up with clients of revision 2026-07-28 that leave out headers which mirror the
@@ -72,6 +73,9 @@ func New(o Options) (*Door, error) {
 	}
 	if o.WriteTimeout <= 0 {
 		o.WriteTimeout = 30 * time.Second
+	}
+	if o.BodyTimeout <= 0 {
+		o.BodyTimeout = time.Minute
 	}
 	if o.ParamHeaders == nil {
 		o.ParamHeaders = func(string) []catalog.ParamHeader { return nil }
@@ -249,7 +253,7 @@ func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *
 	} else if r.ContentLength <= maxPooled {
 		buf.Grow(int(r.ContentLength) + bytes.MinRead)
 	}
-	if _, err := buf.ReadFrom(body); err != nil {
+	if _, err := buf.ReadFrom(d.paced(w, body, r.ContentLength)); err != nil {
 		var over *http.MaxBytesError
 		if errors.As(err, &over) {
 			return tooLarge
@@ -257,6 +261,46 @@ func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *
 		return &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end", Cause: call.Canceled}
 	}
 	return nil
+}
+
+// What a sender has to manage at least: a piece in a share of the time for all of it.
+const (
+	pieceSize  = 64 << 10
+	pieceShare = 6
+)
+
+// paced has a body fail whose sender is too slow; the server's own deadline is for the whole request.
+func (d *Door) paced(w http.ResponseWriter, body io.Reader, size int64) io.Reader {
+	piece := d.opts.BodyTimeout / pieceShare
+	if size >= 0 && size <= pieceSize {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(piece)) // what is in memory has none
+		return body
+	}
+	return &pacedReader{body: body, control: http.NewResponseController(w), piece: piece, end: time.Now().Add(d.opts.BodyTimeout)}
+}
+
+// pacedReader moves the deadline of reading on with each piece, to the end of all time at most.
+type pacedReader struct {
+	body    io.Reader
+	control *http.ResponseController
+	piece   time.Duration
+	end     time.Time
+	left    int // until the deadline moves
+}
+
+// Read implements io.Reader.
+func (p *pacedReader) Read(b []byte) (int, error) {
+	if p.left <= 0 {
+		p.left = pieceSize
+		next := time.Now().Add(p.piece)
+		if next.After(p.end) {
+			next = p.end
+		}
+		_ = p.control.SetReadDeadline(next)
+	}
+	n, err := p.body.Read(b[:min(len(b), pieceSize)])
+	p.left -= n
+	return n, err
 }
 
 func checkContentType(r *http.Request) *mcpwire.Failure {

@@ -19,10 +19,11 @@ type reply struct {
 	given   []string   // Authorization headers: in which way a token was presented
 	mu      sync.Mutex // one event at a time
 	stream  bool       // guarded by mu: the event stream has begun
+	shared  bool       // the connection (HTTP/2): what is written waits until the client makes room, however small
 }
 
 func (d *Door) reply(w http.ResponseWriter, r *http.Request) *reply {
-	return &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, given: r.Header["Authorization"]}
+	return &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, given: r.Header["Authorization"], shared: r.ProtoMajor > 1}
 }
 
 // largeAnswer is what a kernel's socket buffer may not take at once: such writes get a deadline.
@@ -107,7 +108,7 @@ func (p *reply) json(status, size int, parts ...[]byte) {
 	h["Content-Type"] = contentTypeJSON
 	h["Content-Length"] = []string{strconv.Itoa(size)}
 	h["X-Content-Type-Options"] = noSniff
-	if size > largeAnswer {
+	if size > largeAnswer || p.shared {
 		rc := http.NewResponseController(p.w)
 		_ = rc.SetWriteDeadline(time.Now().Add(p.timeout))
 		defer func() { _ = rc.SetWriteDeadline(time.Time{}) }()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -29,10 +30,13 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	session := r.Header.Get("Mcp-Session-Id")
-	if session == "" && message.method == "initialize" && g.full() {
-		w.Header().Set("Retry-After", "10")
-		refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"})
-		return
+	if session == "" && message.method == "initialize" {
+		if f := g.full(ownerOf(r)); f != nil {
+			f.ID = message.id
+			w.Header().Set("Retry-After", "10")
+			refuse(w, f)
+			return
+		}
 	}
 	if d.o.Cluster != nil && session != "" {
 		if !d.here(session) && d.elsewhere(w, r, session, &message) {
@@ -63,7 +67,7 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	r.Header.Set(headerKey, key)
 	r.Header.Set(headerPeer, r.RemoteAddr)
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
-	out := &writer{w: w, id: message.id}
+	out := &writer{w: w, id: message.id, timeout: g.o.WriteTimeout}
 	ctx, cancel := context.WithCancel(r.Context())
 	if r.Method == http.MethodGet && d.o.Cluster != nil {
 		r = r.WithContext(ctx)
@@ -86,6 +90,9 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	cancel()
 	ended.Wait()
 	out.finish()
+	if opened := w.Header().Get("Mcp-Session-Id"); session == "" && opened != "" {
+		d.own(opened, ownerOf(r))
+	}
 }
 
 // message is what has to be known of a message before the SDK reads it.
@@ -139,14 +146,69 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	return m, nil
 }
 
-func (g *Generation) full() bool {
-	n := 0
-	for _, server := range g.door.all() {
-		for range server.Sessions() {
-			n++
+// census is how many sessions there were, and whose.
+type census struct {
+	at    time.Time
+	all   int
+	owner map[string]int
+}
+
+// censusEvery bounds how often sessions are counted; those that are opened meanwhile are added.
+const censusEvery = 250 * time.Millisecond
+
+// full refuses one more session of owner if there are too many, of that one or in all.
+func (g *Generation) full(owner string) *mcpwire.Failure {
+	d := g.door
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if time.Since(d.counted.at) >= censusEvery {
+		d.takeCensus()
+	}
+	switch {
+	case d.counted.all >= g.o.MaxSessions:
+		return &mcpwire.Failure{Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"}
+	case d.counted.owner[owner] >= g.o.MaxSessionsPerPeer:
+		return &mcpwire.Failure{Status: http.StatusTooManyRequests, Code: -31429, Message: "you are at your limit of " + strconv.Itoa(g.o.MaxSessionsPerPeer) + " sessions; end some first"}
+	}
+	return nil
+}
+
+// takeCensus counts sessions, and forgets whose those were that have ended. mu is held.
+func (d *Door) takeCensus() {
+	d.counted = census{time.Now(), 0, map[string]int{}}
+	open := make(map[string]string, len(d.owners))
+	for _, server := range d.servers {
+		for s := range server.Sessions() {
+			d.counted.all++
+			if who, known := d.owners[s.ID()]; known {
+				open[s.ID()] = who
+				d.counted.owner[who]++
+			}
 		}
 	}
-	return n >= g.o.MaxSessions
+	d.owners = open
+}
+
+// ownerOf returns who sends a request: the caller, or the address where nobody asks who is calling.
+func ownerOf(r *http.Request) string {
+	if p := mcpwire.PrincipalOf(r.Context()); p != nil {
+		return strconv.Quote(p.Tenant) + strconv.Quote(p.ID)
+	}
+	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
+		return host
+	}
+	return r.RemoteAddr
+}
+
+// own remembers who opened a session.
+func (d *Door) own(session, owner string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.owners[session] = owner
+	if d.counted.owner != nil {
+		d.counted.all++
+		d.counted.owner[owner]++
+	}
 }
 
 // open counts one more open request of a session, if it may have one more.
@@ -205,6 +267,7 @@ func refuse(w http.ResponseWriter, f *mcpwire.Failure) {
 type writer struct {
 	w       http.ResponseWriter
 	id      jsontext.Value
+	timeout time.Duration
 	mu      sync.Mutex // one write at a time: events are never interleaved with comments
 	status  int
 	plain   *bytes.Buffer // a plain-text error, held back
@@ -251,7 +314,16 @@ func (w *writer) Write(b []byte) (int, error) {
 		return w.plain.Write(b)
 	}
 	w.written = time.Now()
+	if w.stream {
+		w.extend()
+	}
 	return w.w.Write(b)
+}
+
+// extend gives what is written next its time: without, a client that does not read would hold up
+// whoever writes, and the sessions of others with it. mu is held.
+func (w *writer) extend() {
+	_ = http.NewResponseController(w.w).SetWriteDeadline(time.Now().Add(w.timeout)) // what is in memory has none
 }
 
 // Flush implements http.Flusher.
@@ -279,6 +351,7 @@ func (w *writer) keepAlive(ctx context.Context, every time.Duration) {
 		}
 		w.mu.Lock()
 		if w.stream && time.Since(w.written) >= every {
+			w.extend()
 			if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
 				_ = http.NewResponseController(w.w).Flush()
 			}
@@ -295,6 +368,7 @@ func (w *writer) event(message []byte) {
 		return
 	}
 	w.written = time.Now()
+	w.extend()
 	if _, err := w.w.Write([]byte("event: message\ndata: " + string(mcpwire.OneLine(message)) + "\n\n")); err == nil {
 		_ = http.NewResponseController(w.w).Flush()
 	}
@@ -312,6 +386,9 @@ func codeOf(status int) int {
 func (w *writer) finish() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.stream {
+		_ = http.NewResponseController(w.w).SetWriteDeadline(time.Time{}) // the next request has its own
+	}
 	if w.plain == nil {
 		return
 	}
