@@ -16,10 +16,12 @@ import (
 // events takes an event stream apart (HTML standard, server-sent events). Lines and events are
 // bounded by max_message_bytes.
 type events struct {
+	ctx   context.Context // of the request
 	e     *endpoint
 	r     *bufio.Reader
 	from  stream
 	lines pace
+	large bool // this event is one of the large ones
 }
 
 // What one stream or process may send: nobody has to read what a server can make up at will. Real
@@ -58,14 +60,24 @@ func (p *pace) take() bool {
 	return p.spent <= p.atOnce
 }
 
-func newEvents(e *endpoint, body io.Reader) *events {
-	return &events{e: e, r: bufio.NewReaderSize(body, 8<<10), lines: newPace(linesAtOnce, linesPerSecond)}
+func newEvents(ctx context.Context, e *endpoint, body io.Reader) *events {
+	return &events{ctx: ctx, e: e, r: bufio.NewReaderSize(body, 8<<10), lines: newPace(linesAtOnce, linesPerSecond)}
 }
 
-// next returns the next event that has data. It fails with errCut when the stream ends.
+// end says that the last event is done with.
+func (v *events) end() {
+	if v.large {
+		v.large = false
+		v.e.endLarge()
+	}
+}
+
+// next returns the next event that has data; the one before is done with. It fails with errCut when the
+// stream ends. Who calls it calls end at last.
 func (v *events) next() (name string, data []byte, err error) {
+	v.end()
 	for {
-		line, err := v.e.line(v.r, len(data))
+		line, err := v.line(len(data))
 		if err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				err = errCut
@@ -142,7 +154,7 @@ func dialSSE(ctx context.Context, end context.CancelFunc, e *endpoint) (*sseStre
 	if err != nil {
 		return nil, err
 	}
-	s := &sseStream{endpoint: e, body: resp.Body, events: newEvents(e, resp.Body), end: end}
+	s := &sseStream{endpoint: e, body: resp.Body, events: newEvents(ctx, e, resp.Body), end: end}
 	if err := s.begin(resp); err != nil {
 		resp.Body.Close()
 		return nil, err
@@ -198,6 +210,9 @@ const sseSendTimeout = 30 * time.Second
 func (s *sseStream) Read() ([]byte, error) {
 	for {
 		name, data, err := s.events.next()
+		if err != nil {
+			s.events.end()
+		}
 		if err != nil || name == "" || name == "message" {
 			return data, err
 		}
