@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,9 +35,10 @@ func attack(kind, addr string, most time.Duration) error {
 		"deaf":     func() { crowd(100, func() { holdDeaf(ctx, addr, report) }) },
 		"calls":    func() { crowd(16, func() { callAll(ctx, addr, strings.Split(which, ","), report) }) },
 		"bombs":    func() { crowd(2, func() { sendBombs(ctx, addr, report) }) },
-		"listen":   func() { crowd(8, func() { openStreams(ctx, addr, report) }) },
-		"sessions": func() { crowd(4, func() { openSessions(ctx, addr, report) }) },
-		"keys":     func() { crowd(4, func() { sendTokens(ctx, addr, report) }) },
+		"streams":  func() { n, _ := strconv.Atoi(which); holdStreams(ctx, addr, n, report) },
+		"listen":   func() { crowd(2, func() { openStreams(ctx, addr, which, report) }) },
+		"sessions": func() { crowd(2, func() { openSessions(ctx, addr, which, report) }) },
+		"keys":     func() { crowd(2, func() { sendTokens(ctx, addr, which, report) }) },
 	}[kind]
 	if !ok {
 		return fmt.Errorf("there is no attack %q", kind)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -124,6 +125,7 @@ type neighbour struct {
 	s      *stage
 	header []string
 	cancel context.CancelFunc
+	rest   atomic.Bool // it does not call meanwhile
 	done   sync.WaitGroup
 
 	mu    sync.Mutex // guards what is below
@@ -138,9 +140,14 @@ const (
 )
 
 func (s *stage) neighbour(ctx context.Context, header ...string) *neighbour {
+	return s.neighbours(ctx, neighbours, header...)
+}
+
+// neighbours is a neighbour with so many clients.
+func (s *stage) neighbours(ctx context.Context, clients int, header ...string) *neighbour {
 	ctx, cancel := context.WithCancel(ctx)
 	n := &neighbour{s: s, header: header, cancel: cancel}
-	for i := range neighbours {
+	for i := range clients {
 		n.done.Go(func() { n.work(ctx, rand.New(rand.NewPCG(1, uint64(i)))) })
 	}
 	return n
@@ -152,6 +159,10 @@ func (n *neighbour) work(ctx context.Context, r *rand.Rand) {
 	tick := time.NewTicker(pause)
 	defer tick.Stop()
 	for ctx.Err() == nil {
+		if n.rest.Load() {
+			<-tick.C
+			continue
+		}
 		nonce := fmt.Sprintf("%016x", r.Uint64())
 		at := time.Now()
 		status, body, err := call(ctx, client, n.s.addr, "echo", `{"nonce":"`+nonce+`"}`, n.header...)
@@ -171,6 +182,12 @@ func (n *neighbour) work(ctx context.Context, r *rand.Rand) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+func (n *neighbour) count() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.calls
 }
 
 // windows waits for some windows and returns the median of their p99.

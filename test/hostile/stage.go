@@ -33,6 +33,7 @@ type stage struct {
 	hostile  string // address of the hostile server
 	newel    *child
 	others   []*child
+	stopped  bool // newel was told to
 
 	mu      sync.Mutex // guards what is below
 	seen    map[string]int
@@ -167,7 +168,7 @@ func (s *stage) open(ctx context.Context, c setting) (err error) {
 
 // end ends everything. That newel is not there any more is a violation of every scenario.
 func (s *stage) end() {
-	if s.newel != nil {
+	if s.newel != nil && !s.stopped {
 		if s.newel.ended(0) {
 			s.wrong("newel ended: %v", s.newel.err)
 		} else if peak, err := s.peak(); err == nil {
@@ -175,6 +176,8 @@ func (s *stage) end() {
 		} else {
 			s.wrong("its memory is not known: %v", err)
 		}
+	}
+	if s.newel != nil {
 		s.newel.kill()
 	}
 	for _, c := range append(s.others, s.upstream) {
@@ -200,10 +203,10 @@ func (s *stage) attack(kind string, most time.Duration) (func() (map[string]floa
 	s.others = append(s.others, c)
 	return func() (map[string]float64, error) {
 		if !c.ended(most + 30*time.Second) {
-			return nil, fmt.Errorf("the attack %s does not end", kind)
+			return nil, fmt.Errorf("the attack %.20s does not end", kind)
 		}
 		if c.err != nil {
-			return nil, fmt.Errorf("the attack %s: %w", kind, c.err)
+			return nil, fmt.Errorf("the attack %.20s: %w", kind, c.err)
 		}
 		report := map[string]float64{}
 		return report, json.Unmarshal(c.out.Bytes(), &report)

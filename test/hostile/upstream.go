@@ -224,6 +224,10 @@ func misbehave(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusBadRequest)
 		return
 	}
+	if mode == "turning" { // its list is another one every second
+		protocol(w, m, fmt.Sprintf(`{"name":"turning","description":"at %d","inputSchema":{"type":"object"}}`, time.Now().Unix()))
+		return
+	}
 	switch do, list := toolOf(mode), definitions[mode]; {
 	case m.Method == "tools/call" && do != nil:
 		do(w, r, &m)
