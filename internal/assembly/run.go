@@ -22,13 +22,14 @@ const (
 
 // drain tells doors that the server is stopping.
 type drain struct {
-	begun chan struct{}
-	once  sync.Once
+	begun context.Context // ends then
+	begin func()
 }
 
-func newDrain() *drain { return &drain{begun: make(chan struct{})} }
-
-func (d *drain) begin() { d.once.Do(func() { close(d.begun) }) }
+func newDrain() *drain {
+	ctx, begin := context.WithCancel(context.Background())
+	return &drain{begun: ctx, begin: begin}
+}
 
 // Handler serves /mcp, /health, /ready and /metrics. It works without Run, but then watched
 // backends do not notice changes and sessions do not expire.
@@ -52,7 +53,7 @@ func (h *House) routes() *routes {
 	})
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
 		select {
-		case <-h.drain.begun:
+		case <-h.drain.begun.Done():
 			status(w, http.StatusServiceUnavailable, `{"status":"draining"}`)
 			return
 		default:

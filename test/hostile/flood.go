@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -20,8 +21,12 @@ import (
 	"time"
 )
 
-// perStream is what one open stream may take.
-const perStream = 50 << 10
+// perStream is what one open stream may take: heap and stacks that are in use. What the process has from
+// the system is more, by what Go's collector leaves free to be used again; perResident bounds that.
+const (
+	perStream   = 50 << 10
+	perResident = 80 << 10
+)
 
 // streams is E11: many open streams of both kinds, calls beside them, some that go away without a word,
 // and a server that is told to stop.
@@ -35,7 +40,9 @@ func streams(ctx context.Context, s *stage) error {
 		return err
 	}
 	neighbour := s.neighbours(ctx, 2*neighbours)
+	low := s.lowest(ctx)
 	before := neighbour.windows(ctx, 3)
+	base := low()
 	first, err := s.takes()
 	if err != nil {
 		return err
@@ -51,7 +58,9 @@ func streams(ctx context.Context, s *stage) error {
 		return err
 	}
 	at, calls := time.Now(), neighbour.count()
+	low = s.lowest(ctx)
 	during := neighbour.windows(ctx, 5)
+	s.figure("memory in use of one", (low()-base)/float64(n)/1024, perStream>>10, "KiB")
 	s.figure("calls a second beside them", float64(neighbour.count()-calls)/time.Since(at).Seconds(), 0, "")
 	report, err := wait()
 	if err != nil {
@@ -86,11 +95,35 @@ func room(n int) error {
 }
 
 // usage is what newel has taken.
-type usage struct{ rss, heap, stack, goroutines, fds, connections float64 }
+type usage struct{ rss, used, goroutines, fds, connections float64 }
 
 func (s *stage) takes() (usage, error) {
 	m, err := s.metrics()
-	return usage{m["process_resident_memory_bytes"], m["go_memstats_heap_inuse_bytes"], m["go_memstats_stack_inuse_bytes"], m["go_goroutines"], m["process_open_fds"], m["newel_connections"]}, err
+	return usage{m["process_resident_memory_bytes"], m["go_memstats_heap_inuse_bytes"] + m["go_memstats_stack_inuse_bytes"], m["go_goroutines"], m["process_open_fds"], m["newel_connections"]}, err
+}
+
+// lowest returns the least memory that is in use at any moment until it is asked: after a collection.
+func (s *stage) lowest(ctx context.Context) (end func() float64) {
+	ctx, cancel := context.WithCancel(ctx)
+	least := make(chan float64, 1)
+	go func() {
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		used := math.Inf(1)
+		for ctx.Err() == nil {
+			if now, err := s.takes(); err != nil {
+				s.wrong("metrics: %v", err)
+			} else {
+				used = min(used, now.used)
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+			}
+		}
+		least <- used
+	}()
+	return func() float64 { cancel(); return <-least }
 }
 
 func (s *stage) streamsOpen(n int) error {
@@ -111,9 +144,7 @@ func (s *stage) idle(n *neighbour, streams int, first usage) error {
 	}
 	of := float64(streams)
 	s.figure("streams open", of, 0, "")
-	s.figure("resident memory of one", (now.rss-first.rss)/of/1024, perStream>>10, "KiB")
-	s.figure("heap in use of one", (now.heap-first.heap)/of/1024, 0, "KiB")
-	s.figure("stacks of one", (now.stack-first.stack)/of/1024, 0, "KiB")
+	s.figure("resident memory of one", (now.rss-first.rss)/of/1024, perResident>>10, "KiB")
 	s.figure("goroutines of one", (now.goroutines-first.goroutines)/of, 0, "")
 	s.figure("descriptors of one", (now.fds-first.fds)/of, 1.1, "")
 	return nil

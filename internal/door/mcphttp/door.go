@@ -3,8 +3,7 @@
 //
 // Start reading at [Door.ServeHTTP]; [Door.stateless] is the way of one call and can be read
 // beside internal/guard/path.go. The door bounds and decodes what arrives, checks Host, Origin
-// and headers, and encodes the outcome. What it refuses by itself is recorded as well. It
-// starts one goroutine per open subscription, for keep-alive, and waits for it.
+// and headers, and encodes the outcome. What it refuses by itself is recorded as well.
 package mcphttp
 
 import (
@@ -12,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"mime"
 	"net/http"
 	"strconv"
@@ -48,8 +48,8 @@ type Options struct {
 	// so. Nil: there are no other nodes.
 	Forwarded func(r *http.Request) (who *call.Principal, ok bool, err error)
 	Access    *Access // nil: clients are not told how to get a token
-	// Draining, when closed, ends open subscriptions with a result.
-	Draining <-chan struct{}
+	// Draining ends open subscriptions with a result when it ends; nil never does.
+	Draining context.Context
 }
 
 // A Door serves one URL. It is safe for concurrent use.
@@ -207,29 +207,29 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 	}
 }
 
-// follow keeps a subscription alive and ends it when the server drains. stop waits for both.
+// follow keeps a subscription alive and ends it when the server drains. No goroutine waits for that:
+// there are many subscriptions. Nothing is written after stop.
 func (d *Door) follow(ctx context.Context, out *reply) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(ctx)
-	var done sync.WaitGroup
-	done.Go(func() {
-		tick := time.NewTicker(d.opts.KeepAlive)
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-d.opts.Draining:
-				cancel()
-				return
-			case <-tick.C:
-				if out.comment() != nil {
-					cancel()
-					return
-				}
-			}
+	var again *time.Timer
+	again = time.AfterFunc(math.MaxInt64, func() {
+		if out.comment() != nil {
+			cancel()
+			return
 		}
+		again.Reset(d.opts.KeepAlive)
 	})
-	return ctx, func() { cancel(); done.Wait() }
+	again.Reset(d.opts.KeepAlive)
+	stay := func() bool { return true }
+	if d.opts.Draining != nil {
+		stay = context.AfterFunc(d.opts.Draining, cancel)
+	}
+	return ctx, func() {
+		stay()
+		again.Stop()
+		out.end()
+		cancel()
+	}
 }
 
 // refuse answers what did not become a call, with a JSON-RPC body, and has it recorded.

@@ -36,7 +36,8 @@ var update = flag.Bool("update", false, "rewrite the expected halves of testdata
 type world struct {
 	*Door
 	hub      *catalog.Hub
-	draining chan struct{}
+	draining context.Context
+	drain    func()
 	running  chan struct{} // one value per started hang
 	gone     chan error    // why hang ended
 	refused  chan string
@@ -44,7 +45,8 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	w := &world{hub: catalog.NewHub(), draining: make(chan struct{}), running: make(chan struct{}, 8), gone: make(chan error, 8), refused: make(chan string, 100)}
+	w := &world{hub: catalog.NewHub(), running: make(chan struct{}, 8), gone: make(chan error, 8), refused: make(chan string, 100)}
+	w.draining, w.drain = context.WithCancel(t.Context())
 	tool := func(name, schema string, run call.Handler) *call.Capability {
 		return &call.Capability{Kind: call.Tool, Name: name, Description: "d", Input: jsontext.Value(schema), Effect: call.Read, Run: run}
 	}
@@ -318,7 +320,7 @@ func TestListen(t *testing.T) {
 			alive++
 		}
 	}
-	close(w.draining)
+	w.drain()
 	last := ""
 	for d := next(); d != ""; d = next() {
 		last = d

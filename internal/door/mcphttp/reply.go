@@ -1,6 +1,7 @@
 package mcphttp
 
 import (
+	"errors"
 	"math"
 	"net/http"
 	"strconv"
@@ -19,6 +20,7 @@ type reply struct {
 	given   []string   // Authorization headers: in which way a token was presented
 	mu      sync.Mutex // one event at a time
 	stream  bool       // guarded by mu: the event stream has begun
+	ended   bool       // guarded by mu: no more comments
 	shared  bool       // the connection (HTTP/2): what is written waits until the client makes room, however small
 }
 
@@ -53,10 +55,22 @@ func (p *reply) send(message []byte) error {
 func (p *reply) comment() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.ended {
+		return errEnded
+	}
 	if !p.stream {
 		return nil
 	}
 	return p.writeAndFlush([]byte(": keep-alive\n\n"))
+}
+
+var errEnded = errors.New("the stream has ended")
+
+// end has comment do nothing from now on.
+func (p *reply) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended = true
 }
 
 // writeAndFlush writes parts under a deadline. mu is held.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"strconv"
@@ -79,16 +80,14 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 			}
 		}()
 	}
-	var ended sync.WaitGroup
 	if r.Method == http.MethodGet || message.method != "" {
-		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })
+		defer out.keepAlive(d.o.KeepAlive)()
 	}
 	if r.Method == http.MethodGet && session != "" {
 		defer d.listen(session, out.event)()
 	}
 	d.handler.ServeHTTP(out, r)
 	cancel()
-	ended.Wait()
 	out.finish()
 	if opened := w.Header().Get("Mcp-Session-Id"); session == "" && opened != "" {
 		d.own(opened, ownerOf(r))
@@ -265,14 +264,15 @@ func refuse(w http.ResponseWriter, f *mcpwire.Failure) {
 // writer mends what the SDK writes: errors in plain text become JSON-RPC errors, event streams
 // are kept alive and marked so that proxies do not hold them back.
 type writer struct {
-	w       http.ResponseWriter
-	id      jsontext.Value
-	timeout time.Duration
-	mu      sync.Mutex // one write at a time: events are never interleaved with comments
-	status  int
-	plain   *bytes.Buffer // a plain-text error, held back
-	stream  bool
-	written time.Time
+	w        http.ResponseWriter
+	id       jsontext.Value
+	timeout  time.Duration
+	mu       sync.Mutex // one write at a time: events are never interleaved with comments
+	status   int
+	plain    *bytes.Buffer // a plain-text error, held back
+	stream   bool
+	written  time.Time
+	finished bool
 }
 
 // Header implements http.ResponseWriter.
@@ -339,32 +339,46 @@ func (w *writer) Flush() {
 // Unwrap lets http.ResponseController find deadlines.
 func (w *writer) Unwrap() http.ResponseWriter { return w.w }
 
-// keepAlive writes a comment whenever a stream has been silent for a while.
-func (w *writer) keepAlive(ctx context.Context, every time.Duration) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
+// keepAlive writes a comment whenever a stream has been silent for a while, until the answer is
+// finished. No goroutine waits for that: there are many streams.
+func (w *writer) keepAlive(every time.Duration) (stop func()) {
+	var again *time.Timer
+	again = time.AfterFunc(math.MaxInt64, func() {
+		if w.comment(every) {
+			again.Reset(every)
 		}
+	})
+	again.Reset(every)
+	return func() {
+		again.Stop()
 		w.mu.Lock()
-		if w.stream && time.Since(w.written) >= every {
-			w.extend()
-			if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
-				_ = http.NewResponseController(w.w).Flush()
-			}
-		}
-		w.mu.Unlock()
+		defer w.mu.Unlock()
+		w.finished = true // also where the handler panics
 	}
+}
+
+// comment writes a comment if nothing was written for some time. It reports whether there is still
+// something to be written to.
+func (w *writer) comment(silence time.Duration) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.finished {
+		return false
+	}
+	if w.stream && time.Since(w.written) >= silence {
+		w.extend()
+		if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
+			_ = http.NewResponseController(w.w).Flush()
+		}
+	}
+	return true
 }
 
 // event writes a message beside those of the SDK, if the stream has begun: it cannot be resumed.
 func (w *writer) event(message []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.stream {
+	if !w.stream || w.finished {
 		return
 	}
 	w.written = time.Now()
@@ -386,6 +400,7 @@ func codeOf(status int) int {
 func (w *writer) finish() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.finished = true
 	if w.stream {
 		_ = http.NewResponseController(w.w).SetWriteDeadline(time.Time{}) // the next request has its own
 	}
