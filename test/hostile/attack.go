@@ -277,6 +277,7 @@ func theBombs() []bomb {
 		{name: "10^6 keys", header: toolHead, small: inCall(keys.String())},
 		{name: "350,000 keys, under the limit of bytes", header: toolHead, small: inCall(fewer)},
 		{name: "the number 1e999999999", header: toolHead, small: inCall(`{"n":1e999999999}`), answer: isError},
+		{name: "a number of 3.9 MB", header: toolHead, small: inCall(`{"n":` + strings.Repeat("9", 3_900_000) + `}`), answer: isError},
 		{name: "a string of 100 MB", header: toolHead + "Content-Length: 100000000\r\n", body: endlessly(`{"jsonrpc":"`, strings.Repeat("a", 1<<20))},
 		{name: "4 GiB in chunks", header: toolHead + "Transfer-Encoding: chunked\r\n", body: endlessly("", fmt.Sprintf("%x\r\n%s\r\n", 1<<16, strings.Repeat("a", 1<<16)))},
 		{name: "gzip", header: toolHead + "Content-Encoding: gzip\r\n", small: zipped.String()},

@@ -21,6 +21,8 @@ type tool func(w http.ResponseWriter, r *http.Request, m *request)
 
 const good = `{"jsonrpc":"2.0","id":%s,"result":{"resultType":"complete","content":[{"type":"text","text":%q}]}}`
 
+const late = "late"
+
 // garbageTools answer wrongly, and at once.
 var garbageTools = map[string]tool{
 	"random": func(w http.ResponseWriter, _ *http.Request, _ *request) {
@@ -66,6 +68,10 @@ var garbageTools = map[string]tool{
 			_, _ = z.Write(zeros)
 		}
 		_ = z.Close()
+	},
+	late: func(w http.ResponseWriter, _ *http.Request, m *request) { // when the call has been given up
+		<-time.After(2500 * time.Millisecond)
+		fmt.Fprintf(w, good, m.ID, m.Params.Args.Nonce)
 	},
 	"gone": func(http.ResponseWriter, *http.Request, *request) { panic(http.ErrAbortHandler) },
 }
