@@ -198,8 +198,8 @@ func client() *http.Client {
 // callAll calls tools one after the other: what they do is the hostile server's business.
 func callAll(ctx context.Context, addr string, tools []string, r *report) {
 	c := client()
-	for i := 0; ctx.Err() == nil; i++ {
-		every(ctx, 4*time.Second)
+	for i := rand.IntN(len(tools)); ctx.Err() == nil; i++ {
+		every(ctx, 8*time.Second)
 		nonce := fmt.Sprintf("attack-%d", i)
 		status, body, err := call(ctx, c, addr, tools[i%len(tools)], `{"nonce":"`+nonce+`"}`)
 		switch {

@@ -36,10 +36,11 @@ func streams(ctx context.Context, s *stage) error {
 		return err
 	}
 	limits := fmt.Sprintf(", max_streams: %[1]d, max_streams_per_peer: %[1]d, max_sessions: %[1]d, max_sessions_per_peer: %[1]d, max_connections: %[2]d, max_connections_per_peer: %[2]d, session_idle_timeout: 20m", n, 2*n+500)
-	if err := s.open(ctx, setting{limits: limits, backends: []string{"turning"}, of: ", refresh_interval: 1s"}); err != nil {
+	if err := s.open(ctx, setting{memory: budget + n*perResident, limits: limits, backends: []string{"turning"}, of: ", refresh_interval: 1s"}); err != nil {
 		return err
 	}
 	neighbour := s.neighbours(ctx, 2*neighbours)
+	defer neighbour.cancel()
 	low := s.lowest(ctx)
 	before := neighbour.windows(ctx, 3)
 	base := low()

@@ -136,7 +136,7 @@ type neighbour struct {
 const (
 	neighbours = 4
 	pause      = 10 * time.Millisecond
-	window     = 2 * time.Second
+	window     = 1500 * time.Millisecond
 )
 
 func (s *stage) neighbour(ctx context.Context, header ...string) *neighbour {

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"slices"
@@ -25,9 +28,9 @@ func slow(ctx context.Context, s *stage) error {
 	n := s.neighbour(ctx)
 	return n.during(ctx, func() error {
 		kinds := []string{"slow:header", "slow:body", "slow:chunks", "slow:idle", "deaf", "calls:" + strings.Join(modes, ",")}
-		longest := map[string]float64{"slow:header": 2, "slow:body": 1, "slow:chunks": 1, "slow:idle": 3, "deaf": 2 + 3}
+		longest := map[string]float64{"slow:header": 2, "slow:body": 1, "slow:chunks": 1, "slow:idle": 3, "deaf": 2 + 5}
 		watched, end := s.watch(ctx, "newel_connections")
-		reports, err := s.attacks(kinds, 8*time.Second)
+		reports, err := s.attacks(kinds, 10*time.Second)
 		end()
 		if err != nil {
 			return err
@@ -205,8 +208,14 @@ func listed(ctx context.Context, s *stage) error {
 		if err != nil {
 			return err
 		}
-		if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusOK {
+		list, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
+		if err := errors.Join(err, resp.Body.Close()); err != nil || resp.StatusCode != http.StatusOK {
 			s.wrong("tools/list: %d %v", resp.StatusCode, err)
+		}
+		for name, want := range map[string]bool{"echo": true, "doubling": true, "doubling-down": true, "tool1": false, "subschemas": false, "repeats": false, "remote": false} {
+			if got := bytes.Contains(list, []byte(`"name":"`+name+`"`)); got != want {
+				s.wrong("tools/list: %s is there: %v", name, got)
+			}
 		}
 		for mode, arguments := range map[string]string{
 			"doubling":      `{"nonce":"x"}`,

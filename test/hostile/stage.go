@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,6 +28,7 @@ type stage struct {
 	name string
 
 	dir      string
+	budget   int
 	addr     string // of newel
 	good     *goodServer
 	upstream *child
@@ -115,6 +117,7 @@ func (c *child) ended(most time.Duration) bool {
 
 // setting is what the configuration of a scenario has beside the good server.
 type setting struct {
+	memory   int      // bytes that newel may have; 0: budget
 	top      string   // lines at the top
 	limits   string   // members of limits
 	backends []string // modes of the hostile server, one backend each
@@ -123,6 +126,7 @@ type setting struct {
 
 // open starts everything.
 func (s *stage) open(ctx context.Context, c setting) (err error) {
+	s.budget = cmp.Or(c.memory, budget)
 	s.dir = filepath.Join(s.o.dir, strings.ReplaceAll(s.name, " ", "-"))
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
@@ -146,7 +150,7 @@ func (s *stage) open(ctx context.Context, c setting) (err error) {
 	if err := await(10*time.Second, "the hostile server", func() bool { return answers("http://" + s.hostile + "/") }); err != nil {
 		return err
 	}
-	config := fmt.Sprintf("server: {name: hostile}\nlisten: %s\ntelemetry: {prometheus: true, log_level: error}\n%slimits: {max_memory: %d%s}\nbackends:\n", s.addr, c.top, budget, c.limits)
+	config := fmt.Sprintf("server: {name: hostile}\nlisten: %s\ntelemetry: {prometheus: true, log_level: error}\n%slimits: {max_memory: %d%s}\nbackends:\n", s.addr, c.top, s.budget, c.limits)
 	config += fmt.Sprintf("  - {type: mcp, name: good, url: http://%s/, revision: \"2026-07-28\", tools: [{name: \"*\", effect: read}]}\n", s.good.addr)
 	for _, mode := range c.backends {
 		config += fmt.Sprintf("  - {type: mcp, name: %s, url: http://%s/%s, revision: \"2026-07-28\", tools: [{name: \"*\", effect: read}]%s}\n", mode, s.hostile, mode, c.of)
@@ -172,7 +176,7 @@ func (s *stage) end() {
 		if s.newel.ended(0) {
 			s.wrong("newel ended: %v", s.newel.err)
 		} else if peak, err := s.peak(); err == nil {
-			s.figure("largest resident memory", float64(peak)/(1<<20), budget>>20, "MiB")
+			s.figure("largest resident memory", float64(peak)/(1<<20), float64(s.budget>>20), "MiB")
 		} else {
 			s.wrong("its memory is not known: %v", err)
 		}
