@@ -253,6 +253,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			MessageBytes: int(l.MaxMessageBytes), Depth: l.MaxDepth, Elements: l.MaxElements,
 			ConcurrentCalls: l.MaxConcurrentCalls, QueuedCalls: l.MaxQueuedCalls, QueueTimeout: l.QueueTimeout, CallTimeout: l.CallTimeout,
 			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
+			SessionsPerPeer: l.MaxSessionsPerPeer, Connections: connections(l),
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
 		Resilience: resilience(&c.Resilience), Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
@@ -275,6 +276,10 @@ func instead(c *config.Config, name string) string {
 		return fmt.Sprintf("; did you mean %q?", best)
 	}
 	return "; there are: " + strings.Join(names, ", ")
+}
+
+func connections(l *config.Limits) assembly.Connections {
+	return assembly.Connections{Max: l.MaxConnections, PerPeer: l.MaxConnsPerPeer, Header: l.HeaderTimeout, Body: l.BodyTimeout, Idle: l.IdleTimeout, Write: l.WriteTimeout}
 }
 
 // doorkeeper is who tells callers apart.

@@ -280,6 +280,12 @@ func restart(now, next *config.Config) []string {
 		{"redis", &now.Redis, &next.Redis},
 		{"state", &now.State, &next.State},
 		{"artifacts", &now.Artifacts, &next.Artifacts},
+		{"limits.max_connections", &now.Limits.MaxConnections, &next.Limits.MaxConnections},
+		{"limits.max_connections_per_peer", &now.Limits.MaxConnsPerPeer, &next.Limits.MaxConnsPerPeer},
+		{"limits.header_timeout", &now.Limits.HeaderTimeout, &next.Limits.HeaderTimeout},
+		{"limits.body_timeout", &now.Limits.BodyTimeout, &next.Limits.BodyTimeout},
+		{"limits.idle_timeout", &now.Limits.IdleTimeout, &next.Limits.IdleTimeout},
+		{"limits.write_timeout", &now.Limits.WriteTimeout, &next.Limits.WriteTimeout},
 		{"limits.session_idle_timeout", &now.Limits.SessionIdleTimeout, &next.Limits.SessionIdleTimeout},
 	} {
 		a, b := reflect.ValueOf(one.now).Elem(), reflect.ValueOf(one.next).Elem()

@@ -160,6 +160,8 @@ type Limits struct {
 	SessionIdle     time.Duration // a session ends after this long without a message [30 min]
 	ResultBytes     int           // one result [256 KiB]
 	ResultTokens    int           // estimated tokens of one result [64,000]
+	SessionsPerPeer int           // sessions of one client [1,000]
+	Connections     Connections   // of the HTTP server, as they are when Serve is called
 }
 
 // A House is a built server. Its methods are safe for concurrent use.

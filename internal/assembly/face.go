@@ -228,8 +228,8 @@ func (f *face) openDoors(h *House) error {
 	}
 	f.sessions, err = f.place.next(mcpsession.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
-		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable, Shown: f.shown,
-		Crowded: h.gate.Crowded, MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
+		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable, Shown: f.shown, Crowded: h.gate.Crowded,
+		MaxSessions: o.Limits.Sessions, MaxSessionsPerPeer: o.Limits.SessionsPerPeer, WriteTimeout: o.Limits.Connections.Write, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
 		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 	})
@@ -250,8 +250,8 @@ func (f *face) openDoors(h *House) error {
 		Refused: func(ctx context.Context, code call.Code, status int, peer string, size int, reason string) {
 			h.kept.observer.Refused(ctx, observe.Refusal{Door: "http", Code: code, Status: status, Peer: peer, Size: size, Reason: reason})
 		},
-		MaxMessageBytes: o.Limits.MessageBytes,
-		AllowedHosts:    hosts, AllowedOrigins: o.AllowedOrigins,
+		MaxMessageBytes: o.Limits.MessageBytes, BodyTimeout: o.Limits.Connections.Body, WriteTimeout: o.Limits.Connections.Write,
+		AllowedHosts: hosts, AllowedOrigins: o.AllowedOrigins,
 		Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
 		Check: f.check(o), Access: f.access(o), Forwarded: forwarded,
 	})

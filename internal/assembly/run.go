@@ -15,24 +15,21 @@ import (
 	"newel.dev/newel/internal/backend/artifact"
 )
 
-// Time-outs of the HTTP server: slow clients may not hold what others need.
 const (
-	readHeaderTimeout = 10 * time.Second
-	readTimeout       = 60 * time.Second // of a whole message
-	idleTimeout       = 120 * time.Second
-	maxHeaderBytes    = 64 << 10
-	drainTimeout      = 15 * time.Second // for calls that run when the server is told to stop
+	maxHeaderBytes = 64 << 10
+	drainTimeout   = 15 * time.Second // for calls that run when the server is told to stop
 )
 
 // drain tells doors that the server is stopping.
 type drain struct {
-	begun chan struct{}
-	once  sync.Once
+	begun context.Context // ends then
+	begin func()
 }
 
-func newDrain() *drain { return &drain{begun: make(chan struct{})} }
-
-func (d *drain) begin() { d.once.Do(func() { close(d.begun) }) }
+func newDrain() *drain {
+	ctx, begin := context.WithCancel(context.Background())
+	return &drain{begun: ctx, begin: begin}
+}
 
 // Handler serves /mcp, /health, /ready and /metrics. It works without Run, but then watched
 // backends do not notice changes and sessions do not expire.
@@ -56,7 +53,7 @@ func (h *House) routes() *routes {
 	})
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
 		select {
-		case <-h.drain.begun:
+		case <-h.drain.begun.Done():
 			status(w, http.StatusServiceUnavailable, `{"status":"draining"}`)
 			return
 		default:
@@ -123,14 +120,22 @@ func (l *Live) Serve(ctx context.Context, listener net.Listener) error {
 	floor := make([]byte, heapFloor)
 	defer runtime.KeepAlive(floor)
 	first := l.House()
+	limits, err := first.opts.Limits.Connections.withDefaults()
+	if err != nil {
+		return err
+	}
+	accepted := newGuarded(listener, limits, first.opts.Proxies, first.opts.Logger)
+	if err := accepted.measure(first.opts.Meter.Meter("newel.dev/newel")); err != nil {
+		return err
+	}
 	return l.whileRunning(ctx, func(ctx context.Context) error {
-		out := &leaving{Listener: listener, done: make(chan struct{})}
+		out := &leaving{Listener: accepted, done: make(chan struct{})}
 		srv := &http.Server{
 			Handler:           out.handler(first.kept),
 			ConnState:         out.count,
-			ReadHeaderTimeout: readHeaderTimeout,
-			ReadTimeout:       readTimeout,
-			IdleTimeout:       idleTimeout,
+			ReadHeaderTimeout: limits.Header,
+			ReadTimeout:       limits.Body,
+			IdleTimeout:       limits.Idle,
 			MaxHeaderBytes:    maxHeaderBytes,
 			ErrorLog:          slog.NewLogLogger(first.opts.Logger.Handler(), slog.LevelWarn),
 		}

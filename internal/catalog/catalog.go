@@ -81,8 +81,9 @@ func Build(sources []Source) (*Snapshot, error) {
 	var problems []error
 	// What is ours comes first: a name that a tolerant source wants too is taken then.
 	for _, src := range append(ours(sources, true), ours(sources, false)...) {
+		spent := &spending{}
 		for _, c := range src.Capabilities {
-			kind, it, err := s.add(src.Backend, c)
+			kind, it, err := s.add(src.Backend, c, spent)
 			if err != nil {
 				err = fmt.Errorf("%s: %w", where(c, src.Backend), err)
 				if src.Tolerant {
@@ -209,7 +210,7 @@ type item struct {
 }
 
 // add registers one capability and returns the list it belongs to and its encoded definition.
-func (s *Snapshot) add(backend string, given *call.Capability) (call.Kind, item, error) {
+func (s *Snapshot) add(backend string, given *call.Capability, spent *spending) (call.Kind, item, error) {
 	if given == nil {
 		return 0, item{}, errors.New("a nil capability")
 	}
@@ -228,7 +229,7 @@ func (s *Snapshot) add(backend string, given *call.Capability) (call.Kind, item,
 		if err := checkName(c.Name); err != nil {
 			return 0, item{}, err
 		}
-		if err := e.compileTool(); err != nil {
+		if err := e.compileTool(spent); err != nil {
 			return 0, item{}, err
 		}
 	case call.Prompt:
@@ -236,7 +237,7 @@ func (s *Snapshot) add(backend string, given *call.Capability) (call.Kind, item,
 		if err := checkName(c.Name); err != nil {
 			return 0, item{}, err
 		}
-		e.compilePrompt()
+		e.compilePrompt(spent)
 	case call.Resource:
 		if (c.URI == "") == (c.Template == "") {
 			return 0, item{}, errors.New("needs either a URI or a URI template")

@@ -206,11 +206,11 @@ func FuzzQuick(f *testing.F) {
 	}
 	var compiled []both
 	for _, s := range schemas {
-		schema, doc, err := compile("input", jsontext.Value(s))
+		schema, doc, patterns, err := compile("input", jsontext.Value(s), &spending{})
 		if err != nil {
 			f.Fatal(err)
 		}
-		q := newQuick(doc)
+		q := newQuick(doc, patterns)
 		if q == nil {
 			f.Fatalf("not simple: %s", s)
 		}

@@ -20,6 +20,9 @@ import (
 // maxProblems bounds what one error lists.
 const maxProblems = 10
 
+// longText is what is not repeated in errors.
+const longText = 300
+
 // problem is one way in which arguments do not fit, as the error's data lists it.
 type problem struct {
 	Path    string `json:"path"` // JSON pointer into the arguments
@@ -34,6 +37,9 @@ func explain(schema *jsonschema.Schema, doc any, args jsontext.Value) error {
 	v, err := decode(args)
 	if err != nil {
 		return call.Errorf(call.Invalid, "the arguments are refused: %s", err)
+	}
+	if !affordable(schema, v) {
+		return call.Errorf(call.Invalid, "the arguments are refused: %s; send fewer or simpler ones", errUnaffordable)
 	}
 	err = schema.Validate(v)
 	if err == nil {
@@ -83,6 +89,11 @@ func collect(e *jsonschema.ValidationError, doc any, out *[]problem) {
 	case *kind.Type:
 		*out = append(*out, problem{path, fmt.Sprintf("must be of type %s, not %s", strings.Join(k.Want, " or "), k.Got)})
 		return
+	case *kind.Pattern:
+		if len(k.Got) > longText {
+			*out = append(*out, problem{path, fmt.Sprintf("the text of %d bytes does not match the pattern %.200s, or is too long for it", len(k.Got), k.Want)})
+			return
+		}
 	case *kind.Enum:
 		*out = append(*out, problem{path, fmt.Sprintf("must be one of %s", values(k.Want))})
 		return

@@ -3,7 +3,6 @@ package catalog
 import (
 	"bytes"
 	"encoding/json" // only for the type json.Number
-	"regexp"
 	"strconv"
 	"sync"
 	"unicode/utf8"
@@ -27,7 +26,7 @@ type quick struct {
 	enum       map[string]bool
 	minLen     int
 	maxLen     int
-	pattern    *regexp.Regexp
+	pattern    *expression
 	minimum    *float64
 	maximum    *float64
 	items      *quick
@@ -35,8 +34,8 @@ type quick struct {
 	maxItems   int
 }
 
-// newQuick returns nil if the schema is not simple.
-func newQuick(doc any) *quick {
+// newQuick returns nil if the schema is not simple. patterns are its regular expressions, by text.
+func newQuick(doc any, patterns map[string]*expression) *quick {
 	obj, ok := doc.(map[string]any)
 	if !ok {
 		return nil
@@ -59,7 +58,7 @@ func newQuick(doc any) *quick {
 		return nil
 	}
 	for k, v := range obj {
-		if !q.keyword(k, v) {
+		if !q.keyword(k, v, patterns) {
 			return nil
 		}
 	}
@@ -67,7 +66,7 @@ func newQuick(doc any) *quick {
 }
 
 // keyword takes one keyword; false means the schema is not simple.
-func (q *quick) keyword(k string, v any) bool {
+func (q *quick) keyword(k string, v any, patterns map[string]*expression) bool {
 	switch k {
 	case "type", "title", "description", "default", "examples", "x-mcp-header", "deprecated", "readOnly", "writeOnly", "$comment":
 		return true
@@ -80,7 +79,7 @@ func (q *quick) keyword(k string, v any) bool {
 		}
 		q.props = make(map[string]*quick, len(props))
 		for name, p := range props {
-			sub := newQuick(p)
+			sub := newQuick(p, patterns)
 			if sub == nil {
 				return false
 			}
@@ -133,15 +132,14 @@ func (q *quick) keyword(k string, v any) bool {
 		if !ok {
 			return false
 		}
-		re, err := regexp.Compile(s)
-		q.pattern = re
-		return err == nil
+		q.pattern = patterns[s]
+		return q.pattern != nil
 	case "minimum":
 		return bound(v, &q.minimum)
 	case "maximum":
 		return bound(v, &q.maximum)
 	case "items":
-		q.items = newQuick(v)
+		q.items = newQuick(v, patterns)
 		return q.items != nil
 	}
 	return false

@@ -33,12 +33,12 @@ type ParamHeader struct {
 var emptyObjectSchema = jsontext.Value(`{"type":"object","additionalProperties":false}`)
 
 // compileTool checks the schemas of a tool and sets its Check.
-func (e *entry) compileTool() error {
+func (e *entry) compileTool(spent *spending) error {
 	c := e.capability
 	if c.Input == nil {
 		c.Input = emptyObjectSchema
 	}
-	in, doc, err := compile("input", c.Input)
+	in, doc, patterns, err := compile("input", c.Input, spent)
 	if err != nil {
 		return err
 	}
@@ -49,12 +49,12 @@ func (e *entry) compileTool() error {
 		return err
 	}
 	if c.Output != nil {
-		out, doc, err := compile("output", c.Output)
+		out, doc, patterns, err := compile("output", c.Output, spent)
 		if err != nil {
 			return err
 		}
 		if c.CheckOutput == nil {
-			quick := newQuick(doc)
+			quick := newQuick(doc, patterns)
 			c.CheckOutput = func(structured jsontext.Value) error {
 				if quick != nil && quick.accepts(structured) {
 					return nil
@@ -63,12 +63,15 @@ func (e *entry) compileTool() error {
 				if err != nil {
 					return err
 				}
+				if !affordable(out, v) {
+					return errUnaffordable
+				}
 				return out.Validate(v)
 			}
 		}
 	}
 	if c.Check == nil {
-		quick := newQuick(doc)
+		quick := newQuick(doc, patterns)
 		c.Check = func(args jsontext.Value) error {
 			if quick != nil && quick.accepts(args) {
 				return nil
@@ -89,7 +92,7 @@ func CheckOutput(tool *call.Capability, structured jsontext.Value) error {
 
 // compilePrompt sets the Check of a prompt from its arguments: required ones must be there,
 // others may; all values are strings.
-func (e *entry) compilePrompt() {
+func (e *entry) compilePrompt(spent *spending) {
 	c := e.capability
 	if c.Check != nil {
 		return
@@ -115,8 +118,8 @@ func (e *entry) compilePrompt() {
 	w.b = append(append(w.b, props.b[1:]...), '}')
 	w.raw("required", stringArray(required))
 	w.b = append(w.b, '}')
-	schema, doc, err := compile("arguments", w.b)
-	if err != nil { // made here from names alone: cannot fail, and if it does nothing may pass
+	schema, doc, _, err := compile("arguments", w.b, spent)
+	if err != nil { // made here from names alone: too large, if anything, and then nothing may pass
 		c.Check = func(jsontext.Value) error { return call.Errorf(call.Internal, "internal error").Because(err) }
 		return
 	}
@@ -132,27 +135,54 @@ func (refuse) Load(url string) (any, error) {
 
 const schemaURL = "urn:newel:schema"
 
-// compile checks a JSON Schema (2020-12 unless $schema says otherwise) and its size.
-func compile(what string, raw jsontext.Value) (*jsonschema.Schema, any, error) {
-	if err := strictjson.Check(raw, strictjson.Limits{Bytes: maxSchemaBytes, Depth: maxSchemaDepth, Elements: maxSchemaNodes}); err != nil {
-		return nil, nil, fmt.Errorf("the %s schema is refused: %w", what, err)
+// errUnaffordable is a value that would take too long to check.
+var errUnaffordable = errors.New("it would take too long to hold this against the schema")
+
+// compile checks a JSON Schema (2020-12 unless $schema says otherwise) and its size. patterns are its
+// regular expressions, by text.
+func compile(what string, raw jsontext.Value, spent *spending) (_ *jsonschema.Schema, doc any, patterns map[string]*expression, err error) {
+	if err := spent.text(len(raw)); err != nil {
+		return nil, nil, nil, err
 	}
-	doc, err := decode(raw)
+	if err := strictjson.Check(raw, strictjson.Limits{Bytes: maxSchemaBytes, Depth: maxSchemaDepth, Elements: maxSchemaNodes}); err != nil {
+		return nil, nil, nil, fmt.Errorf("the %s schema is refused: %w", what, err)
+	}
+	if doc, err = decode(raw); err == nil {
+		err = spent.values(valuesIn(doc))
+	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("the %s schema is refused: %w", what, err)
+		return nil, nil, nil, fmt.Errorf("the %s schema is refused: %w", what, err)
 	}
 	c := jsonschema.NewCompiler()
 	c.DefaultDraft(jsonschema.Draft2020)
 	c.UseLoader(refuse{})
 	c.AssertFormat()
+	patterns = map[string]*expression{}
+	compiled := false
+	c.UseRegexpEngine(func(text string) (jsonschema.Regexp, error) {
+		if re := patterns[text]; re != nil {
+			return re, nil
+		}
+		if compiled { // a caller's text, for the format regex: nothing is kept of it
+			_, err := (&spending{}).compile(text)
+			return nil, err
+		}
+		re, err := spent.compile(text)
+		if err != nil {
+			return nil, err
+		}
+		patterns[text] = re
+		return re, nil
+	})
 	if err := c.AddResource(schemaURL, doc); err != nil {
-		return nil, nil, fmt.Errorf("the %s schema is not valid: %s", what, tidy(err))
+		return nil, nil, nil, fmt.Errorf("the %s schema is not valid: %s", what, tidy(err))
 	}
 	s, err := c.Compile(schemaURL)
 	if err != nil {
-		return nil, nil, fmt.Errorf("the %s schema is not valid: %s", what, tidy(err))
+		return nil, nil, nil, fmt.Errorf("the %s schema is not valid: %s", what, tidy(err))
 	}
-	return s, doc, nil
+	compiled = true
+	return s, doc, patterns, nil
 }
 
 func tidy(err error) string {
@@ -290,8 +320,14 @@ func isToken(s string) bool {
 // so that 1e999999999 would take all memory.
 const maxExponent = 400
 
+// maxDigits bounds its length for the same reason: reading digits takes more than linear time.
+const maxDigits = 1000
+
 // number returns a JSON number with all its digits.
 func number(s string) (json.Number, error) {
+	if len(s) > maxDigits {
+		return "", fmt.Errorf("the number %.20s… has more than %d digits", s, maxDigits)
+	}
 	if i := strings.IndexAny(s, "eE"); i >= 0 {
 		if e, err := strconv.Atoi(s[i+1:]); err != nil || e > maxExponent || e < -maxExponent {
 			return "", fmt.Errorf("the number %.20s is out of range", s)

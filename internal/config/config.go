@@ -193,8 +193,15 @@ type Limits struct {
 	CallTimeout        time.Duration `yaml:"call_timeout" default:"60s" doc:"Longest run of a call."`
 	MaxMemory          Size          `yaml:"max_memory" doc:"Memory that the process may have, such as 512MiB; default: nobody looks. From 85 % on no subscription or session begins, from 90 % on tools in quotas.not_critical are refused, from 95 % on all calls."`
 	MaxStreams         int           `yaml:"max_streams" default:"10000" doc:"Most open subscriptions."`
-	MaxStreamsPerPeer  int           `yaml:"max_streams_per_peer" default:"1000" doc:"Most open subscriptions of one client address."`
+	MaxStreamsPerPeer  int           `yaml:"max_streams_per_peer" default:"1000" doc:"Most open subscriptions of one caller, or of one client address where nobody asks who is calling."`
+	MaxConnections     int           `yaml:"max_connections" default:"20000" doc:"Most open connections. Each needs a descriptor (ulimit -n)."`
+	MaxConnsPerPeer    int           `yaml:"max_connections_per_peer" default:"2000" doc:"Most open connections of one client address. Behind a proxy that speaks TLS (tls.terminated_by_proxy) it does not count for the proxy."`
+	HeaderTimeout      time.Duration `yaml:"header_timeout" default:"10s" doc:"Until the headers of a request are there."`
+	BodyTimeout        time.Duration `yaml:"body_timeout" default:"60s" doc:"Until the whole request is there; every 64 KiB of it have a sixth of that."`
+	IdleTimeout        time.Duration `yaml:"idle_timeout" default:"120s" doc:"A connection without a request is closed after this long."`
+	WriteTimeout       time.Duration `yaml:"write_timeout" default:"30s" doc:"Until a client has taken the next 64 KiB of an answer, or an event; after it the connection is closed."`
 	MaxSessions        int           `yaml:"max_sessions" default:"10000" doc:"Most sessions of older protocol revisions."`
+	MaxSessionsPerPeer int           `yaml:"max_sessions_per_peer" default:"1000" doc:"Most sessions of one caller, or of one client address where nobody asks who is calling."`
 	MaxSessionStreams  int           `yaml:"max_session_streams" default:"64" doc:"Most open requests of one session."`
 	SessionIdleTimeout time.Duration `yaml:"session_idle_timeout" default:"30m" doc:"A session ends after this long without a message."`
 	MaxResultBytes     Size          `yaml:"max_result_bytes" default:"256KiB" doc:"Largest result; larger ones are kept as artifacts and linked."`

@@ -127,6 +127,22 @@ func TestHostileAnswers(t *testing.T) {
 				}
 			}
 		}, "larger than the gateway takes"},
+		"endless progress": {func(w http.ResponseWriter, r *http.Request, _ json.RawMessage) {
+			w.Header().Set("Content-Type", "text/event-stream")
+			for r.Context().Err() == nil {
+				if _, err := io.WriteString(w, strings.Repeat(`data: {"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":1,"progress":1}}`+"\n\n", 100)); err != nil {
+					return
+				}
+			}
+		}, "more messages than the gateway takes"},
+		"endless comments": {func(w http.ResponseWriter, r *http.Request, _ json.RawMessage) {
+			w.Header().Set("Content-Type", "text/event-stream")
+			for r.Context().Err() == nil {
+				if _, err := io.WriteString(w, strings.Repeat(":\n", 1000)); err != nil {
+					return
+				}
+			}
+		}, "more messages than the gateway takes"},
 		"a stream without an answer": {func(w http.ResponseWriter, _ *http.Request, _ json.RawMessage) {
 			w.Header().Set("Content-Type", "text/event-stream")
 			io.WriteString(w, ": nothing\n\n")

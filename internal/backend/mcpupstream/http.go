@@ -29,7 +29,27 @@ type endpoint struct {
 	header  http.Header       // as configured
 	trip    http.RoundTripper // follows no redirects: where an address leads is for the operator to say
 	maxSize int               // bytes of one message
+	large   chan struct{}     // an element for each large message that is being read
 }
+
+// A message larger than largeMessage is read when fewer than largeAtOnce others are: what all calls of
+// a server may take at once would be more than the gateway has.
+const (
+	largeMessage = 1 << 20
+	largeAtOnce  = 2
+)
+
+// beginLarge waits until a large message may be read; endLarge is to be called when that is over.
+func (e *endpoint) beginLarge(ctx context.Context) error {
+	select {
+	case e.large <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (e *endpoint) endLarge() { <-e.large }
 
 // newEndpoint checks the address and reads the files of TLS. Relative paths start at env.Dir.
 func newEndpoint(o *Config, env module.Env, where func(string) string) (*endpoint, error) {
@@ -69,7 +89,7 @@ func newEndpoint(o *Config, env module.Env, where func(string) string) (*endpoin
 	if o.Access != nil {
 		trip = o.Access(trip)
 	}
-	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: trip}, nil
+	return &endpoint{url: to, header: header, maxSize: o.MaxMessageBytes, trip: trip, large: make(chan struct{}, largeAtOnce)}, nil
 }
 
 // do sends one request. Nothing is followed, nothing stored: a transport is all that is needed.
@@ -168,7 +188,7 @@ func (e *endpoint) read(resp *http.Response, id int64, on func(*message)) (*mess
 	redirect := resp.StatusCode >= 300 && resp.StatusCode < 400
 	switch {
 	case resp.StatusCode == http.StatusOK && kind == "text/event-stream":
-		return e.events(resp.Body, id, on)
+		return e.events(resp.Request.Context(), resp.Body, id, on)
 	case resp.StatusCode == http.StatusAccepted, resp.StatusCode == http.StatusNoContent:
 		if id != 0 {
 			return nil, nil, fmt.Errorf("%w: status %d", errCut, resp.StatusCode)
@@ -204,7 +224,15 @@ func (e *endpoint) body(resp *http.Response, id int64) (*message, *stream, error
 	if n := resp.ContentLength; n > 0 && n <= maxPooled {
 		buf.Grow(int(n) + bytes.MinRead)
 	}
-	if _, err := buf.ReadFrom(io.LimitReader(resp.Body, int64(e.maxSize)+1)); err != nil {
+	_, err := buf.ReadFrom(io.LimitReader(resp.Body, min(largeMessage, int64(e.maxSize)+1)))
+	if err == nil && buf.Len() == largeMessage {
+		if err := e.beginLarge(resp.Request.Context()); err != nil {
+			return nil, nil, err
+		}
+		defer e.endLarge()
+		_, err = buf.ReadFrom(io.LimitReader(resp.Body, int64(e.maxSize)+1-largeMessage))
+	}
+	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", errCut, err)
 	}
 	if buf.Len() > e.maxSize {
@@ -238,8 +266,10 @@ func (m *message) answers(id int64) bool {
 var errTooLarge = errors.New("the message is larger than max_message_bytes")
 
 // events reads an event stream until the answer to id.
-func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message, *stream, error) {
-	v := &events{e: e, r: bufio.NewReaderSize(body, 8<<10)}
+func (e *endpoint) events(ctx context.Context, body io.Reader, id int64, on func(*message)) (*message, *stream, error) {
+	v := newEvents(ctx, e, body)
+	defer v.end()
+	messages := newPace(messagesAtOnce, messagesPerSecond)
 	for {
 		_, data, err := v.next()
 		if err != nil {
@@ -247,6 +277,9 @@ func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message
 		}
 		if len(bytes.TrimSpace(data)) == 0 {
 			continue
+		}
+		if !messages.take() {
+			return nil, &v.from, errFlood
 		}
 		m, err := parse(data, e.maxSize)
 		if err != nil {
@@ -262,12 +295,19 @@ func (e *endpoint) events(body io.Reader, id int64, on func(*message)) (*message
 }
 
 // line reads one line without its end; have bytes of the event are there already.
-func (e *endpoint) line(r *bufio.Reader, have int) ([]byte, error) {
+func (v *events) line(have int) ([]byte, error) {
 	var long []byte
 	for {
-		part, err := r.ReadSlice('\n')
-		if have+len(long)+len(part) > e.maxSize+64 {
+		part, err := v.r.ReadSlice('\n')
+		size := have + len(long) + len(part)
+		if size > v.e.maxSize+64 {
 			return nil, errTooLarge
+		}
+		if size > largeMessage && !v.large {
+			if err := v.e.beginLarge(v.ctx); err != nil {
+				return nil, err
+			}
+			v.large = true
 		}
 		if err == nil && long == nil {
 			return bytes.TrimRight(part, "\r\n"), nil

@@ -89,6 +89,10 @@ func (t *target) outcome(ctx context.Context, err error) error {
 		return call.Errorf(call.Unavailable, "the server %q behind this cannot be reached; nothing was done", name).Because(err)
 	case errors.Is(err, errTooLarge):
 		return call.Errorf(call.TooLarge, "the answer of the server %q is larger than the gateway takes", name).Because(err)
+	case errors.Is(err, errFlood) && !t.read:
+		return call.Errorf(call.OutcomeUnknown, "the server %q behind this sent more messages than the gateway takes; whether it did what was asked is not known", name).Because(err)
+	case errors.Is(err, errFlood):
+		return call.Errorf(call.Failed, "the server %q behind this sent more messages than the gateway takes", name).Because(err)
 	case errors.Is(err, errGarbage) && !t.read:
 		return call.Errorf(call.OutcomeUnknown, "the server %q behind this gave an answer that is not valid; whether it did what was asked is not known", name).Because(err)
 	case errors.Is(err, errGarbage):

@@ -16,20 +16,76 @@ import (
 // events takes an event stream apart (HTML standard, server-sent events). Lines and events are
 // bounded by max_message_bytes.
 type events struct {
-	e    *endpoint
-	r    *bufio.Reader
-	from stream
+	ctx   context.Context // of the request
+	e     *endpoint
+	r     *bufio.Reader
+	from  stream
+	lines pace
+	large bool // this event is one of the large ones
 }
 
-// next returns the next event that has data. It fails with errCut when the stream ends.
+// What one stream or process may send: nobody has to read what a server can make up at will. Real
+// ones tell of progress a few times a second; an answer may have been broken into many lines.
+const (
+	messagesAtOnce    = 20_000 // beside answers
+	messagesPerSecond = 5000
+	linesAtOnce       = 200_000
+	linesPerSecond    = 10_000
+)
+
+// errFlood is a server that sends more than that.
+var errFlood = errors.New("it sends more messages than the gateway takes")
+
+// A pace counts what comes: at once so many, over time so many a second. It is not safe for
+// concurrent use.
+type pace struct {
+	atOnce, perSecond int
+	spent             int
+	since             time.Time
+}
+
+func newPace(atOnce, perSecond int) pace {
+	return pace{atOnce: atOnce, perSecond: perSecond, since: time.Now()}
+}
+
+// take reports whether one more may come.
+func (p *pace) take() bool {
+	if p.spent++; p.spent <= p.atOnce {
+		return true // the clock is only asked when it matters
+	}
+	now := time.Now()
+	if earned := int(min(now.Sub(p.since), time.Hour).Seconds() * float64(p.perSecond)); earned > 0 {
+		p.spent, p.since = max(1, p.spent-earned), now
+	}
+	return p.spent <= p.atOnce
+}
+
+func newEvents(ctx context.Context, e *endpoint, body io.Reader) *events {
+	return &events{ctx: ctx, e: e, r: bufio.NewReaderSize(body, 8<<10), lines: newPace(linesAtOnce, linesPerSecond)}
+}
+
+// end says that the last event is done with.
+func (v *events) end() {
+	if v.large {
+		v.large = false
+		v.e.endLarge()
+	}
+}
+
+// next returns the next event that has data; the one before is done with. It fails with errCut when the
+// stream ends. Who calls it calls end at last.
 func (v *events) next() (name string, data []byte, err error) {
+	v.end()
 	for {
-		line, err := v.e.line(v.r, len(data))
+		line, err := v.line(len(data))
 		if err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				err = errCut
 			}
 			return "", nil, err
+		}
+		if !v.lines.take() {
+			return "", nil, errFlood
 		}
 		if len(line) == 0 {
 			if len(data) > 0 {
@@ -98,7 +154,7 @@ func dialSSE(ctx context.Context, end context.CancelFunc, e *endpoint) (*sseStre
 	if err != nil {
 		return nil, err
 	}
-	s := &sseStream{endpoint: e, body: resp.Body, events: &events{e: e, r: bufio.NewReaderSize(resp.Body, 8<<10)}, end: end}
+	s := &sseStream{endpoint: e, body: resp.Body, events: newEvents(ctx, e, resp.Body), end: end}
 	if err := s.begin(resp); err != nil {
 		resp.Body.Close()
 		return nil, err
@@ -154,6 +210,9 @@ const sseSendTimeout = 30 * time.Second
 func (s *sseStream) Read() ([]byte, error) {
 	for {
 		name, data, err := s.events.next()
+		if err != nil {
+			s.events.end()
+		}
 		if err != nil || name == "" || name == "message" {
 			return data, err
 		}

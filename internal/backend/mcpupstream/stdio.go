@@ -52,8 +52,13 @@ func newPiped(p pipe, maxSize int, unasked func(*message)) *piped {
 // read takes lines apart until the process ends. Lines that are no messages are skipped: many
 // servers print to standard output what they should not.
 func (l *piped) read() {
+	messages := newPace(messagesAtOnce, messagesPerSecond)
 	for {
 		line, err := l.pipe.Read()
+		if err == nil && !l.line(line) && !messages.take() {
+			l.pipe.Kill()
+			err = errFlood
+		}
 		if err != nil {
 			l.mu.Lock()
 			l.err = err
@@ -61,15 +66,17 @@ func (l *piped) read() {
 			close(l.ended)
 			return
 		}
-		m, err := parse(line, l.maxSize)
-		if err != nil {
-			continue
-		}
-		l.deliver(m)
 	}
 }
 
-func (l *piped) deliver(m *message) {
+// line takes one line and reports whether it is an answer that somebody waits for.
+func (l *piped) line(line []byte) bool {
+	m, err := parse(line, l.maxSize)
+	return err == nil && l.deliver(m)
+}
+
+// deliver passes a message on and reports whether it is an answer that somebody waits for.
+func (l *piped) deliver(m *message) bool {
 	l.mu.Lock()
 	var w *waiter
 	switch {
@@ -83,7 +90,7 @@ func (l *piped) deliver(m *message) {
 		if w != nil {
 			w.answer <- m // has room: it is sent once
 		}
-		return
+		return w != nil
 	case m.Method == "notifications/progress":
 		w = l.waiting[progressToken(m.Params)]
 	case m.ID != nil || m.Method == "notifications/message":
@@ -102,7 +109,7 @@ func (l *piped) deliver(m *message) {
 	if w != nil {
 		select {
 		case w.inbox <- m:
-			return
+			return false
 		default:
 		}
 	}
@@ -113,6 +120,7 @@ func (l *piped) deliver(m *message) {
 	default:
 		go l.refuse(m) // ends when it is written, at the latest after cancelTimeout
 	}
+	return false
 }
 
 // hold keeps a question that came before its call: some servers ask as soon as they are told that
@@ -181,8 +189,11 @@ func (l *piped) exchange(ctx context.Context, r *request, on func(*message)) (*m
 			}
 			l.mu.Lock()
 			defer l.mu.Unlock()
-			if errors.Is(l.err, process.ErrLineTooLong) {
+			switch {
+			case errors.Is(l.err, process.ErrLineTooLong):
 				return nil, errTooLarge
+			case errors.Is(l.err, errFlood):
+				return nil, errFlood
 			}
 			return nil, fmt.Errorf("%w: %w", errCut, l.err)
 		case <-ctx.Done():

@@ -256,11 +256,21 @@ func (u *Upstream) Run(ctx context.Context, changed func(kinds ...call.Kind), up
 	return nil
 }
 
+// Between two readings of a server's lists is ten times what one took, within these.
+const (
+	shortestRest = 100 * time.Millisecond
+	longestRest  = 10 * time.Second
+)
+
 // keepListed asks for the lists again: after a change, after a failure with growing pauses, and
 // now and then.
 func (u *Upstream) keepListed(ctx context.Context, changed func(kinds ...call.Kind)) {
 	pause := 500 * time.Millisecond
+	rest := time.Duration(0)
 	for {
+		if rest > 0 && wait(ctx, rest) != nil { // a server that tells of changes all the time is not asked all the time
+			return
+		}
 		u.mu.Lock()
 		failed := u.problem != ""
 		next := u.config.RefreshInterval
@@ -284,8 +294,10 @@ func (u *Upstream) keepListed(ctx context.Context, changed func(kinds ...call.Ki
 		}
 		limit, stop := context.WithTimeout(ctx, u.config.StartTimeout+u.config.ListTimeout)
 		said := u.announced.Swap(0)
+		began := time.Now()
 		different, err := u.refresh(limit)
 		stop()
+		rest = min(max(shortestRest, 10*time.Since(began)), longestRest)
 		var kinds []call.Kind
 		for _, k := range []call.Kind{call.ListTools, call.ListPrompts, call.ListResources} {
 			if said&(1<<k) != 0 {

@@ -3,8 +3,7 @@
 //
 // Start reading at [Door.ServeHTTP]; [Door.stateless] is the way of one call and can be read
 // beside internal/guard/path.go. The door bounds and decodes what arrives, checks Host, Origin
-// and headers, and encodes the outcome. What it refuses by itself is recorded as well. It
-// starts one goroutine per open subscription, for keep-alive, and waits for it.
+// and headers, and encodes the outcome. What it refuses by itself is recorded as well.
 package mcphttp
 
 import (
@@ -12,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"mime"
 	"net/http"
 	"strconv"
@@ -35,6 +35,7 @@ type Options struct {
 	MaxMessageBytes int           // default 4 MiB
 	KeepAlive       time.Duration // between comments on an idle subscription; default 15 s
 	WriteTimeout    time.Duration // for one event, or a large answer; default 30 s
+	BodyTimeout     time.Duration // for a whole message; default 60 s. Each 64 KiB of it have a sixth of that
 	AllowedHosts    []string      // Host names beside loopback ones; "*" allows any
 	AllowedOrigins  []string      // Origins beside the server's own; never "*"
 	// AbsentHeaders puts up with clients of revision 2026-07-28 that leave out headers which mirror the
@@ -47,8 +48,8 @@ type Options struct {
 	// so. Nil: there are no other nodes.
 	Forwarded func(r *http.Request) (who *call.Principal, ok bool, err error)
 	Access    *Access // nil: clients are not told how to get a token
-	// Draining, when closed, ends open subscriptions with a result.
-	Draining <-chan struct{}
+	// Draining ends open subscriptions with a result when it ends; nil never does.
+	Draining context.Context
 }
 
 // A Door serves one URL. It is safe for concurrent use.
@@ -72,6 +73,9 @@ func New(o Options) (*Door, error) {
 	}
 	if o.WriteTimeout <= 0 {
 		o.WriteTimeout = 30 * time.Second
+	}
+	if o.BodyTimeout <= 0 {
+		o.BodyTimeout = time.Minute
 	}
 	if o.ParamHeaders == nil {
 		o.ParamHeaders = func(string) []catalog.ParamHeader { return nil }
@@ -203,29 +207,29 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 	}
 }
 
-// follow keeps a subscription alive and ends it when the server drains. stop waits for both.
+// follow keeps a subscription alive and ends it when the server drains. No goroutine waits for that:
+// there are many subscriptions. Nothing is written after stop.
 func (d *Door) follow(ctx context.Context, out *reply) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(ctx)
-	var done sync.WaitGroup
-	done.Go(func() {
-		tick := time.NewTicker(d.opts.KeepAlive)
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-d.opts.Draining:
-				cancel()
-				return
-			case <-tick.C:
-				if out.comment() != nil {
-					cancel()
-					return
-				}
-			}
+	var again *time.Timer
+	again = time.AfterFunc(math.MaxInt64, func() {
+		if out.comment() != nil {
+			cancel()
+			return
 		}
+		again.Reset(d.opts.KeepAlive)
 	})
-	return ctx, func() { cancel(); done.Wait() }
+	again.Reset(d.opts.KeepAlive)
+	stay := func() bool { return true }
+	if d.opts.Draining != nil {
+		stay = context.AfterFunc(d.opts.Draining, cancel)
+	}
+	return ctx, func() {
+		stay()
+		again.Stop()
+		out.end()
+		cancel()
+	}
 }
 
 // refuse answers what did not become a call, with a JSON-RPC body, and has it recorded.
@@ -249,7 +253,7 @@ func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *
 	} else if r.ContentLength <= maxPooled {
 		buf.Grow(int(r.ContentLength) + bytes.MinRead)
 	}
-	if _, err := buf.ReadFrom(body); err != nil {
+	if _, err := buf.ReadFrom(d.paced(w, body, r.ContentLength)); err != nil {
 		var over *http.MaxBytesError
 		if errors.As(err, &over) {
 			return tooLarge
@@ -257,6 +261,46 @@ func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *
 		return &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end", Cause: call.Canceled}
 	}
 	return nil
+}
+
+// What a sender has to manage at least: a piece in a share of the time for all of it.
+const (
+	pieceSize  = 64 << 10
+	pieceShare = 6
+)
+
+// paced has a body fail whose sender is too slow; the server's own deadline is for the whole request.
+func (d *Door) paced(w http.ResponseWriter, body io.Reader, size int64) io.Reader {
+	piece := d.opts.BodyTimeout / pieceShare
+	if size >= 0 && size <= pieceSize {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(piece)) // what is in memory has none
+		return body
+	}
+	return &pacedReader{body: body, control: http.NewResponseController(w), piece: piece, end: time.Now().Add(d.opts.BodyTimeout)}
+}
+
+// pacedReader moves the deadline of reading on with each piece, to the end of all time at most.
+type pacedReader struct {
+	body    io.Reader
+	control *http.ResponseController
+	piece   time.Duration
+	end     time.Time
+	left    int // until the deadline moves
+}
+
+// Read implements io.Reader.
+func (p *pacedReader) Read(b []byte) (int, error) {
+	if p.left <= 0 {
+		p.left = pieceSize
+		next := time.Now().Add(p.piece)
+		if next.After(p.end) {
+			next = p.end
+		}
+		_ = p.control.SetReadDeadline(next)
+	}
+	n, err := p.body.Read(b[:min(len(b), pieceSize)])
+	p.left -= n
+	return n, err
 }
 
 func checkContentType(r *http.Request) *mcpwire.Failure {

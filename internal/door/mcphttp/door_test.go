@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -35,7 +36,8 @@ var update = flag.Bool("update", false, "rewrite the expected halves of testdata
 type world struct {
 	*Door
 	hub      *catalog.Hub
-	draining chan struct{}
+	draining context.Context
+	drain    func()
 	running  chan struct{} // one value per started hang
 	gone     chan error    // why hang ended
 	refused  chan string
@@ -43,7 +45,8 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	w := &world{hub: catalog.NewHub(), draining: make(chan struct{}), running: make(chan struct{}, 8), gone: make(chan error, 8), refused: make(chan string, 100)}
+	w := &world{hub: catalog.NewHub(), running: make(chan struct{}, 8), gone: make(chan error, 8), refused: make(chan string, 100)}
+	w.draining, w.drain = context.WithCancel(t.Context())
 	tool := func(name, schema string, run call.Handler) *call.Capability {
 		return &call.Capability{Kind: call.Tool, Name: name, Description: "d", Input: jsontext.Value(schema), Effect: call.Read, Run: run}
 	}
@@ -317,7 +320,7 @@ func TestListen(t *testing.T) {
 			alive++
 		}
 	}
-	close(w.draining)
+	w.drain()
 	last := ""
 	for d := next(); d != ""; d = next() {
 		last = d
@@ -395,6 +398,26 @@ func TestOversize(t *testing.T) {
 		}
 		if got := <-w.refused; got != "too_large 413" {
 			t.Errorf("recorded %q", got)
+		}
+	}
+}
+
+// Who sends a byte now and then is not waited for, whether it says how long the message is or not.
+func TestSlowBody(t *testing.T) {
+	w := newWorld(t)
+	w.opts.BodyTimeout = 300 * time.Millisecond // a sixth for each piece
+	srv := httptest.NewServer(w)
+	t.Cleanup(srv.Close)
+	for _, head := range []string{"Content-Length: 1000\r\n\r\n", "Content-Length: 65536\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n"} {
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", srv.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		fmt.Fprint(c, "POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"+head+"1\r\n{\r\n")
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if w := <-w.refused; err != nil && resp == nil || w != "canceled 400" {
+			t.Errorf("%q: %v, recorded %q", head, err, w)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package mcphttp
 
 import (
+	"errors"
 	"math"
 	"net/http"
 	"strconv"
@@ -19,10 +20,12 @@ type reply struct {
 	given   []string   // Authorization headers: in which way a token was presented
 	mu      sync.Mutex // one event at a time
 	stream  bool       // guarded by mu: the event stream has begun
+	ended   bool       // guarded by mu: no more comments
+	shared  bool       // the connection (HTTP/2): what is written waits until the client makes room, however small
 }
 
 func (d *Door) reply(w http.ResponseWriter, r *http.Request) *reply {
-	return &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, given: r.Header["Authorization"]}
+	return &reply{w: w, timeout: d.opts.WriteTimeout, access: d.opts.Access, given: r.Header["Authorization"], shared: r.ProtoMajor > 1}
 }
 
 // largeAnswer is what a kernel's socket buffer may not take at once: such writes get a deadline.
@@ -52,10 +55,22 @@ func (p *reply) send(message []byte) error {
 func (p *reply) comment() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.ended {
+		return errEnded
+	}
 	if !p.stream {
 		return nil
 	}
 	return p.writeAndFlush([]byte(": keep-alive\n\n"))
+}
+
+var errEnded = errors.New("the stream has ended")
+
+// end has comment do nothing from now on.
+func (p *reply) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended = true
 }
 
 // writeAndFlush writes parts under a deadline. mu is held.
@@ -107,7 +122,7 @@ func (p *reply) json(status, size int, parts ...[]byte) {
 	h["Content-Type"] = contentTypeJSON
 	h["Content-Length"] = []string{strconv.Itoa(size)}
 	h["X-Content-Type-Options"] = noSniff
-	if size > largeAnswer {
+	if size > largeAnswer || p.shared {
 		rc := http.NewResponseController(p.w)
 		_ = rc.SetWriteDeadline(time.Now().Add(p.timeout))
 		defer func() { _ = rc.SetWriteDeadline(time.Time{}) }()

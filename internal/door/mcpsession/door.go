@@ -63,7 +63,9 @@ type Options struct {
 	Crowded func() bool // while it says so no session begins; nil: it never does
 
 	MaxSessions          int           // [10,000]
+	MaxSessionsPerPeer   int           // of one caller, or one address where nobody asks who is calling [1,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
+	WriteTimeout         time.Duration // for one write on a stream [30 s]
 	IdleTimeout          time.Duration // a session ends after this long without a message [30 min]
 	KeepAlive            time.Duration // between comments on an idle stream [15 s]
 	RetainBytes          int           // events kept for resumption, all sessions together [16 MiB]
@@ -79,8 +81,10 @@ type Door struct {
 	tasks   *followed
 	shown   shown
 
-	mu          sync.Mutex             // guards what is below
-	streams     map[string]int         // open requests per session
+	mu          sync.Mutex        // guards what is below
+	streams     map[string]int    // open requests per session
+	owners      map[string]string // who opened a session; some may have ended
+	counted     census
 	running     map[string]int         // who holds the id of a request, by session and id
 	generations map[string]*Generation // by number
 	count       int
@@ -114,7 +118,7 @@ func New(o Options) (*Door, error) {
 	}
 	setDefaults(&o)
 	d := &Door{
-		o: o, streams: map[string]int{}, running: map[string]int{}, generations: map[string]*Generation{},
+		o: o, streams: map[string]int{}, owners: map[string]string{}, running: map[string]int{}, generations: map[string]*Generation{},
 		kept: map[string]*kept{}, adopted: map[string]*adopted{}, leaving: make(chan struct{}), tasks: newFollowed(o.Tasks),
 		shown: shown{sessions: map[*mcp.ServerSession]map[string]*view{}},
 	}
@@ -153,6 +157,12 @@ func New(o Options) (*Door, error) {
 func setDefaults(o *Options) {
 	if o.MaxSessions == 0 {
 		o.MaxSessions = 10_000
+	}
+	if o.MaxSessionsPerPeer == 0 {
+		o.MaxSessionsPerPeer = 1000
+	}
+	if o.WriteTimeout == 0 {
+		o.WriteTimeout = 30 * time.Second
 	}
 	if o.MaxStreamsPerSession == 0 {
 		o.MaxStreamsPerSession = 64

@@ -510,6 +510,40 @@ func TestKeepAlive(t *testing.T) {
 	}
 }
 
+// One client cannot have all sessions; a place is free again when one has ended.
+func TestSessionsOfOneClient(t *testing.T) {
+	w := newWorld(t, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("x"), nil }, func(o *Options) { o.MaxSessions, o.MaxSessionsPerPeer = 10, 2 })
+	one := w.raw(t, "2025-11-25", `{}`)
+	w.raw(t, "2025-11-25", `{}`)
+	third := func() int {
+		s := &raw{url: w.url, version: "2025-11-25"}
+		resp := s.send(t, http.MethodPost, `{"jsonrpc":"2.0","id":0,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"raw","version":"1"}}}`)
+		defer resp.Body.Close()
+		return resp.StatusCode
+	}
+	if got := third(); got != http.StatusTooManyRequests {
+		t.Errorf("a third session: %d", got)
+	}
+	if f := w.current.Load().full("another"); f != nil {
+		t.Errorf("another client is refused: %v", f.Message)
+	}
+	one.send(t, http.MethodDelete, "").Body.Close()
+	deadline, tick := time.After(10*time.Second), time.NewTicker(10*time.Millisecond)
+	defer tick.Stop()
+	for third() != http.StatusOK {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatal("its place is not free")
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.owners) > 2 {
+		t.Errorf("%d owners are remembered of two sessions", len(w.owners))
+	}
+}
+
 // Idle sessions end (R13), and nothing of them stays.
 func TestIdleSessionsEnd(t *testing.T) {
 	w := newWorld(t, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("x"), nil }, func(o *Options) { o.IdleTimeout = 20 * time.Millisecond })
@@ -517,7 +551,7 @@ func TestIdleSessionsEnd(t *testing.T) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for range tick.C {
-		if now := w.current.Load(); !now.full() && len(slices.Collect(now.server.Sessions())) == 0 {
+		if now := w.current.Load(); now.full("") == nil && len(slices.Collect(now.server.Sessions())) == 0 {
 			break
 		}
 	}

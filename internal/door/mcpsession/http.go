@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -29,10 +31,13 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	session := r.Header.Get("Mcp-Session-Id")
-	if session == "" && message.method == "initialize" && g.full() {
-		w.Header().Set("Retry-After", "10")
-		refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"})
-		return
+	if session == "" && message.method == "initialize" {
+		if f := g.full(ownerOf(r)); f != nil {
+			f.ID = message.id
+			w.Header().Set("Retry-After", "10")
+			refuse(w, f)
+			return
+		}
 	}
 	if d.o.Cluster != nil && session != "" {
 		if !d.here(session) && d.elsewhere(w, r, session, &message) {
@@ -63,7 +68,7 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	r.Header.Set(headerKey, key)
 	r.Header.Set(headerPeer, r.RemoteAddr)
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
-	out := &writer{w: w, id: message.id}
+	out := &writer{w: w, id: message.id, timeout: g.o.WriteTimeout}
 	ctx, cancel := context.WithCancel(r.Context())
 	if r.Method == http.MethodGet && d.o.Cluster != nil {
 		r = r.WithContext(ctx)
@@ -75,17 +80,18 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 			}
 		}()
 	}
-	var ended sync.WaitGroup
 	if r.Method == http.MethodGet || message.method != "" {
-		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })
+		defer out.keepAlive(d.o.KeepAlive)()
 	}
 	if r.Method == http.MethodGet && session != "" {
 		defer d.listen(session, out.event)()
 	}
 	d.handler.ServeHTTP(out, r)
 	cancel()
-	ended.Wait()
 	out.finish()
+	if opened := w.Header().Get("Mcp-Session-Id"); session == "" && opened != "" {
+		d.own(opened, ownerOf(r))
+	}
 }
 
 // message is what has to be known of a message before the SDK reads it.
@@ -139,17 +145,72 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	return m, nil
 }
 
-func (g *Generation) full() bool {
+// census is how many sessions there were, and whose.
+type census struct {
+	at    time.Time
+	all   int
+	owner map[string]int
+}
+
+// censusEvery bounds how often sessions are counted; those that are opened meanwhile are added.
+const censusEvery = 250 * time.Millisecond
+
+// full refuses one more session of owner if there are too many, of that one or in all.
+func (g *Generation) full(owner string) *mcpwire.Failure {
 	if g.o.Crowded != nil && g.o.Crowded() {
-		return true
+		return &mcpwire.Failure{Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server runs out of memory and opens no more sessions; try again later"}
 	}
-	n := 0
-	for _, server := range g.door.all() {
-		for range server.Sessions() {
-			n++
+	d := g.door
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if time.Since(d.counted.at) >= censusEvery {
+		d.takeCensus()
+	}
+	switch {
+	case d.counted.all >= g.o.MaxSessions:
+		return &mcpwire.Failure{Status: http.StatusServiceUnavailable, Code: -31503, Message: "the server is at its limit of sessions; try again later"}
+	case d.counted.owner[owner] >= g.o.MaxSessionsPerPeer:
+		return &mcpwire.Failure{Status: http.StatusTooManyRequests, Code: -31429, Message: "you are at your limit of " + strconv.Itoa(g.o.MaxSessionsPerPeer) + " sessions; end some first"}
+	}
+	return nil
+}
+
+// takeCensus counts sessions, and forgets whose those were that have ended. mu is held.
+func (d *Door) takeCensus() {
+	d.counted = census{time.Now(), 0, map[string]int{}}
+	open := make(map[string]string, len(d.owners))
+	for _, server := range d.servers {
+		for s := range server.Sessions() {
+			d.counted.all++
+			if who, known := d.owners[s.ID()]; known {
+				open[s.ID()] = who
+				d.counted.owner[who]++
+			}
 		}
 	}
-	return n >= g.o.MaxSessions
+	d.owners = open
+}
+
+// ownerOf returns who sends a request: the caller, or the address where nobody asks who is calling.
+func ownerOf(r *http.Request) string {
+	if p := mcpwire.PrincipalOf(r.Context()); p != nil {
+		return strconv.Quote(p.Tenant) + strconv.Quote(p.ID)
+	}
+	if host, _, err := net.SplitHostPort(r.RemoteAddr); err == nil {
+		return host
+	}
+	return r.RemoteAddr
+}
+
+// own remembers who opened a session.
+func (d *Door) own(session, owner string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.owners[session] = owner
+	if d.counted.owner != nil {
+		d.counted.all++
+		d.counted.owner[owner]++
+	}
 }
 
 // open counts one more open request of a session, if it may have one more.
@@ -206,13 +267,15 @@ func refuse(w http.ResponseWriter, f *mcpwire.Failure) {
 // writer mends what the SDK writes: errors in plain text become JSON-RPC errors, event streams
 // are kept alive and marked so that proxies do not hold them back.
 type writer struct {
-	w       http.ResponseWriter
-	id      jsontext.Value
-	mu      sync.Mutex // one write at a time: events are never interleaved with comments
-	status  int
-	plain   *bytes.Buffer // a plain-text error, held back
-	stream  bool
-	written time.Time
+	w        http.ResponseWriter
+	id       jsontext.Value
+	timeout  time.Duration
+	mu       sync.Mutex // one write at a time: events are never interleaved with comments
+	status   int
+	plain    *bytes.Buffer // a plain-text error, held back
+	stream   bool
+	written  time.Time
+	finished bool
 }
 
 // Header implements http.ResponseWriter.
@@ -254,7 +317,16 @@ func (w *writer) Write(b []byte) (int, error) {
 		return w.plain.Write(b)
 	}
 	w.written = time.Now()
+	if w.stream {
+		w.extend()
+	}
 	return w.w.Write(b)
+}
+
+// extend gives what is written next its time: without, a client that does not read would hold up
+// whoever writes, and the sessions of others with it. mu is held.
+func (w *writer) extend() {
+	_ = http.NewResponseController(w.w).SetWriteDeadline(time.Now().Add(w.timeout)) // what is in memory has none
 }
 
 // Flush implements http.Flusher.
@@ -270,34 +342,50 @@ func (w *writer) Flush() {
 // Unwrap lets http.ResponseController find deadlines.
 func (w *writer) Unwrap() http.ResponseWriter { return w.w }
 
-// keepAlive writes a comment whenever a stream has been silent for a while.
-func (w *writer) keepAlive(ctx context.Context, every time.Duration) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
+// keepAlive writes a comment whenever a stream has been silent for a while, until the answer is
+// finished. No goroutine waits for that: there are many streams.
+func (w *writer) keepAlive(every time.Duration) (stop func()) {
+	var again *time.Timer
+	again = time.AfterFunc(math.MaxInt64, func() {
+		if w.comment(every) {
+			again.Reset(every)
 		}
+	})
+	again.Reset(every)
+	return func() {
+		again.Stop()
 		w.mu.Lock()
-		if w.stream && time.Since(w.written) >= every {
-			if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
-				_ = http.NewResponseController(w.w).Flush()
-			}
-		}
-		w.mu.Unlock()
+		defer w.mu.Unlock()
+		w.finished = true // also where the handler panics
 	}
+}
+
+// comment writes a comment if nothing was written for some time. It reports whether there is still
+// something to be written to.
+func (w *writer) comment(silence time.Duration) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.finished {
+		return false
+	}
+	if w.stream && time.Since(w.written) >= silence {
+		w.extend()
+		if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
+			_ = http.NewResponseController(w.w).Flush()
+		}
+	}
+	return true
 }
 
 // event writes a message beside those of the SDK, if the stream has begun: it cannot be resumed.
 func (w *writer) event(message []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.stream {
+	if !w.stream || w.finished {
 		return
 	}
 	w.written = time.Now()
+	w.extend()
 	if _, err := w.w.Write([]byte("event: message\ndata: " + string(mcpwire.OneLine(message)) + "\n\n")); err == nil {
 		_ = http.NewResponseController(w.w).Flush()
 	}
@@ -315,6 +403,10 @@ func codeOf(status int) int {
 func (w *writer) finish() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.finished = true
+	if w.stream {
+		_ = http.NewResponseController(w.w).SetWriteDeadline(time.Time{}) // the next request has its own
+	}
 	if w.plain == nil {
 		return
 	}

@@ -129,7 +129,7 @@ func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, session string,
 // adopt goes on with a session whose node is gone.
 func (d *Door) adopt(w http.ResponseWriter, r *http.Request, session, user string, state []byte, m *message) bool {
 	var s continued
-	if err := json.Unmarshal(state, &s); err != nil || d.current.Load().full() {
+	if err := json.Unmarshal(state, &s); err != nil || d.current.Load().full(ownerOf(r)) != nil {
 		w.Header().Set("Retry-After", "10")
 		refuse(w, &mcpwire.Failure{ID: m.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "this node cannot go on with the session; try again later"})
 		return false
@@ -147,6 +147,7 @@ func (d *Door) adopt(w http.ResponseWriter, r *http.Request, session, user strin
 		refuse(w, &mcpwire.Failure{ID: m.id, Status: http.StatusNotFound, Code: -32600, Message: "session not found"})
 		return false
 	}
+	d.own(session, ownerOf(r))
 	a := &adopted{transport: transport, session: ss, user: user}
 	a.used.Store(time.Now().Unix())
 	for i, uri := range s.URIs {

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,7 +29,7 @@ type Options struct {
 	QueueTimeout      time.Duration // longest wait [5 s]
 	CallTimeout       time.Duration // longest call, without its wait; subscriptions have none [60 s]
 	MaxStreams        int           // open subscriptions [10,000]
-	MaxStreamsPerPeer int           // open subscriptions of one client address [1,000]
+	MaxStreamsPerPeer int           // open subscriptions of one caller, or of one address where nobody asks who is calling [1,000]
 
 	// MaxMemory is what the process may have, in bytes; near it streams are refused, then calls.
 	// 0: nobody looks.
@@ -203,10 +204,7 @@ func busy(why string) error {
 }
 
 func (g *Gate) openStream(c *call.Call) (leave func(), err error) {
-	peer := c.Credential.Peer
-	if host, _, err := net.SplitHostPort(peer); err == nil {
-		peer = host
-	}
+	peer := callerOf(c)
 	crowded := g.Crowded()
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -229,6 +227,18 @@ func (g *Gate) openStream(c *call.Call) (leave func(), err error) {
 			delete(g.perPeer, peer)
 		}
 	}, nil
+}
+
+// callerOf returns whose stream a call is: the caller's, or the address's where nobody asks who is
+// calling.
+func callerOf(c *call.Call) string {
+	if p := c.Principal; p != nil && p.ID != "" {
+		return strconv.Quote(p.Tenant) + strconv.Quote(p.ID)
+	}
+	if host, _, err := net.SplitHostPort(c.Credential.Peer); err == nil {
+		return host
+	}
+	return c.Credential.Peer
 }
 
 // Longest returns how long a call takes at most, with its wait.

@@ -319,6 +319,34 @@ func TestStreams(t *testing.T) {
 	})
 }
 
+// Callers that are known share no bound, whatever address they come from.
+func TestStreamsOfCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(t, Options{MaxStreamsPerPeer: 1})
+		h := g.Guard(until)
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		of := func(tenant, id, peer string) *call.Call {
+			c := subscription(peer)
+			c.Principal = &call.Principal{Tenant: tenant, ID: id}
+			return c
+		}
+		for _, c := range []*call.Call{of("a", "x", "192.0.2.1:1"), of("a", "y", "192.0.2.1:2"), of("b", "x", "192.0.2.1:3")} {
+			all.Go(func() { _, _ = h(ctx, c) })
+		}
+		synctest.Wait()
+		if g.Streams() != 3 {
+			t.Errorf("%d streams of three callers", g.Streams())
+		}
+		if _, err := h(ctx, of("a", "x", "198.51.100.1:1")); codeOf(err) != call.Exhausted {
+			t.Errorf("a second stream from another address: %v", err)
+		}
+		cancel()
+		all.Wait()
+		empty(t, g)
+	})
+}
+
 func TestNewNamesWhatIsWrong(t *testing.T) {
 	_, err := New(Options{MaxQueued: -1, CallTimeout: -1})
 	if err == nil || !strings.Contains(err.Error(), "MaxQueued") || !strings.Contains(err.Error(), "CallTimeout") {

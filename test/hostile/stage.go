@@ -1,0 +1,330 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// A stage is where one scenario is played: a newel process, the servers behind it, and what was seen.
+type stage struct {
+	o    *options
+	name string
+
+	dir      string
+	budget   int
+	addr     string // of newel
+	good     *goodServer
+	upstream *child
+	hostile  string // address of the hostile server
+	newel    *child
+	others   []*child
+	stopped  bool // newel was told to
+
+	mu      sync.Mutex // guards what is below
+	seen    map[string]int
+	found   []finding
+	figures []figure
+}
+
+// wrong writes down that something did not hold.
+func (s *stage) wrong(format string, args ...any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.seen[format]++; s.seen[format] <= 3 { // one kind of mistake, three examples
+		s.found = append(s.found, finding{s.name, fmt.Sprintf(format, args...)})
+	}
+}
+
+// figure writes a number down, and that it is too large if it is; most 0: it may be anything.
+func (s *stage) figure(name string, value, most float64, unit string) {
+	s.mu.Lock()
+	s.figures = append(s.figures, figure{s.name, name, value, most, unit})
+	s.mu.Unlock()
+	if most > 0 && value > most {
+		s.wrong("%s is %.4g %s, more than %.4g", name, value, unit, most)
+	}
+}
+
+// A child is a process that ends with this one.
+type child struct {
+	cmd  *exec.Cmd
+	in   io.Closer
+	out  bytes.Buffer
+	gone chan struct{}
+	err  error
+}
+
+// spawn starts a process; nice is added to its priority.
+func spawn(log io.Writer, nice int, env []string, name string, args ...string) (*child, error) {
+	c := &child{cmd: exec.Command(name, args...), gone: make(chan struct{})}
+	c.cmd.Env = append(os.Environ(), env...)
+	c.cmd.Stdout, c.cmd.Stderr = &c.out, log
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var err error
+	if c.in, err = c.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // the process ends with the thread that started it
+		if err := c.cmd.Start(); err != nil {
+			started <- err
+			return
+		}
+		if nice > 0 {
+			_ = syscall.Setpriority(syscall.PRIO_PROCESS, c.cmd.Process.Pid, nice) // a courtesy
+		}
+		started <- nil
+		c.err = c.cmd.Wait()
+		close(c.gone)
+	}()
+	return c, <-started
+}
+
+func (c *child) kill() {
+	_ = c.cmd.Process.Kill() // it may be gone
+	<-c.gone
+	_ = c.in.Close()
+}
+
+func (c *child) ended(most time.Duration) bool {
+	t := time.NewTimer(most)
+	defer t.Stop()
+	select {
+	case <-c.gone:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+// setting is what the configuration of a scenario has beside the good server.
+type setting struct {
+	memory   int      // bytes that newel may have; 0: budget
+	top      string   // lines at the top
+	limits   string   // members of limits
+	backends []string // modes of the hostile server, one backend each
+	of       string   // lines of each backend
+}
+
+// open starts everything.
+func (s *stage) open(ctx context.Context, c setting) (err error) {
+	s.budget = cmp.Or(c.memory, budget)
+	s.dir = filepath.Join(s.o.dir, strings.ReplaceAll(s.name, " ", "-"))
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return err
+	}
+	if s.good, err = startGood(); err != nil {
+		return err
+	}
+	if s.addr, err = freeAddress(ctx); err != nil {
+		return err
+	}
+	if s.hostile, err = freeAddress(ctx); err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if s.upstream, err = spawn(os.Stderr, 19, nil, self, "upstream", s.hostile); err != nil {
+		return err
+	}
+	if err := await(10*time.Second, "the hostile server", func() bool { return answers("http://" + s.hostile + "/") }); err != nil {
+		return err
+	}
+	config := fmt.Sprintf("server: {name: hostile}\nlisten: %s\ntelemetry: {prometheus: true, log_level: error}\n%slimits: {max_memory: %d%s}\nbackends:\n", s.addr, c.top, s.budget, c.limits)
+	config += fmt.Sprintf("  - {type: mcp, name: good, url: http://%s/, revision: \"2026-07-28\", tools: [{name: \"*\", effect: read}]}\n", s.good.addr)
+	for _, mode := range c.backends {
+		config += fmt.Sprintf("  - {type: mcp, name: %s, url: http://%s/%s, revision: \"2026-07-28\", tools: [{name: \"*\", effect: read}]%s}\n", mode, s.hostile, mode, c.of)
+	}
+	file := filepath.Join(s.dir, "newel.yaml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return err
+	}
+	log, err := os.Create(filepath.Join(s.dir, "newel.log"))
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	if s.newel, err = spawn(log, 0, nil, s.o.binary, "serve", "-c", file); err != nil {
+		return err
+	}
+	return await(60*time.Second, "newel", func() bool { return s.newel.ended(0) || answers("http://"+s.addr+"/ready") })
+}
+
+// end ends everything. That newel is not there any more is a violation of every scenario.
+func (s *stage) end() {
+	if s.newel != nil && !s.stopped {
+		if s.newel.ended(0) {
+			s.wrong("newel ended: %v", s.newel.err)
+		} else if peak, err := s.peak(); err == nil {
+			s.figure("largest resident memory", float64(peak)/(1<<20), float64(s.budget>>20), "MiB")
+		} else {
+			s.wrong("its memory is not known: %v", err)
+		}
+	}
+	if s.newel != nil {
+		s.newel.kill()
+	}
+	for _, c := range append(s.others, s.upstream) {
+		if c != nil {
+			c.kill()
+		}
+	}
+	if s.good != nil {
+		_ = s.good.server.Close() // it has only been asked things
+	}
+}
+
+// attack starts an attacker; its report is what it returns when it has ended.
+func (s *stage) attack(kind string, most time.Duration) (func() (map[string]float64, error), error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	c, err := spawn(os.Stderr, 19, nil, self, "attack", kind, s.addr, most.String())
+	if err != nil {
+		return nil, err
+	}
+	s.others = append(s.others, c)
+	return func() (map[string]float64, error) {
+		if !c.ended(most + 30*time.Second) {
+			return nil, fmt.Errorf("the attack %.20s does not end", kind)
+		}
+		if c.err != nil {
+			return nil, fmt.Errorf("the attack %.20s: %w", kind, c.err)
+		}
+		report := map[string]float64{}
+		return report, json.Unmarshal(c.out.Bytes(), &report)
+	}, nil
+}
+
+// await asks until it is so.
+func await(most time.Duration, what string, so func() bool) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for limit := time.After(most); !so(); {
+		select {
+		case <-tick.C:
+		case <-limit:
+			return fmt.Errorf("%s: not within %v", what, most)
+		}
+	}
+	return nil
+}
+
+// plain is a client whose requests stand for themselves.
+var plain = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+
+func answers(url string) bool {
+	resp, err := plain.Get(url)
+	if err != nil {
+		return false
+	}
+	return resp.Body.Close() == nil && resp.StatusCode == http.StatusOK
+}
+
+func freeAddress(ctx context.Context) (string, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// peak is the most memory that newel had at any time.
+func (s *stage) peak() (int64, error) { return s.memory("VmHWM:") }
+
+func (s *stage) memory(line string) (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.newel.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for l := range strings.Lines(string(b)) {
+		if f := strings.Fields(l); len(f) == 3 && f[0] == line {
+			kib, err := strconv.ParseInt(f[1], 10, 64)
+			return kib << 10, err
+		}
+	}
+	return 0, errors.New("/proc says nothing of " + line)
+}
+
+// cpu is the processor time that newel has had.
+func (s *stage) cpu() (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.newel.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	if len(f) < 13 {
+		return 0, errors.New("/proc says nothing of time")
+	}
+	user, err := strconv.ParseInt(f[11], 10, 64)
+	system, err2 := strconv.ParseInt(f[12], 10, 64)
+	const tick = 10 * time.Millisecond // USER_HZ is 100 wherever Go runs
+	return time.Duration(user+system) * tick, errors.Join(err, err2)
+}
+
+// watch returns the largest value that a metric has until end is called.
+func (s *stage) watch(ctx context.Context, name string) (most <-chan float64, end func()) {
+	ctx, end = context.WithCancel(ctx)
+	out := make(chan float64, 1)
+	go func() {
+		tick := time.NewTicker(200 * time.Millisecond)
+		defer tick.Stop()
+		seen := 0.0
+		for ctx.Err() == nil {
+			if m, err := s.metrics(); err != nil {
+				s.wrong("metrics: %v", err)
+			} else {
+				seen = max(seen, m[name])
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+			}
+		}
+		out <- seen
+	}()
+	return out, end
+}
+
+// metrics are those of newel without labels, and the sums of those with them.
+func (s *stage) metrics() (map[string]float64, error) {
+	resp, err := plain.Get("http://" + s.addr + "/metrics")
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	out := map[string]float64{}
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		at := strings.LastIndexByte(lines.Text(), ' ')
+		if at < 0 || strings.HasPrefix(lines.Text(), "#") {
+			continue
+		}
+		name, _, _ := strings.Cut(lines.Text()[:at], "{")
+		if v, err := strconv.ParseFloat(lines.Text()[at+1:], 64); err == nil {
+			out[name] += v
+		}
+	}
+	return out, lines.Err()
+}
