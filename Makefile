@@ -52,7 +52,7 @@ conformance-gateway: ## the same suite through the gateway, in front of six serv
 conformance-auth: ## the suite's scenarios for authorization servers and their clients: the one for development, the gateway (needs npm)
 	@go run ./test/conformance -auth
 
-bench: ## what a call costs, against the floor and other libraries (six minutes, Linux, two CPUs, PostgreSQL)
+bench: ## what a call costs, against the floor and other libraries (nine minutes, Linux, two CPUs, PostgreSQL)
 	@cd test/bench && go run . $(BENCHFLAGS)
 
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)

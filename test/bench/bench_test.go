@@ -3,7 +3,14 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 func TestSpread(t *testing.T) {
@@ -58,7 +65,7 @@ func TestWrongAnswersAreSeen(t *testing.T) {
 }
 
 func TestMessagesAreValid(t *testing.T) {
-	for _, r := range []request{echoRequest(), largeRequest(), listRequest(""), listRequest(`a"b`)} {
+	for _, r := range []request{echoRequest(), largeRequest(largeBytes), listRequest(""), listRequest(`a"b`)} {
 		raw, id := r.message("localhost")
 		if string(raw[id:id+idWidth]) != "1000000000" {
 			t.Errorf("%s: the id is not where message says", r.method)
@@ -67,5 +74,48 @@ func TestMessagesAreValid(t *testing.T) {
 		if !json.Valid(body) {
 			t.Errorf("%s: not JSON: %s", r.method, body)
 		}
+	}
+}
+
+// TestAPauseIsCharged: the calls that were due while a server stopped count from when they were due.
+func TestAPauseIsCharged(t *testing.T) {
+	const pause = 200 * time.Millisecond
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var answered atomic.Int64
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		raw, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
+		}
+		if answered.Add(1) == 50 {
+			<-time.After(pause)
+		}
+		_, id, _ := bytes.Cut(raw, []byte(`"id":`))
+		body := fmt.Appendf(nil, `{"jsonrpc":"2.0","id":%s,"result":{"content":[{"type":"text","text":%q}]}}`, id[:idWidth], echoText)
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		_, _ = w.Write(body)
+	})}
+	go func() { _ = srv.Serve(l) }()
+	defer srv.Close()
+	r, err := newRunner(t.Context(), &server{name: "pausing", addr: l.Addr().String()}, 1, []request{echoRequest()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	took, err := r.atRate(t.Context(), 500, time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := 0
+	for _, d := range took {
+		if d > pause/2 {
+			late++
+		}
+	}
+	// 100 calls were due in the pause; half of those waited for more than half of it.
+	if len(took) != 500 || late < 40 {
+		t.Errorf("of %d calls %d waited for more than half of the pause; want about 50", len(took), late)
 	}
 }

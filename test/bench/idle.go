@@ -43,13 +43,13 @@ func (b *bench) idleSessions(ctx context.Context) (*idle, error) {
 			return nil, err
 		}
 		for range 100 { // what the first sessions set up for all
-			if err := s.openSession(ctx); err != nil {
+			if _, err := s.openSession(ctx); err != nil {
 				return nil, fmt.Errorf("%s: %w", one.name, err)
 			}
 		}
 		before := s.memory("VmRSS")
 		for range idleSessionCount - 100 {
-			if err := s.openSession(ctx); err != nil {
+			if _, err := s.openSession(ctx); err != nil {
 				return nil, fmt.Errorf("%s: %w", one.name, err)
 			}
 		}
@@ -59,17 +59,17 @@ func (b *bench) idleSessions(ctx context.Context) (*idle, error) {
 	return &out, nil
 }
 
-// openSession begins a session and leaves it open.
-func (s *server) openSession(ctx context.Context) error {
+// openSession begins a session, leaves it open and returns its id.
+func (s *server) openSession(ctx context.Context) (string, error) {
 	id, err := s.say(ctx, initialize, "")
 	if err != nil {
-		return err
+		return "", err
 	}
 	if id == "" {
-		return errors.New("initialize began no session")
+		return "", errors.New("initialize began no session")
 	}
 	_, err = s.say(ctx, `{"jsonrpc":"2.0","method":"notifications/initialized"}`, id)
-	return err
+	return id, err
 }
 
 func (s *server) say(ctx context.Context, message, session string) (string, error) {

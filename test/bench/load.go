@@ -29,7 +29,7 @@ type runner struct {
 type conn struct {
 	net.Conn
 	in       *bufio.Reader
-	body     []byte
+	body, id []byte
 	messages []message
 	took     []time.Duration
 }
@@ -70,9 +70,10 @@ func newRunner(ctx context.Context, s *server, conns int, requests []request) (*
 	return r, nil
 }
 
+var dialer net.Dialer
+
 func dial(ctx context.Context, addr string) (*conn, error) {
-	var d net.Dialer
-	nc, err := d.DialContext(ctx, "tcp", addr)
+	nc, err := dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -160,25 +161,38 @@ func (r *runner) keepBusy(ctx context.Context, c *conn) error {
 	if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
 		return err
 	}
-	var id []byte
 	for n := 0; ctx.Err() == nil; n++ {
-		at := n % len(c.messages)
-		m := c.messages[at]
-		id = strconv.AppendInt(id[:0], r.nextID.Add(1), 10)
-		copy(m.raw[m.id:m.id+idWidth], id)
 		began := time.Now()
-		if _, err := c.Write(m.raw); err != nil {
-			return err
-		}
-		if err := c.read(); err != nil {
+		if err := r.exchange(c, n); err != nil {
 			return err
 		}
 		c.took = append(c.took, time.Since(began))
-		if !r.requests[at].right(c.body, id) {
-			return fmt.Errorf("an answer differs from the checked one: %.300q", c.body)
-		}
 	}
 	return nil
+}
+
+// exchange sends the n-th request on a connection and checks the answer.
+func (r *runner) exchange(c *conn, n int) error {
+	at := n % len(c.messages)
+	m := c.messages[at]
+	c.id = strconv.AppendInt(c.id[:0], r.nextID.Add(1), 10)
+	copy(m.raw[m.id:m.id+idWidth], c.id)
+	if _, err := c.Write(m.raw); err != nil {
+		return err
+	}
+	if err := c.read(); err != nil {
+		return err
+	}
+	if !r.requests[at].right(c.body, c.id) {
+		return fmt.Errorf("an answer differs from the checked one: %.300q", c.body)
+	}
+	return nil
+}
+
+func (r *runner) close() {
+	for _, c := range r.conns {
+		_ = c.Close() // nothing is in flight
+	}
 }
 
 // read reads one answer into c.body. It understands what the measured servers send and no more.

@@ -32,24 +32,27 @@ const meta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28",` 
 
 const echoText = "The quick brown fox jumps over the lazy dog."
 
-func echoRequest() request {
+func echoRequest() request { return echoOf(echoText) }
+
+// echoOf is echo of a text that is spelled the same in JSON.
+func echoOf(said string) request {
 	return request{method: "tools/call", key: "echo",
-		params: `"name":"echo","arguments":{"text":"` + echoText + `"}`,
+		params: `"name":"echo","arguments":{"text":"` + said + `"}`,
 		check: func(result json.RawMessage) error {
 			text, err := onlyText(result)
-			if err == nil && text != echoText {
-				err = fmt.Errorf("echo said %q", text)
+			if err == nil && text != said {
+				err = fmt.Errorf("echo said %.100q", text)
 			}
 			return err
 		}}
 }
 
-func largeRequest() request {
+func largeRequest(size int) request {
 	return request{method: "tools/call", key: "large", params: `"name":"large","arguments":{}`,
 		check: func(result json.RawMessage) error {
 			text, err := onlyText(result)
-			if err == nil && len(text) != largeBytes {
-				err = fmt.Errorf("the text has %d bytes, want %d", len(text), largeBytes)
+			if err == nil && len(text) != size {
+				err = fmt.Errorf("the text has %d bytes, want %d", len(text), size)
 			}
 			return err
 		}}
