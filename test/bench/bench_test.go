@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -66,7 +70,7 @@ func TestWrongAnswersAreSeen(t *testing.T) {
 
 func TestMessagesAreValid(t *testing.T) {
 	for _, r := range []request{echoRequest(), largeRequest(largeBytes), listRequest(""), listRequest(`a"b`)} {
-		raw, id := r.message("localhost")
+		raw, id := r.message(&server{addr: "127.0.0.1:1"}, "")
 		if string(raw[id:id+idWidth]) != "1000000000" {
 			t.Errorf("%s: the id is not where message says", r.method)
 		}
@@ -117,5 +121,49 @@ func TestAPauseIsCharged(t *testing.T) {
 	// 100 calls were due in the pause; half of those waited for more than half of it.
 	if len(took) != 500 || late < 40 {
 		t.Errorf("of %d calls %d waited for more than half of the pause; want about 50", len(took), late)
+	}
+}
+
+// TestPeersArePinned: a peer is the same program tomorrow.
+func TestPeersArePinned(t *testing.T) {
+	lists, err := filepath.Glob(filepath.Join(sources, "*", "requirements.txt"))
+	if err != nil || len(lists) == 0 {
+		t.Fatalf("no requirements: %v", err)
+	}
+	for _, list := range lists {
+		raw, err := os.ReadFile(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(raw)) {
+			if line = strings.TrimSpace(line); !strings.HasPrefix(line, "#") && strings.Count(line, "==") != 1 {
+				t.Errorf("%s: %q names no version", list, line)
+			}
+		}
+	}
+	raw, err := os.ReadFile(filepath.Join(sources, "typescript", "package.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p struct{ Dependencies map[string]string }
+	if err := json.Unmarshal(raw, &p); err != nil || len(p.Dependencies) == 0 {
+		t.Fatalf("package.json: %v", err)
+	}
+	for name, version := range p.Dependencies {
+		if strings.Trim(version, "0123456789.") != "" {
+			t.Errorf("%s is wanted in %q, which is no one version", name, version)
+		}
+	}
+}
+
+// TestTheLastEventIsTheAnswer: servers of older revisions may answer with a stream, whose events have
+// ids that differ from call to call.
+func TestTheLastEventIsTheAnswer(t *testing.T) {
+	const answer = `{"jsonrpc":"2.0","id":1}`
+	body := "event: prime\nid: X_0\ndata: \n\nevent: message\nid: X_1\ndata: " + answer + "\n\n"
+	raw := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body)
+	c := &conn{in: bufio.NewReaderSize(strings.NewReader(raw), 64<<10)}
+	if err := c.read(); err != nil || string(c.body) != answer {
+		t.Errorf("read %q, %v", c.body, err)
 	}
 }

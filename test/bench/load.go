@@ -61,8 +61,12 @@ func newRunner(ctx context.Context, s *server, conns int, requests []request) (*
 		if err != nil {
 			return nil, err
 		}
+		session, err := s.session(ctx)
+		if err != nil {
+			return nil, err
+		}
 		for i := range r.requests {
-			raw, id := r.requests[i].message(s.addr)
+			raw, id := r.requests[i].message(s, session)
 			c.messages = append(c.messages, message{raw, id})
 		}
 		r.conns = append(r.conns, c)
@@ -92,7 +96,11 @@ func (s *server) answer(ctx context.Context, r *request) ([]byte, error) {
 		return nil, err
 	}
 	defer c.Close()
-	raw, _ := r.message(s.addr)
+	session, err := s.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	raw, _ := r.message(s, session)
 	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		return nil, err
 	}
@@ -189,6 +197,19 @@ func (r *runner) exchange(c *conn, n int) error {
 	return nil
 }
 
+// reopen connects again: servers close connections on which nothing happens for some seconds.
+func (r *runner) reopen(ctx context.Context) error {
+	r.close()
+	for _, c := range r.conns {
+		fresh, err := dial(ctx, r.server.addr)
+		if err != nil {
+			return err
+		}
+		c.Conn, c.in = fresh.Conn, fresh.in
+	}
+	return nil
+}
+
 func (r *runner) close() {
 	for _, c := range r.conns {
 		_ = c.Close() // nothing is in flight
@@ -202,7 +223,7 @@ func (c *conn) read() error {
 		return err
 	}
 	status := string(line)
-	length, chunked := -1, false
+	length, chunked, stream := -1, false, false
 	for {
 		line, err := c.line()
 		if err != nil {
@@ -219,6 +240,8 @@ func (c *conn) read() error {
 			}
 		case bytes.EqualFold(name, []byte("Transfer-Encoding")):
 			chunked = true
+		case bytes.EqualFold(name, []byte("Content-Type")):
+			stream = bytes.HasPrefix(value, []byte("text/event-stream"))
 		}
 	}
 	c.body = c.body[:0]
@@ -236,7 +259,10 @@ func (c *conn) read() error {
 	if status != "HTTP/1.1 200 OK" {
 		return fmt.Errorf("%s: %.300s", status, c.body)
 	}
-	c.body = bytes.TrimRight(c.body, "\n")
+	c.body = bytes.TrimRight(c.body, "\r\n")
+	if i := bytes.LastIndex(c.body, []byte("\ndata: ")); stream && i >= 0 {
+		c.body = append(c.body[:0], c.body[i+len("\ndata: "):]...) // the last event is the answer
+	}
 	return nil
 }
 

@@ -52,6 +52,8 @@ type plan struct {
 
 func main() {
 	quick := flag.Bool("quick", false, "a short run: shows that it works, not what it costs")
+	others := flag.Bool("peers", false, "measure other implementations instead, installed from package registries")
+	cache := flag.String("cache", filepath.Join("..", "..", "dist", "peers"), "folder where those are kept between runs")
 	flag.Parse()
 	p := plan{rounds: 7, warmup: 500 * time.Millisecond, window: 2 * time.Second, starts: 9}
 	if *quick {
@@ -63,7 +65,12 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Stdout, p); err != nil {
+	do := run
+	if *others {
+		p.rounds, p.starts = min(p.rounds, 5), min(p.starts, 3)
+		do = func(ctx context.Context, out io.Writer, p plan) error { return comparePeers(ctx, out, p, *cache) }
+	}
+	if err := do(ctx, os.Stdout, p); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)

@@ -86,7 +86,7 @@ func (s *server) openListening(ctx context.Context) (io.Closer, error) {
 // openSubscription opens a subscription and waits until it is acknowledged.
 func (s *server) openSubscription(ctx context.Context) (io.Closer, error) {
 	r := request{method: "subscriptions/listen", params: `"notifications":{"toolsListChanged":true}`}
-	raw, _ := r.message(s.addr)
+	raw, _ := r.message(s, "")
 	return s.stream(ctx, raw, "notifications/subscriptions/acknowledged")
 }
 
