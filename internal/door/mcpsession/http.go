@@ -75,16 +75,16 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 			}
 		}()
 	}
-	var ended sync.WaitGroup
+	still := func() {}
 	if r.Method == http.MethodGet || message.method != "" {
-		ended.Go(func() { out.keepAlive(ctx, d.o.KeepAlive) })
+		still = out.keepAlive(d.o.KeepAlive)
 	}
 	if r.Method == http.MethodGet && session != "" {
 		defer d.listen(session, out.event)()
 	}
 	d.handler.ServeHTTP(out, r)
 	cancel()
-	ended.Wait()
+	still()
 	out.finish()
 }
 
@@ -267,23 +267,31 @@ func (w *writer) Flush() {
 // Unwrap lets http.ResponseController find deadlines.
 func (w *writer) Unwrap() http.ResponseWriter { return w.w }
 
-// keepAlive writes a comment whenever a stream has been silent for a while.
-func (w *writer) keepAlive(ctx context.Context, every time.Duration) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+// keepAlive writes a comment whenever a stream has been silent for a while. Once stop has returned it
+// writes no more. It has a timer and no goroutine: of streams there are many, on which nothing happens.
+func (w *writer) keepAlive(every time.Duration) (stop func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	stopped := false // guarded by mu, as is beat
+	var beat *time.Timer
+	beat = time.AfterFunc(every, func() {
 		w.mu.Lock()
+		defer w.mu.Unlock()
+		if stopped {
+			return
+		}
 		if w.stream && time.Since(w.written) >= every {
 			if _, err := w.w.Write([]byte(": keep-alive\n\n")); err == nil {
 				_ = http.NewResponseController(w.w).Flush()
 			}
 		}
-		w.mu.Unlock()
+		beat.Reset(every)
+	})
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		stopped = true
+		beat.Stop()
 	}
 }
 
