@@ -18,7 +18,9 @@ type growing struct {
 	Steady      float64 `json:"p99_at_30_percent_ms"`
 	SteadyFloor float64 `json:"floor_p99_at_30_percent_ms"`
 	Stream      float64 `json:"idle_stream_kib"`
+	StreamHeld  float64 `json:"idle_stream_held_kib"`
 	Session     float64 `json:"idle_listening_session_kib"`
+	SessionHeld float64 `json:"idle_listening_session_held_kib"`
 	Allocs      int64   `json:"allocs_per_call"`
 	Bytes       int64   `json:"bytes_per_call"`
 }
@@ -41,7 +43,8 @@ func grow(f *figures) growing {
 		Arguments: over(last(f.sweeps[1]), "newel", "floor"), Result: over(last(f.sweeps[2]), "newel", "floor"),
 		Tools: over(f.manyTools, "newel, 10000 tools", "newel, 10 tools"), Page: over(f.manyLists, "newel, 10000 tools", "newel, 1000 tools"),
 		Steady: steadily("newel"), SteadyFloor: steadily("floor"),
-		Stream: round(f.streams.subscription), Session: round(f.streams.session),
+		Stream: round(f.streams.subscription), StreamHeld: round(f.streams.subscriptionHeld),
+		Session: round(f.streams.session), SessionHeld: round(f.streams.sessionHeld),
 		Allocs: f.allocations.Allocs, Bytes: f.allocations.Bytes,
 	}
 }
@@ -81,8 +84,9 @@ func writeSweeps(w *tabwriter.Writer, f *figures) {
 		fmt.Fprintf(w, "%s\t%.0f\t%.0f\t%.0f\t%.0f (%.0f to %.0f)\t%.0f\n", name, of(func(s steady) float64 { return s.peak }), of(func(s steady) float64 { return s.rate }),
 			of(func(s steady) float64 { return float64(s.p50.Microseconds()) }), p99, low, high, of(func(s steady) float64 { return float64(s.p999.Microseconds()) }))
 	}
-	fmt.Fprintf(w, "\n%d open streams on which nothing happens, KiB resident each\n", f.streams.count)
-	fmt.Fprintf(w, "subscription of 2026-07-28\t%.1f\nsession of 2025-11-25 that listens\t%.1f\n", f.streams.subscription, f.streams.session)
+	fmt.Fprintf(w, "\n%d open streams on which nothing happens, KiB resident each\n\tas served\theld\n", f.streams.count)
+	fmt.Fprintf(w, "subscription of 2026-07-28\t%.1f\t%.1f\nsession of 2025-11-25 that listens\t%.1f\t%.1f\n",
+		f.streams.subscription, f.streams.subscriptionHeld, f.streams.session, f.streams.sessionHeld)
 	fmt.Fprintf(w, "\na call allocates\n%d times\t%d bytes\n", f.allocations.Allocs, f.allocations.Bytes)
 }
 

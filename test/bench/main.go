@@ -116,7 +116,7 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	cases := []func(context.Context) (*table, error){b.echo, b.list, b.large, b.hop, b.manyLists, b.access}
 	few := p.short().rounds
 	b.bar.total = p.rounds*(4+2+2+3+1+2) + 4*p.starts + 2 + // as ever, then the sweeps
-		few*(4*len(risingConnections)+4*len(argumentSizes)+2*len(resultSizes)+2*len(toolCounts)+4) + 2
+		few*(4*len(risingConnections)+4*len(argumentSizes)+2*len(resultSizes)+2*len(toolCounts)+4) + 4
 	var tables []*table
 	for _, c := range cases {
 		t, err := c(ctx)
