@@ -16,12 +16,14 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/redact"
 	"newel.dev/newel/internal/store/redis"
 )
 
@@ -178,7 +180,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	var store assembly.Store
 	if st.store != nil {
 		if before == nil {
-			st.store.failed = func(err error) {
+			st.store.Failed = func(err error) {
 				t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
 			}
 		}
@@ -195,7 +197,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	counted, err := limiter(f, o, before, shared, t.logger)
+	counted, err := limiter(f, o, before, shared, t)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
@@ -210,10 +212,22 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if others != nil {
 		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
 	}
+	if _, err := objectives(f); err != nil { // of no use here, but one that is wrong measures nothing
+		return nil, exit(exitFailed, err)
+	}
 	results, err := resultCache(f) // its own of each configuration: another may answer otherwise
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
+	hide, err := reuse(o, before, "redact", []any{c.Audit.Redact}, func() (*redact.Redactor, func(context.Context) error, error) {
+		hide, err := redactor(f)
+		return hide, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	effects := effects(&c.Effects)
+	effects.Redact, effects.Keep = hide, audit.Retention(c.Audit.Retention)
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -239,7 +253,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects), Tasks: tasks(&c.Tasks), Webhook: hook,
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
 		Configuration: f.Digest, By: operatorName(),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
