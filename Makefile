@@ -55,8 +55,11 @@ conformance-gateway: ## the same suite through the gateway, in front of six serv
 conformance-auth: ## the suite's scenarios for authorization servers and their clients: the one for development, the gateway (needs npm)
 	@go run ./test/conformance -auth
 
-bench: ## what a call costs, against the floor and other libraries (six minutes, Linux, two CPUs, PostgreSQL)
+bench: ## what a call costs, against the floor and other libraries (nine minutes, Linux, two CPUs, PostgreSQL)
 	@cd test/bench && go run . $(BENCHFLAGS)
+
+bench-peers: ## the same against other SDKs and gateways, from npm and PyPI (ten minutes, the first time more; needs npm, python3)
+	@cd test/bench && go run . -peers $(BENCHFLAGS)
 
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
@@ -93,4 +96,4 @@ sbom: build ## write dist/newel.cdx.json, the bill of materials of the binary
 ci: ## what CI runs
 	.ci/run
 
-.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak soak-nodes bench faults faults-long faults-mutants fuzz sbom ci
+.PHONY: help build test race lint vuln conformance conformance-gateway conformance-auth supervisor-soak soak soak-nodes bench bench-peers faults faults-long faults-mutants fuzz sbom ci

@@ -215,7 +215,8 @@ func (c *Codec) fill(cl *call.Call, m *Message) *Failure {
 	default:
 		return nil
 	}
-	a := &asker{client: &cl.Client, answers: p.InputResponses}
+	a := &m.asker
+	a.client, a.answers = &cl.Client, p.InputResponses
 	cl.Asker = a
 	if p.RequestState != "" {
 		a.answers = nil // until it is known which questions were asked

@@ -28,6 +28,7 @@ type Message struct {
 
 	round int    // of a call that asked before
 	first string // name of its first state
+	asker asker  // of the call that this becomes, if it may ask
 }
 
 // Params is what the methods of the revision take, in one type, so that a message is decoded

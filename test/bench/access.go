@@ -35,7 +35,7 @@ func (b *bench) access(ctx context.Context) (*table, error) {
 		}
 		runners = append(runners, r)
 	}
-	return t, b.rounds(ctx, t, runners)
+	return t, b.rounds(ctx, t, b.plan, runners)
 }
 
 func get(ctx context.Context, url string) ([]byte, error) {

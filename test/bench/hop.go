@@ -48,7 +48,7 @@ func (b *bench) hop(ctx context.Context) (*table, error) {
 		}
 		runners = append(runners, r)
 	}
-	return t, b.rounds(ctx, t, runners)
+	return t, b.rounds(ctx, t, b.plan, runners)
 }
 
 // manyLists is tools/list of a gateway in front of many servers, one caller at a time.
@@ -74,7 +74,7 @@ func (b *bench) manyLists(ctx context.Context) (*table, error) {
 		return nil, err
 	}
 	t := &table{name: fmt.Sprintf("tools/list of %d servers, %d tools, one connection", manyUpstreams, tools), floor: "gateway"}
-	return t, b.rounds(ctx, t, []*runner{r})
+	return t, b.rounds(ctx, t, b.plan, []*runner{r})
 }
 
 // otherList is a list that may be empty.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +14,18 @@ import (
 
 const idleSessionCount = 9_900 // below the 10,000 that a server keeps unless told otherwise
 
-const initialize = `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"newel-bench","version":"1.0.0"}}}`
+const (
+	sessionRevision = "2025-11-25" // unless a server only speaks an older one
+	initialize      = `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"%s","capabilities":{},"clientInfo":{"name":"newel-bench","version":"1.0.0"}}}`
+)
+
+// session begins one if the server is spoken to in sessions.
+func (s *server) session(ctx context.Context) (string, error) {
+	if !s.speaks.sessions {
+		return "", nil
+	}
+	return s.openSession(ctx)
+}
 
 // idle is what one idle session of revision 2025-11-25 holds, in KiB.
 type idle struct{ own, sdk float64 }
@@ -43,13 +55,13 @@ func (b *bench) idleSessions(ctx context.Context) (*idle, error) {
 			return nil, err
 		}
 		for range 100 { // what the first sessions set up for all
-			if err := s.openSession(ctx); err != nil {
+			if _, err := s.openSession(ctx); err != nil {
 				return nil, fmt.Errorf("%s: %w", one.name, err)
 			}
 		}
 		before := s.memory("VmRSS")
 		for range idleSessionCount - 100 {
-			if err := s.openSession(ctx); err != nil {
+			if _, err := s.openSession(ctx); err != nil {
 				return nil, fmt.Errorf("%s: %w", one.name, err)
 			}
 		}
@@ -59,23 +71,23 @@ func (b *bench) idleSessions(ctx context.Context) (*idle, error) {
 	return &out, nil
 }
 
-// openSession begins a session and leaves it open.
-func (s *server) openSession(ctx context.Context) error {
-	id, err := s.say(ctx, initialize, "")
+// openSession begins a session, leaves it open and returns its id.
+func (s *server) openSession(ctx context.Context) (string, error) {
+	id, err := s.say(ctx, fmt.Sprintf(initialize, cmp.Or(s.speaks.older, sessionRevision)), "")
 	if err != nil {
-		return err
+		return "", err
 	}
 	if id == "" {
-		return errors.New("initialize began no session")
+		return "", errors.New("initialize began no session")
 	}
 	_, err = s.say(ctx, `{"jsonrpc":"2.0","method":"notifications/initialized"}`, id)
-	return err
+	return id, err
 }
 
 func (s *server) say(ctx context.Context, message, session string) (string, error) {
 	ctx, stop := context.WithTimeout(ctx, 10*time.Second)
 	defer stop()
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+s.addr+"/mcp", bytes.NewReader([]byte(message)))
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+s.addr+s.speaks.where(), bytes.NewReader([]byte(message)))
 	if err != nil {
 		return "", err
 	}
@@ -83,7 +95,7 @@ func (s *server) say(ctx context.Context, message, session string) (string, erro
 	r.Header.Set("Accept", "application/json, text/event-stream")
 	if session != "" {
 		r.Header.Set("Mcp-Session-Id", session)
-		r.Header.Set("MCP-Protocol-Version", "2025-11-25")
+		r.Header.Set("MCP-Protocol-Version", cmp.Or(s.speaks.older, sessionRevision))
 	}
 	resp, err := http.DefaultClient.Do(r)
 	if err != nil {

@@ -29,7 +29,7 @@ type runner struct {
 type conn struct {
 	net.Conn
 	in       *bufio.Reader
-	body     []byte
+	body, id []byte
 	messages []message
 	took     []time.Duration
 }
@@ -61,8 +61,12 @@ func newRunner(ctx context.Context, s *server, conns int, requests []request) (*
 		if err != nil {
 			return nil, err
 		}
+		session, err := s.session(ctx)
+		if err != nil {
+			return nil, err
+		}
 		for i := range r.requests {
-			raw, id := r.requests[i].message(s.addr)
+			raw, id := r.requests[i].message(s, session)
 			c.messages = append(c.messages, message{raw, id})
 		}
 		r.conns = append(r.conns, c)
@@ -70,9 +74,10 @@ func newRunner(ctx context.Context, s *server, conns int, requests []request) (*
 	return r, nil
 }
 
+var dialer net.Dialer
+
 func dial(ctx context.Context, addr string) (*conn, error) {
-	var d net.Dialer
-	nc, err := d.DialContext(ctx, "tcp", addr)
+	nc, err := dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +96,11 @@ func (s *server) answer(ctx context.Context, r *request) ([]byte, error) {
 		return nil, err
 	}
 	defer c.Close()
-	raw, _ := r.message(s.addr)
+	session, err := s.session(ctx)
+	if err != nil {
+		return nil, err
+	}
+	raw, _ := r.message(s, session)
 	if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		return nil, err
 	}
@@ -160,25 +169,51 @@ func (r *runner) keepBusy(ctx context.Context, c *conn) error {
 	if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
 		return err
 	}
-	var id []byte
 	for n := 0; ctx.Err() == nil; n++ {
-		at := n % len(c.messages)
-		m := c.messages[at]
-		id = strconv.AppendInt(id[:0], r.nextID.Add(1), 10)
-		copy(m.raw[m.id:m.id+idWidth], id)
 		began := time.Now()
-		if _, err := c.Write(m.raw); err != nil {
-			return err
-		}
-		if err := c.read(); err != nil {
+		if err := r.exchange(c, n); err != nil {
 			return err
 		}
 		c.took = append(c.took, time.Since(began))
-		if !r.requests[at].right(c.body, id) {
-			return fmt.Errorf("an answer differs from the checked one: %.300q", c.body)
-		}
 	}
 	return nil
+}
+
+// exchange sends the n-th request on a connection and checks the answer.
+func (r *runner) exchange(c *conn, n int) error {
+	at := n % len(c.messages)
+	m := c.messages[at]
+	c.id = strconv.AppendInt(c.id[:0], r.nextID.Add(1), 10)
+	copy(m.raw[m.id:m.id+idWidth], c.id)
+	if _, err := c.Write(m.raw); err != nil {
+		return err
+	}
+	if err := c.read(); err != nil {
+		return err
+	}
+	if !r.requests[at].right(c.body, c.id) {
+		return fmt.Errorf("an answer differs from the checked one: %.300q", c.body)
+	}
+	return nil
+}
+
+// reopen connects again: servers close connections on which nothing happens for some seconds.
+func (r *runner) reopen(ctx context.Context) error {
+	r.close()
+	for _, c := range r.conns {
+		fresh, err := dial(ctx, r.server.addr)
+		if err != nil {
+			return err
+		}
+		c.Conn, c.in = fresh.Conn, fresh.in
+	}
+	return nil
+}
+
+func (r *runner) close() {
+	for _, c := range r.conns {
+		_ = c.Close() // nothing is in flight
+	}
 }
 
 // read reads one answer into c.body. It understands what the measured servers send and no more.
@@ -188,7 +223,7 @@ func (c *conn) read() error {
 		return err
 	}
 	status := string(line)
-	length, chunked := -1, false
+	length, chunked, stream := -1, false, false
 	for {
 		line, err := c.line()
 		if err != nil {
@@ -205,6 +240,8 @@ func (c *conn) read() error {
 			}
 		case bytes.EqualFold(name, []byte("Transfer-Encoding")):
 			chunked = true
+		case bytes.EqualFold(name, []byte("Content-Type")):
+			stream = bytes.HasPrefix(value, []byte("text/event-stream"))
 		}
 	}
 	c.body = c.body[:0]
@@ -222,7 +259,10 @@ func (c *conn) read() error {
 	if status != "HTTP/1.1 200 OK" {
 		return fmt.Errorf("%s: %.300s", status, c.body)
 	}
-	c.body = bytes.TrimRight(c.body, "\n")
+	c.body = bytes.TrimRight(c.body, "\r\n")
+	if i := bytes.LastIndex(c.body, []byte("\ndata: ")); stream && i >= 0 {
+		c.body = append(c.body[:0], c.body[i+len("\ndata: "):]...) // the last event is the answer
+	}
 	return nil
 }
 

@@ -1,7 +1,7 @@
 // Command bench measures what a call costs, in CPU of the server process, against the least an
 // honest net/http handler costs and against two other Go libraries.
 //
-//	go run .            # about three minutes; -quick for a look
+//	go run .            # about nine minutes; -quick for a look
 //
 // Start reading at [run]. The servers are programs of their own (servers/*), pinned to one CPU with
 // one Go processor; this program, pinned to another, is the load. Every case runs in rounds, all its
@@ -47,14 +47,17 @@ type plan struct {
 	rounds         int
 	warmup, window time.Duration
 	starts         int // of each server, for the time to the first answer
+	quick          bool
 }
 
 func main() {
 	quick := flag.Bool("quick", false, "a short run: shows that it works, not what it costs")
+	others := flag.Bool("peers", false, "measure other implementations instead, installed from package registries")
+	cache := flag.String("cache", filepath.Join("..", "..", "dist", "peers"), "folder where those are kept between runs")
 	flag.Parse()
 	p := plan{rounds: 7, warmup: 500 * time.Millisecond, window: 2 * time.Second, starts: 9}
 	if *quick {
-		p = plan{rounds: 2, warmup: 100 * time.Millisecond, window: 500 * time.Millisecond, starts: 2}
+		p = plan{rounds: 2, warmup: 100 * time.Millisecond, window: 500 * time.Millisecond, starts: 2, quick: true}
 	}
 	if err := pin(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -62,7 +65,12 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Stdout, p); err != nil {
+	do := run
+	if *others {
+		p.rounds, p.starts = min(p.rounds, 5), min(p.starts, 3)
+		do = func(ctx context.Context, out io.Writer, p plan) error { return comparePeers(ctx, out, p, *cache) }
+	}
+	if err := do(ctx, os.Stdout, p); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
@@ -106,7 +114,9 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	defer b.stopAll()
 
 	cases := []func(context.Context) (*table, error){b.echo, b.list, b.large, b.hop, b.manyLists, b.access}
-	b.bar.total = p.rounds*(4+2+2+3+1+2) + 4*p.starts + 2
+	few := p.short().rounds
+	b.bar.total = p.rounds*(4+2+2+3+1+2) + 4*p.starts + 2 + // as ever, then the sweeps
+		few*(4*len(risingConnections)+4*len(argumentSizes)+2*len(resultSizes)+2*len(toolCounts)+4) + 4
 	var tables []*table
 	for _, c := range cases {
 		t, err := c(ctx)
@@ -131,8 +141,35 @@ func run(ctx context.Context, out io.Writer, p plan) error {
 	if err != nil {
 		return err
 	}
+	f := &figures{tables: tables, starts: starts, sessions: sessions, costs: costs, writes: written}
+	if err := b.sweeps(ctx, f); err != nil {
+		return err
+	}
 	bar.clear()
-	return report(out, p, &figures{tables, starts, sessions, costs, written})
+	return report(out, p, f)
+}
+
+// sweeps are the cases at rising sizes, in fewer rounds.
+func (b *bench) sweeps(ctx context.Context, f *figures) error {
+	for _, c := range []func(context.Context) (*sweep, error){b.rising, b.arguments, b.results} {
+		s, err := c(ctx)
+		if err != nil {
+			return err
+		}
+		f.sweeps = append(f.sweeps, s)
+	}
+	var err error
+	if f.manyTools, f.manyLists, err = b.tools(ctx); err != nil {
+		return err
+	}
+	if f.steady, err = b.steadily(ctx); err != nil {
+		return err
+	}
+	if f.streams, err = b.idleStreams(ctx, b.plan.quick); err != nil {
+		return err
+	}
+	f.allocations, err = b.allocations(ctx)
+	return err
 }
 
 func build(ctx context.Context, dir string) error {
@@ -191,7 +228,7 @@ func (b *bench) echo(ctx context.Context) (*table, error) {
 		}
 		runners = append(runners, r)
 	}
-	return t, b.rounds(ctx, t, runners)
+	return t, b.rounds(ctx, t, b.plan, runners)
 }
 
 // list is tools/list with many tools: every page in turn, against the floor sending the same bytes.
@@ -209,7 +246,7 @@ func (b *bench) list(ctx context.Context) (*table, error) {
 		return nil, fmt.Errorf("the list has %d tools, want %d", tools, listedTools)
 	}
 	t := &table{name: fmt.Sprintf("tools/list, %d tools on %d pages, per page, %d connections", tools, len(pages), connections), floor: "floor"}
-	return t, b.against(ctx, t, s, pages, connections)
+	return t, b.against(ctx, t, b.plan, s, pages, connections)
 }
 
 // large is a tool result of 100 KB, against the floor sending the same bytes.
@@ -220,11 +257,11 @@ func (b *bench) large(ctx context.Context) (*table, error) {
 		return nil, err
 	}
 	t := &table{name: fmt.Sprintf("tools/call, result of %d KB, %d connections", largeBytes/1000, largeConnections), floor: "floor"}
-	return t, b.against(ctx, t, s, []request{largeRequest()}, largeConnections)
+	return t, b.against(ctx, t, b.plan, s, []request{largeRequest(largeBytes)}, largeConnections)
 }
 
 // against measures s beside a floor that answers requests with the bytes that s answers.
-func (b *bench) against(ctx context.Context, t *table, s *server, requests []request, conns int) error {
+func (b *bench) against(ctx context.Context, t *table, p plan, s *server, requests []request, conns int) error {
 	r, err := newRunner(ctx, s, conns, requests)
 	if err != nil {
 		return fmt.Errorf("newel: %w", err)
@@ -241,19 +278,19 @@ func (b *bench) against(ctx context.Context, t *table, s *server, requests []req
 	if err != nil {
 		return fmt.Errorf("floor: %w", err)
 	}
-	return b.rounds(ctx, t, []*runner{fr, r})
+	return b.rounds(ctx, t, p, []*runner{fr, r})
 }
 
 // rounds runs all servers of a case in every round, in an order that rotates.
-func (b *bench) rounds(ctx context.Context, t *table, runners []*runner) error {
+func (b *bench) rounds(ctx context.Context, t *table, p plan, runners []*runner) error {
 	for _, r := range runners {
 		t.rows = append(t.rows, &row{name: r.server.name, idle: r.server.memory("VmRSS")})
 	}
-	for round := range b.plan.rounds {
+	for round := range p.rounds {
 		for i := range runners {
 			at := (round + i) % len(runners)
 			b.bar.step(t.name + ": " + runners[at].server.name)
-			m, err := runners[at].measure(ctx, b.plan.warmup, b.plan.window)
+			m, err := runners[at].measure(ctx, p.warmup, p.window)
 			if err != nil {
 				return fmt.Errorf("%s: %s: %w", t.name, runners[at].server.name, err)
 			}

@@ -72,6 +72,12 @@ type figures struct {
 	sessions *idle
 	costs    string // of each guard, as a table
 	writes   []writes
+
+	sweeps               []*sweep // connections, arguments, results
+	manyTools, manyLists *table   // by number of tools
+	steady               map[string][]steady
+	streams              *streams
+	allocations          allocations
 }
 
 // report prints a table for every case, and last a line of JSON for programs.
@@ -116,6 +122,7 @@ func report(out io.Writer, p plan, f *figures) error {
 	}
 	fmt.Fprint(out, f.costs)
 	writeRates(w, f.writes)
+	writeSweeps(w, f)
 	echo, list, large := tables[0], tables[1], tables[2]
 	path, _, _ := echo.ratio("newel", "floor")
 	sdk, _, _ := echo.ratio("gosdk", "newel")
@@ -147,9 +154,10 @@ func report(out io.Writer, p plan, f *figures) error {
 		Idles  float64            `json:"idle_session_own_kib"`
 		Writes map[string]float64 `json:"write_over_engine_group_commit"`
 		Reads  float64            `json:"read_slowdown"`
+		growing
 	}{round(path), round(sdk), round(mcpgo), round(listRatio), round(largeRatio), round(idle), round(first),
 		round(hopRatio), round(sdkHop), round(slowest), round(access), round(f.sessions.own),
-		map[string]float64{"sqlite": round(rateOf(f.writes, "sqlite")), "postgres": round(rateOf(f.writes, "postgres"))}, round(1 + effect/(1000*(cpu-effect/1000)))})
+		map[string]float64{"sqlite": round(rateOf(f.writes, "sqlite")), "postgres": round(rateOf(f.writes, "postgres"))}, round(1 + effect/(1000*(cpu-effect/1000))), grow(f)})
 	if err != nil {
 		return err
 	}

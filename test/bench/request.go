@@ -32,24 +32,27 @@ const meta = `"_meta":{"io.modelcontextprotocol/protocolVersion":"2026-07-28",` 
 
 const echoText = "The quick brown fox jumps over the lazy dog."
 
-func echoRequest() request {
+func echoRequest() request { return echoOf(echoText) }
+
+// echoOf is echo of a text that is spelled the same in JSON.
+func echoOf(said string) request {
 	return request{method: "tools/call", key: "echo",
-		params: `"name":"echo","arguments":{"text":"` + echoText + `"}`,
+		params: `"name":"echo","arguments":{"text":"` + said + `"}`,
 		check: func(result json.RawMessage) error {
 			text, err := onlyText(result)
-			if err == nil && text != echoText {
-				err = fmt.Errorf("echo said %q", text)
+			if err == nil && text != said {
+				err = fmt.Errorf("echo said %.100q", text)
 			}
 			return err
 		}}
 }
 
-func largeRequest() request {
+func largeRequest(size int) request {
 	return request{method: "tools/call", key: "large", params: `"name":"large","arguments":{}`,
 		check: func(result json.RawMessage) error {
 			text, err := onlyText(result)
-			if err == nil && len(text) != largeBytes {
-				err = fmt.Errorf("the text has %d bytes, want %d", len(text), largeBytes)
+			if err == nil && len(text) != size {
+				err = fmt.Errorf("the text has %d bytes, want %d", len(text), size)
 			}
 			return err
 		}}
@@ -113,19 +116,29 @@ func listPages(ctx context.Context, s *server) (pages []request, tools int, err 
 	}
 }
 
-// message returns the HTTP request and where its id is.
-func (r *request) message(host string) (raw []byte, id int) {
+// message returns the HTTP request to s and where its id is. session is "" without one.
+func (r *request) message(s *server, session string) (raw []byte, id int) {
+	d := &s.speaks
 	var body strings.Builder
-	fmt.Fprintf(&body, `{"jsonrpc":"2.0","id":%d,"method":%q,"params":{`, firstID, r.method)
-	if r.params != "" {
-		body.WriteString(r.params + ",")
+	fmt.Fprintf(&body, `{"jsonrpc":"2.0","id":%d,"method":%q,"params":{%s`, firstID, r.method, r.params)
+	if d.older == "" {
+		if r.params != "" {
+			body.WriteByte(',')
+		}
+		body.WriteString(meta)
 	}
-	body.WriteString(meta + "}}")
+	body.WriteString("}}")
 	var h bytes.Buffer
-	fmt.Fprintf(&h, "POST /mcp HTTP/1.1\r\nHost: %s\r\nUser-Agent: newel-bench\r\nContent-Type: application/json\r\n"+
-		"Accept: application/json, text/event-stream\r\nMCP-Protocol-Version: 2026-07-28\r\nMcp-Method: %s\r\n", host, r.method)
-	if r.method == "tools/call" {
-		fmt.Fprintf(&h, "Mcp-Name: %s\r\n", r.key)
+	fmt.Fprintf(&h, "POST %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: newel-bench\r\nContent-Type: application/json\r\n"+
+		"Accept: application/json, text/event-stream\r\nMCP-Protocol-Version: %s\r\n", d.where(), s.addr, d.revision())
+	if d.older == "" {
+		fmt.Fprintf(&h, "Mcp-Method: %s\r\n", r.method)
+		if r.method == "tools/call" {
+			fmt.Fprintf(&h, "Mcp-Name: %s\r\n", r.key)
+		}
+	}
+	if session != "" {
+		fmt.Fprintf(&h, "Mcp-Session-Id: %s\r\n", session)
 	}
 	if r.bearer != "" {
 		fmt.Fprintf(&h, "Authorization: Bearer %s\r\n", r.bearer)

@@ -70,6 +70,9 @@ func (t *target) dispatch(ctx context.Context, c *call.Call) (*call.Result, erro
 
 // outcome turns what went wrong into what the caller is told.
 func (t *target) outcome(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
 	var own *call.Error
 	var ask *call.InputRequired
 	var rpc *rpcError
@@ -77,7 +80,7 @@ func (t *target) outcome(ctx context.Context, err error) error {
 	var status *statusError
 	name := t.u.name
 	switch {
-	case err == nil, errors.As(err, &own), errors.As(err, &ask):
+	case errors.As(err, &own), errors.As(err, &ask):
 		return err
 	case errors.As(err, &rpc) && !errors.As(err, &unsent):
 		return t.refusal(rpc)
@@ -158,15 +161,15 @@ func (u *Upstream) meta(c *call.Call, caps jsontext.Value, token int64) jsontext
 	if c != nil && c.LogLevel != "" {
 		o.str("io.modelcontextprotocol/logLevel", c.LogLevel)
 	}
-	return o.common(c, token)
+	o.progress(token)
+	return o.end()
 }
 
-// common adds what both eras have in _meta.
-func (o *object) common(c *call.Call, token int64) jsontext.Value {
+// progress asks for progress under a token, unless that is 0.
+func (o *object) progress(token int64) {
 	if token != 0 {
 		o.raw("progressToken", strconv.AppendInt(nil, token, 10))
 	}
-	return o.end()
 }
 
 // travel adds what goes on to every server: trace context (SEP-414) and what the house does not know.
@@ -194,17 +197,6 @@ func (t *target) params(ctx context.Context, c *call.Call, s *session, id int64)
 	if c.Progress {
 		token = id
 	}
-	m := newObject()
-	if s.stateless {
-		m.str("io.modelcontextprotocol/protocolVersion", statelessRevision)
-		m.raw("io.modelcontextprotocol/clientCapabilities", t.capabilities(c))
-		m.raw("io.modelcontextprotocol/clientInfo", t.u.clientInfo)
-		if c.LogLevel != "" {
-			m.str("io.modelcontextprotocol/logLevel", c.LogLevel)
-		}
-	}
-	m.travel(ctx, c)
-	meta := m.common(c, token)
 	o := newObject()
 	switch t.kind {
 	case call.Resource:
@@ -216,9 +208,18 @@ func (t *target) params(ctx context.Context, c *call.Call, s *session, id int64)
 		}
 	}
 	o.all(c.Unknown, "name", "uri", "arguments", "task")
-	if len(meta) > 2 {
-		o.raw("_meta", meta)
+	meta := o.open("_meta")
+	if s.stateless {
+		o.str("io.modelcontextprotocol/protocolVersion", statelessRevision)
+		o.raw("io.modelcontextprotocol/clientCapabilities", t.capabilities(c))
+		o.raw("io.modelcontextprotocol/clientInfo", t.u.clientInfo)
+		if c.LogLevel != "" {
+			o.str("io.modelcontextprotocol/logLevel", c.LogLevel)
+		}
 	}
+	o.travel(ctx, c)
+	o.progress(token)
+	o.close(meta)
 	return o
 }
 
@@ -282,10 +283,10 @@ func (t *target) stateless(ctx context.Context, c *call.Call, s *session) (*call
 	var before carried
 	var answers map[string]jsontext.Value
 	if c.Resume != "" {
-		if err := json.Unmarshal([]byte(c.Resume), &before); err != nil {
-			return nil, call.Errorf(call.Conflict, "the server behind this was changed meanwhile; start the call again without requestState")
-		}
 		var err error
+		if before, err = resumed(c.Resume); err != nil {
+			return nil, err
+		}
 		if answers, err = t.ask(ctx, c, &before); err != nil {
 			return nil, err
 		}
@@ -325,6 +326,14 @@ func (t *target) stateless(ctx context.Context, c *call.Call, s *session) (*call
 		}
 	}
 	return nil, call.Errorf(call.Failed, "the server %q asked %d times without coming to an end", t.u.name, maxRounds)
+}
+
+// resumed reads what a call carried.
+func resumed(state string) (out carried, err error) {
+	if err := json.Unmarshal([]byte(state), &out); err != nil {
+		return out, call.Errorf(call.Conflict, "the server behind this was changed meanwhile; start the call again without requestState")
+	}
+	return out, nil
 }
 
 // questions reads what an input_required result asks.

@@ -76,11 +76,16 @@ func (s *session) request(ctx context.Context, r *request, on func(*message)) (*
 		}
 		on(m)
 	})
-	var status *statusError
-	if errors.As(err, &status) && status.status == http.StatusNotFound || errors.Is(err, errCut) && !s.link.alive() {
+	if err != nil && s.gone(err) {
 		s.broken.Store(true) // the session is gone (2025-11-25, session management), or the process
 	}
 	return m, err
+}
+
+// gone reports whether an error says that the session is.
+func (s *session) gone(err error) bool {
+	var status *statusError
+	return errors.As(err, &status) && status.status == http.StatusNotFound || errors.Is(err, errCut) && !s.link.alive()
 }
 
 // respond answers a request of the server.
@@ -104,9 +109,10 @@ type statelessHTTP struct{ *endpoint }
 func (l statelessHTTP) exchange(ctx context.Context, r *request, on func(*message)) (*message, error) {
 	h := l.headers()
 	h["Mcp-Protocol-Version"] = revisionHeader
-	h["Mcp-Method"] = []string{r.method}
+	mirrored := [...]string{r.method, headerValue(r.name)}
+	h["Mcp-Method"] = mirrored[:1:1]
 	if r.name != "" {
-		h["Mcp-Name"] = []string{headerValue(r.name)}
+		h["Mcp-Name"] = mirrored[1:]
 	}
 	for _, p := range r.headers {
 		h[http.CanonicalHeaderKey("Mcp-Param-"+p[0])] = []string{p[1]}

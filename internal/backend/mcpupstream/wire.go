@@ -121,6 +121,23 @@ func (o *object) raw(n string, v []byte) {
 	}
 }
 
+// open begins an object as a member, to which everything is added until close has what it returns.
+func (o *object) open(n string) (at int) {
+	at = len(o.b)
+	o.name(n)
+	o.b = append(o.b, '{')
+	return at
+}
+
+// close ends what open began. With nothing in it the member is not there.
+func (o *object) close(at int) {
+	if o.b[len(o.b)-1] == '{' {
+		o.b = o.b[:at]
+		return
+	}
+	o.b = append(o.b, '}')
+}
+
 // all adds the members of another object, except those the house sets itself.
 func (o *object) all(v jsontext.Value, except ...string) {
 	if v == nil {

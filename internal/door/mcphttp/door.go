@@ -194,7 +194,7 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 	scratch.Reset()
 	frame, f := d.opts.Codec.Serve(ctx, m, c, scratch.AvailableBuffer())
 	if c.Event.Correlation != "" {
-		w.Header()["X-Correlation-Id"] = []string{c.Event.Correlation}
+		w.Header()["X-Correlation-Id"] = out.value(&out.correlation, c.Event.Correlation)
 	}
 	if f != nil {
 		out.failure(f)
@@ -241,11 +241,9 @@ func (d *Door) refuse(w http.ResponseWriter, r *http.Request, f *mcpwire.Failure
 // read reads the body into buf, at most MaxMessageBytes of it.
 func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *mcpwire.Failure {
 	limit := int64(d.opts.MaxMessageBytes)
-	tooLarge := &mcpwire.Failure{Status: http.StatusRequestEntityTooLarge, Code: -32600, Cause: call.TooLarge,
-		Message: "the message is larger than " + strconv.FormatInt(limit, 10) + " bytes"}
 	if r.ContentLength > limit {
 		w.Header().Set("Connection", "close")
-		return tooLarge
+		return tooLarge(limit)
 	}
 	body := r.Body
 	if r.ContentLength < 0 {
@@ -256,7 +254,7 @@ func (d *Door) read(w http.ResponseWriter, r *http.Request, buf *bytes.Buffer) *
 	if _, err := buf.ReadFrom(d.paced(w, body, r.ContentLength)); err != nil {
 		var over *http.MaxBytesError
 		if errors.As(err, &over) {
-			return tooLarge
+			return tooLarge(limit)
 		}
 		return &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end", Cause: call.Canceled}
 	}
@@ -301,6 +299,11 @@ func (p *pacedReader) Read(b []byte) (int, error) {
 	n, err := p.body.Read(b[:min(len(b), pieceSize)])
 	p.left -= n
 	return n, err
+}
+
+func tooLarge(limit int64) *mcpwire.Failure {
+	return &mcpwire.Failure{Status: http.StatusRequestEntityTooLarge, Code: -32600, Cause: call.TooLarge,
+		Message: "the message is larger than " + strconv.FormatInt(limit, 10) + " bytes"}
 }
 
 func checkContentType(r *http.Request) *mcpwire.Failure {

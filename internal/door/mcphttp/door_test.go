@@ -91,7 +91,7 @@ func newWorld(t *testing.T) *world {
 	}
 	cat := catalog.New(snapshot)
 	pass := func(next call.Handler) call.Handler { return next }
-	path, err := guard.Compile(guard.Path(guard.Set{Observe: pass, Authenticate: authenticate.Nobody, Admit: pass, Resolve: resolve.New(cat, nil, nil), Validate: validate.Guard, Authorize: pass, Task: pass, Effect: pass, Bound: pass}), guard.End(cat, w.hub, nil))
+	path, err := guard.Compile(guard.Path(guard.Set{Observe: pass, Authenticate: authenticate.Nobody, Admit: pass, Resolve: resolve.New(cat, nil, nil), Validate: validate.Guard, Authorize: pass, Task: pass, Effect: pass, Bound: pass, Resilience: pass}), guard.End(cat, w.hub, nil))
 	if err != nil {
 		t.Fatal(err)
 	}

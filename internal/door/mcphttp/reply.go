@@ -22,6 +22,8 @@ type reply struct {
 	stream  bool       // guarded by mu: the event stream has begun
 	ended   bool       // guarded by mu: no more comments
 	shared  bool       // the connection (HTTP/2): what is written waits until the client makes room, however small
+
+	correlation, length [1]string // header values, which live as long as the reply
 }
 
 func (d *Door) reply(w http.ResponseWriter, r *http.Request) *reply {
@@ -117,10 +119,16 @@ func (p *reply) failure(f *mcpwire.Failure) {
 	p.json(f.Status, len(body), body)
 }
 
+// value makes a header value of s in room that is there.
+func (p *reply) value(room *[1]string, s string) []string {
+	room[0] = s
+	return room[:]
+}
+
 func (p *reply) json(status, size int, parts ...[]byte) {
 	h := p.w.Header()
 	h["Content-Type"] = contentTypeJSON
-	h["Content-Length"] = []string{strconv.Itoa(size)}
+	h["Content-Length"] = p.value(&p.length, strconv.Itoa(size))
 	h["X-Content-Type-Options"] = noSniff
 	if size > largeAnswer || p.shared {
 		rc := http.NewResponseController(p.w)

@@ -16,13 +16,16 @@ type correlationKey struct{}
 // Correlation returns the correlation id of the call that ctx belongs to, for backends to pass
 // on, or "" outside of a call.
 func Correlation(ctx context.Context) string {
-	id, _ := ctx.Value(correlationKey{}).(string)
-	return id
+	if id, ok := ctx.Value(correlationKey{}).(*string); ok {
+		return *id
+	}
+	return ""
 }
 
 // withCorrelation is the one place where a value other than a span enters a context: a backend
-// that calls out has the context of the call at hand, and often not the call.
-func withCorrelation(ctx context.Context, id string) context.Context {
+// that calls out has the context of the call at hand, and often not the call. id is not copied and
+// must not change.
+func withCorrelation(ctx context.Context, id *string) context.Context {
 	return context.WithValue(ctx, correlationKey{}, id)
 }
 

@@ -97,7 +97,7 @@ func (o *Observer) Guard(next call.Handler) call.Handler {
 	return func(ctx context.Context, c *call.Call) (*call.Result, error) {
 		start := time.Now()
 		c.Event.Correlation = o.ids.correlation(c.Trace.Correlation)
-		ctx = withCorrelation(ctx, c.Event.Correlation)
+		ctx = withCorrelation(ctx, &c.Event.Correlation)
 		ctx, span := o.startSpan(ctx, c)
 		r, err := o.run(ctx, next, c)
 		public := conclude(c, r, err)

@@ -28,14 +28,15 @@ func main() {
 	addr := flag.String("addr", "127.0.0.1:8080", "address to serve on")
 	tools := flag.Int("tools", 0, "number of further tools, for lists")
 	large := flag.Int("large", 0, "bytes of text the tool large returns; 0 means no such tool")
+	allocs := flag.Bool("allocs", false, "print what one call allocates, and end")
 	flag.Parse()
-	if err := run(*addr, *tools, *large); err != nil {
+	if err := run(*addr, *tools, *large, *allocs); err != nil {
 		fmt.Fprintln(os.Stderr, "newel:", err)
 		os.Exit(1)
 	}
 }
 
-func run(addr string, tools, large int) error {
+func run(addr string, tools, large int, allocs bool) error {
 	records, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	if err != nil {
 		return err
@@ -51,6 +52,8 @@ func run(addr string, tools, large int) error {
 		Logger:  slog.New(slog.NewJSONHandler(records, nil)),
 		Meter:   metric.NewMeterProvider(metric.WithReader(exporter)),
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
+		// Room for the cases with more than the defaults allow one client; what is there costs nothing.
+		Limits: newel.Limits{ResultBytes: 4 << 20, ResultTokens: 4 << 20, Streams: 12_000, StreamsPerPeer: 12_000, Sessions: 12_000},
 	})
 	newel.AddTool(s, newel.Tool{Name: "echo", Description: "Says what it was told.", Effect: call.Read},
 		func(_ context.Context, _ *newel.Request, in input) (string, error) { return in.Text, nil })
@@ -67,6 +70,9 @@ func run(addr string, tools, large int) error {
 		result := call.Text(strings.Repeat(line, large/len(line)+1)[:large])
 		newel.AddRawTool(s, newel.Tool{Name: "large", Description: "Says a lot.", Effect: call.Read},
 			func(context.Context, *newel.Request) (*call.Result, error) { return result, nil })
+	}
+	if allocs {
+		return printAllocs(s)
 	}
 	return s.Serve(context.Background(), addr)
 }
