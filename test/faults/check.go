@@ -22,6 +22,7 @@ const (
 	outage   = "outage"   // from Time until Until nothing could be written down
 	gaveUp   = "gave up"  // Op did not come to an end in time
 	expected = "expected" // what should have happened did not: Detail says what
+	measured = "measured" // Detail is a figure of the scenario at Point
 )
 
 // Outcomes of one attempt, as its caller saw them.
@@ -87,7 +88,8 @@ type Line struct {
 type Verdict struct {
 	Lines      map[string]*Line
 	Violations []Violation
-	Unknown    int // calls that ended so
+	Measures   []string // figures of scenarios, with their points
+	Unknown    int      // calls that ended so
 	Calls      int
 }
 
@@ -98,7 +100,7 @@ func recovers(tool string) bool { return tool == "resend" || tool == "lookup" }
 // Reserve and dispatch are one transaction, so after its commit it may.
 func mayBeUnknown(point string) bool {
 	switch point {
-	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E16", "MRTR":
+	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E14 names", "E16", "MRTR":
 		return false
 	}
 	return true
@@ -137,6 +139,8 @@ func check(e *Evidence) *Verdict {
 			outages = append(outages, ev)
 		case expected:
 			v.add(nil, "", ev.Point, "%s", ev.Detail)
+		case measured:
+			v.Measures = append(v.Measures, fmt.Sprintf("%-12s %s", ev.Point, ev.Detail))
 		case faulted:
 			if ev.Cycle {
 				v.line(ev.Point).Cycles++

@@ -17,8 +17,11 @@ func scenarios() []task {
 	return []task{
 		{name: "E1", engine: "postgres", nodes: 1, own: true, do: databaseGoes},
 		{name: "E2", engine: "sqlite", nodes: 1, do: diskFails},
+		{name: "E3", engine: "sqlite", nodes: 2, do: upstreamHangs},
 		{name: "E9", engine: "postgres", nodes: 1, dsn: "&search_path=public,pg_catalog", do: clockJumps},
 		{name: "E10", nodes: 1, do: callerGoes},
+		{name: "E14", engine: "sqlite", nodes: 1, do: networkBreaks},
+		{name: "E15", engine: "sqlite", nodes: 1, do: configurationChanges},
 		{name: "E16", engine: "sqlite", nodes: 1, do: headCannotBePublished},
 		{name: "lookup", nodes: 1, do: finderDies},
 		{name: "mrtr", nodes: 1, do: stateIsUsedAgain},

@@ -35,7 +35,8 @@ type lane struct {
 	journal *journal
 	nodes   []*node
 	ledger  *process
-	ledgers string // address
+	ledgers string     // address
+	others  []*process // that scenarios started
 	host    *host
 	server  *engines.Server
 	dsn     string
@@ -74,24 +75,14 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 	if l.ledgers, err = freeAddress(); err != nil {
 		return nil, err
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(self, "ledger", l.ledgers, l.ledgerFile())
-	cmd.Stderr = os.Stderr
-	if l.ledger, err = start(cmd); err != nil {
+	if l.ledger, err = part("ledger", l.ledgers, l.ledgerFile()); err != nil {
 		return nil, err
 	}
 	if err := l.ledger.until("the ledger", func() bool { return l.plan(plan{}) == nil }); err != nil {
 		return nil, err
 	}
 	for i := range nodes {
-		state := "{engine: sqlite, path: state.db, key_file: ../key, checkpoint: heads/checkpoint}"
-		if engine == "postgres" {
-			state = fmt.Sprintf("{engine: postgres, dsn: %q, key_file: ../key, checkpoint: heads/checkpoint}", "${env:NEWEL_FAULTS_DSN}")
-		}
-		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, state, extra)
+		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, l.state(), extra)
 		if err != nil {
 			return nil, err
 		}
@@ -99,6 +90,14 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 		l.nodes = append(l.nodes, n)
 	}
 	return l, nil
+}
+
+// state is that section of the configuration.
+func (l *lane) state() string {
+	if l.engine == "postgres" {
+		return fmt.Sprintf("{engine: postgres, dsn: %q, key_file: ../key, checkpoint: heads/checkpoint}", "${env:NEWEL_FAULTS_DSN}")
+	}
+	return "{engine: sqlite, path: state.db, key_file: ../key, checkpoint: heads/checkpoint}"
 }
 
 func hash(s string) uint64 {
@@ -120,6 +119,9 @@ func (l *lane) close() {
 		_ = n.log.Close()
 	}
 	l.ledger.kill()
+	for _, p := range l.others {
+		p.kill()
+	}
 	_ = l.journal.file.Close()
 }
 
