@@ -2,7 +2,10 @@
 
 package faultpoint
 
-import "net"
+import (
+	"net"
+	"time"
+)
 
 // On says that the program is built for these tests.
 const On = false
@@ -12,3 +15,6 @@ func Reached(Point) {}
 
 // Resolver returns nil, which is the system's.
 func Resolver() *net.Resolver { return nil }
+
+// Now returns the time.
+func Now() time.Time { return time.Now() }
