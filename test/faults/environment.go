@@ -18,6 +18,8 @@ func scenarios() []task {
 		{name: "E1", engine: "postgres", nodes: 1, own: true, do: databaseGoes},
 		{name: "E2", engine: "sqlite", nodes: 1, do: diskFails},
 		{name: "E3", engine: "sqlite", nodes: 2, do: upstreamHangs},
+		{name: "E7", engine: "sqlite", nodes: 1, do: providerGoes},
+		{name: "E8", engine: "sqlite", nodes: 1, do: keysTurn},
 		{name: "E9", engine: "postgres", nodes: 1, dsn: "&search_path=public,pg_catalog", do: clockJumps},
 		{name: "E10", nodes: 1, do: callerGoes},
 		{name: "E14", engine: "sqlite", nodes: 1, do: networkBreaks},

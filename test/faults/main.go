@@ -52,6 +52,7 @@ type options struct {
 // parts are the processes that this program is too; their arguments are an address and a file.
 var parts = map[string]func(addr, file string) error{
 	"ledger": serveLedger,
+	"issuer": serveIssuer,
 }
 
 func main() {
