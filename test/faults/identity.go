@@ -480,7 +480,8 @@ func keysTurn(l *lane) error {
 		if err := errors.Join(a.publish(k2), pass(11*time.Second)); err != nil {
 			return err
 		}
-		deny(first, "a token of a key that was taken away") // it has the issuer be asked
+		deny(forged(), "a forged token") // has the issuer be asked
+		deny(first, "a token of a key that was taken away")
 		if err := pass(11 * time.Second); err != nil {
 			return err
 		}
