@@ -53,6 +53,7 @@ type options struct {
 var parts = map[string]func(addr, file string) error{
 	"ledger": serveLedger,
 	"issuer": serveIssuer,
+	"child":  serveChild,
 }
 
 func main() {
