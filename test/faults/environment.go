@@ -27,6 +27,8 @@ func scenarios() []task {
 		{name: "E15", engine: "sqlite", nodes: 1, do: configurationChanges},
 		{name: "E16", engine: "sqlite", nodes: 1, do: headCannotBePublished},
 		{name: "E17", engine: "postgres", nodes: 2, do: quotaStoreGoes},
+		{name: "E18", engine: "sqlite", nodes: 1, do: programChanges},
+		{name: "E18", engine: "postgres", nodes: 2, do: programChanges},
 		{name: "lookup", nodes: 1, do: finderDies},
 		{name: "mrtr", nodes: 1, do: stateIsUsedAgain},
 		{name: "two", engine: "postgres", nodes: 2, do: holderSleeps},

@@ -29,6 +29,7 @@ import (
 
 // A lane is one ledger with one state behind it, and the node or nodes in between.
 type lane struct {
+	options *options
 	engine  string
 	dir     string
 	rand    *rand.Rand
@@ -63,7 +64,7 @@ func (l *lane) patience() time.Duration { return l.lease() + 30*time.Second }
 
 // newLane starts a ledger and writes the configuration of nodes.
 func newLane(o *options, h *host, engine, name string, nodes int, server *engines.Server, dsn, extra string) (*lane, error) {
-	l := &lane{engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, report: func(int) {}}
+	l := &lane{options: o, engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, report: func(int) {}}
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return nil, err
 	}

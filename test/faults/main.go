@@ -47,6 +47,8 @@ type options struct {
 	quiet   bool
 	resume  string // file that remembers what was done
 	mutant  string // part of the names of mutants
+
+	building *sync.Mutex // of the program before this one
 }
 
 // parts are the processes that this program is too; their arguments are an address and a file.
@@ -68,7 +70,7 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	o := options{}
+	o := options{building: &sync.Mutex{}}
 	var engine string
 	var mutants bool
 	flag.IntVar(&o.cycles, "cycles", 500, "crashes")
