@@ -285,7 +285,8 @@ func (v *Verdict) call(h *history, outages []Event) {
 	}
 }
 
-// byAnother reports whether another attempt was under way at a time: it may have done it.
+// byAnother reports whether another attempt may have done it at a time: it was under way, or it ended
+// without anybody knowing what became of what it had sent.
 func (h *history) byAnother(attempt int, at int64) bool {
 	from, to := map[int]int64{}, map[int]int64{}
 	for _, e := range h.events {
@@ -293,7 +294,9 @@ func (h *history) byAnother(attempt int, at int64) bool {
 		case invoked:
 			from[e.Attempt], to[e.Attempt] = e.Time, math.MaxInt64
 		case returned:
-			to[e.Attempt] = e.Time
+			if e.Outcome != unknown && e.Outcome != lost {
+				to[e.Attempt] = e.Time
+			}
 		}
 	}
 	for other := range from {

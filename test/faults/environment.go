@@ -29,6 +29,8 @@ func scenarios() []task {
 		{name: "E17", engine: "postgres", nodes: 2, do: quotaStoreGoes},
 		{name: "E18", engine: "sqlite", nodes: 1, do: programChanges},
 		{name: "E18", engine: "postgres", nodes: 2, do: programChanges},
+		{name: "E19", engine: "sqlite", nodes: 1, do: everythingAtOnce},
+		{name: "E19", engine: "postgres", nodes: 2, own: true, do: everythingAtOnce},
 		{name: "lookup", nodes: 1, do: finderDies},
 		{name: "mrtr", nodes: 1, do: stateIsUsedAgain},
 		{name: "two", engine: "postgres", nodes: 2, do: holderSleeps},

@@ -99,8 +99,8 @@ type authority struct {
 	count atomic.Int64 // of tokens
 }
 
-// issuer starts an authority and has a node take its tokens.
-func (l *lane) issuer(n *node) (*authority, error) {
+// issuer starts an authority.
+func (l *lane) issuer() (*authority, error) {
 	addr, err := freeAddress()
 	if err != nil {
 		return nil, err
@@ -113,13 +113,16 @@ func (l *lane) issuer(n *node) (*authority, error) {
 	if err := a.until("the issuer", func() bool { _, err := a.control(nil); return err == nil }); err != nil {
 		return nil, err
 	}
-	return a, l.configure(n, fmt.Sprintf(`auth:
+	return a, nil
+}
+
+// auth is the section of a configuration that takes its tokens.
+func (a *authority) auth() string {
+	return fmt.Sprintf(`auth:
   mode: tokens
-  public_url: http://%[1]s
   issuers:
-    - {url: "%[2]s", jwks: "%[2]s/jwks", introspection: "%[2]s/introspect", skew: 1s}
-backends:
-%[3]s`, n.addr, a.url, backend("ledger", l.ledgers, "")))
+    - {url: "%[1]s", jwks: "%[1]s/jwks", introspection: "%[1]s/introspect", audiences: [faults], skew: 1s}
+`, a.url)
 }
 
 // control tells the issuer what to answer, if anything, and returns what it does.
@@ -169,16 +172,16 @@ func newKey(id string) (jose.JSONWebKey, error) {
 }
 
 // sign makes an access token that counts for so long.
-func (a *authority) sign(k jose.JSONWebKey, n *node, life time.Duration) (string, error) {
-	return a.signAs(jose.SigningKey{Algorithm: jose.ES256, Key: k}, (&jose.SignerOptions{}).WithType("at+jwt"), n, life)
+func (a *authority) sign(k jose.JSONWebKey, life time.Duration) (string, error) {
+	return a.signAs(jose.SigningKey{Algorithm: jose.ES256, Key: k}, (&jose.SignerOptions{}).WithType("at+jwt"), life)
 }
 
-func (a *authority) signAs(k jose.SigningKey, o *jose.SignerOptions, n *node, life time.Duration) (string, error) {
+func (a *authority) signAs(k jose.SigningKey, o *jose.SignerOptions, life time.Duration) (string, error) {
 	signer, err := jose.NewSigner(k, o)
 	if err != nil {
 		return "", err
 	}
-	payload, err := json.Marshal(a.claims(n, life))
+	payload, err := json.Marshal(a.claims(life))
 	if err != nil {
 		return "", err
 	}
@@ -189,10 +192,10 @@ func (a *authority) signAs(k jose.SigningKey, o *jose.SignerOptions, n *node, li
 	return s.CompactSerialize()
 }
 
-func (a *authority) claims(n *node, life time.Duration) map[string]any {
+func (a *authority) claims(life time.Duration) map[string]any {
 	now := time.Now()
 	return map[string]any{
-		"iss": a.url, "sub": "ada", "aud": "http://" + n.addr + "/mcp", "client_id": "driver", "jti": strconv.FormatInt(a.count.Add(1), 10),
+		"iss": a.url, "sub": "ada", "aud": "faults", "client_id": "driver", "jti": strconv.FormatInt(a.count.Add(1), 10),
 		"iat": now.Unix(), "exp": now.Add(life).Unix(),
 	}
 }
@@ -219,8 +222,11 @@ const tokenLife = 72 * time.Hour
 // and nothing else does.
 func providerGoes(l *lane) error {
 	n := l.nodes[0]
-	a, err := l.issuer(n)
+	a, err := l.issuer()
 	if err != nil {
+		return err
+	}
+	if err := l.configure(n, a.auth()+"backends:\n"+backend("ledger", l.ledgers, "")); err != nil {
 		return err
 	}
 	k, err := newKey("k1")
@@ -231,7 +237,7 @@ func providerGoes(l *lane) error {
 	if err != nil {
 		return err
 	}
-	a.state.Opaque, err = json.Marshal(a.with(n, map[string]any{"active": true}))
+	a.state.Opaque, err = json.Marshal(a.with(map[string]any{"active": true}))
 	if err != nil {
 		return err
 	}
@@ -256,18 +262,18 @@ func providerGoes(l *lane) error {
 		}
 		return r
 	}
-	good, err := a.sign(k, n, tokenLife)
+	good, err := a.sign(k, tokenLife)
 	if err != nil {
 		return err
 	}
 	fresh := func(life time.Duration) string {
 		var t string
-		if t, err = a.sign(k, n, life); err != nil {
+		if t, err = a.sign(k, life); err != nil {
 			panic(err) // it could before
 		}
 		return t
 	}
-	unseen, err := a.sign(stranger, n, tokenLife)
+	unseen, err := a.sign(stranger, tokenLife)
 	if err != nil {
 		return err
 	}
@@ -356,8 +362,8 @@ func providerGoes(l *lane) error {
 }
 
 // with are the claims of a token and more.
-func (a *authority) with(n *node, more map[string]any) map[string]any {
-	c := a.claims(n, tokenLife)
+func (a *authority) with(more map[string]any) map[string]any {
+	c := a.claims(tokenLife)
 	for k, v := range more {
 		c[k] = v
 	}
@@ -368,8 +374,11 @@ func (a *authority) with(n *node, more map[string]any) map[string]any {
 // many that are not.
 func keysTurn(l *lane) error {
 	n := l.nodes[0]
-	a, err := l.issuer(n)
+	a, err := l.issuer()
 	if err != nil {
+		return err
+	}
+	if err := l.configure(n, a.auth()+"backends:\n"+backend("ledger", l.ledgers, "")); err != nil {
 		return err
 	}
 	var keys []jose.JSONWebKey
@@ -407,7 +416,7 @@ func keysTurn(l *lane) error {
 					return
 				case <-time.After(5 * time.Millisecond):
 				}
-				token, err := a.sign(*signs.Load(), n, tokenLife)
+				token, err := a.sign(*signs.Load(), tokenLife)
 				if err != nil {
 					l.expect("E8", "%v", err)
 					return
@@ -452,14 +461,14 @@ func keysTurn(l *lane) error {
 		names++
 		k := forger
 		k.KeyID = fmt.Sprint("unknown", names)
-		token, err := a.sign(k, n, tokenLife)
+		token, err := a.sign(k, tokenLife)
 		if err != nil {
 			panic(err) // it could before
 		}
 		return token
 	}
 	failed := func() error {
-		first, err := a.sign(k1, n, tokenLife)
+		first, err := a.sign(k1, tokenLife)
 		if err != nil {
 			return err
 		}
@@ -575,7 +584,7 @@ func (l *lane) floods(a *authority, n *node, k jose.JSONWebKey, forged func() st
 		return err
 	}
 	for range 100 {
-		token, err := a.sign(same, n, tokenLife)
+		token, err := a.sign(same, tokenLife)
 		if err != nil {
 			return err
 		}
@@ -596,21 +605,21 @@ func (l *lane) floods(a *authority, n *node, k jose.JSONWebKey, forged func() st
 	typ := func() *jose.SignerOptions {
 		return (&jose.SignerOptions{}).WithType("at+jwt").WithHeader("kid", k.KeyID)
 	}
-	mac, err := a.signAs(jose.SigningKey{Algorithm: jose.HS256, Key: public}, typ(), n, tokenLife)
+	mac, err := a.signAs(jose.SigningKey{Algorithm: jose.HS256, Key: public}, typ(), tokenLife)
 	if err != nil {
 		return err
 	}
 	own := same
 	own.KeyID = ""
-	embedded, err := a.signAs(jose.SigningKey{Algorithm: jose.ES256, Key: own}, &jose.SignerOptions{EmbedJWK: true, ExtraHeaders: map[jose.HeaderKey]any{"typ": "at+jwt"}}, n, tokenLife)
+	embedded, err := a.signAs(jose.SigningKey{Algorithm: jose.ES256, Key: own}, &jose.SignerOptions{EmbedJWK: true, ExtraHeaders: map[jose.HeaderKey]any{"typ": "at+jwt"}}, tokenLife)
 	if err != nil {
 		return err
 	}
-	elsewhere, err := a.signAs(jose.SigningKey{Algorithm: jose.ES256, Key: same}, typ().WithHeader("jku", a.url+"/evil"), n, tokenLife)
+	elsewhere, err := a.signAs(jose.SigningKey{Algorithm: jose.ES256, Key: same}, typ().WithHeader("jku", a.url+"/evil"), tokenLife)
 	if err != nil {
 		return err
 	}
-	right, err := a.sign(k, n, tokenLife)
+	right, err := a.sign(k, tokenLife)
 	if err != nil {
 		return err
 	}

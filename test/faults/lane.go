@@ -41,6 +41,8 @@ type lane struct {
 	host    *host
 	server  *engines.Server
 	dsn     string
+	longest string           // call, in configurations of scenarios; "": 20s
+	token   string           // that operations are called with, or ""
 	report  func(cycles int) // progress
 
 	count    int
@@ -146,7 +148,7 @@ func (l *lane) plan(p plan) error {
 func (l *lane) operation(tool string) *operation {
 	l.count++
 	id := fmt.Sprintf("%s-%d-%x", filepath.Base(l.dir), l.count, l.rand.Uint32())
-	o := &operation{ID: id, Key: "key of " + id, Tool: tool, Nonce: fmt.Sprintf("%x", l.rand.Uint64())}
+	o := &operation{ID: id, Token: l.token, Key: "key of " + id, Tool: tool, Nonce: fmt.Sprintf("%x", l.rand.Uint64())}
 	o.Args = arguments{Op: id, Nonce: o.Nonce}
 	return o
 }

@@ -34,6 +34,7 @@ type proxy struct {
 	after int        // bytes that pass before
 	hit   int        // faults that happened
 	conns map[net.Conn]struct{}
+	down  bool
 }
 
 // newProxy starts one; it ends with the lane.
@@ -89,7 +90,24 @@ func (p *proxy) happened() bool {
 	return p.what == ""
 }
 
+// refuse ends all connections and takes no others, or takes them again.
+func (p *proxy) refuse(all bool) {
+	p.mu.Lock()
+	p.down = all
+	p.mu.Unlock()
+	if all {
+		p.cut()
+	}
+}
+
 func (p *proxy) join(c net.Conn) {
+	p.mu.Lock()
+	down := p.down
+	p.mu.Unlock()
+	if down {
+		crash(c)
+		return
+	}
 	to, err := net.Dial("tcp", p.to)
 	if err != nil {
 		crash(c)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -107,7 +108,7 @@ func configurationChanges(l *lane) error {
 				}
 			}
 			if i%10 == 8 { // in the middle of it
-				order := n.reloadCommand()
+				order := n.reloadCommand(l.host.ctx)
 				if err := order.Start(); err != nil {
 					return err
 				}
@@ -121,7 +122,7 @@ func configurationChanges(l *lane) error {
 				}
 				continue
 			}
-			out, err := n.reload()
+			out, err := n.reload(startTime)
 			if err != nil {
 				return err
 			}
@@ -178,13 +179,15 @@ func configurationChanges(l *lane) error {
 }
 
 // reloadCommand is newel reload of a node.
-func (n *node) reloadCommand() *exec.Cmd {
-	return exec.Command(n.binary, "reload", "--output", "json", "-c", filepath.Join(n.dir, "newel.yaml"))
+func (n *node) reloadCommand(ctx context.Context) *exec.Cmd {
+	return exec.CommandContext(ctx, n.binary, "reload", "--output", "json", "-c", filepath.Join(n.dir, "newel.yaml"))
 }
 
 // reload has the node load its configuration, and returns the outcome.
-func (n *node) reload() (string, error) {
-	raw, err := n.reloadCommand().Output()
+func (n *node) reload(most time.Duration) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), most)
+	defer cancel()
+	raw, err := n.reloadCommand(ctx).Output()
 	var out struct {
 		Outcome string `json:"outcome"`
 	}

@@ -27,8 +27,8 @@ effects:
   tools:
     - {tool: resend, recovery: resend_same_key}
     - {tool: lookup, recovery: lookup, lookup: find}
-limits: {call_timeout: 20s, max_result_bytes: 4194304, max_result_tokens: 4194304}
-%s`, n.addr, l.state(), sections)
+limits: {call_timeout: %s, max_result_bytes: 4194304, max_result_tokens: 4194304}
+%s`, n.addr, l.state(), cmp.Or(l.longest, "20s"), sections)
 	return n.write(text)
 }
 
