@@ -58,7 +58,7 @@ bench: ## what a call costs, against the floor and other libraries (six minutes,
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
 
-faults: ## crash a real server 500 times, at every moment of a call, on both engines, and check what is left (Linux; needs postgresql; four minutes)
+faults: ## crash a real server 500 times, at every moment of a call, on both engines, and check what is left (Linux; needs postgresql, redis and the history; five minutes)
 	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults $(FAULTSFLAGS)
 
 faults-long: ## the same 30,000 times, in runs of 500 with a seed each; goes on where it was interrupted
