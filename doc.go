@@ -19,6 +19,7 @@
 //
 //   - call: the vocabulary: [call.Call], [call.Result], [call.Capability], [call.Error]
 //   - neweltest: the whole path in memory, for tests
+//   - modules/sqlite, modules/postgres: what a server remembers, on disk
 //   - internal/guard: the order of the path, one folder a step
 //   - internal/door: protocols: decode once, run the path, encode
 //   - internal/backend: where calls end: Go functions, SQL, documents

@@ -11,6 +11,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/backend/artifact"
+	"newel.dev/newel/internal/secret"
 )
 
 // Limits bound what one server does at once; see the fields for units and defaults.
@@ -38,6 +39,10 @@ type Options struct {
 	// Servers behind one load balancer share it. Nil: random, such calls end with the process.
 	StateKey []byte
 
+	// State is what calls with effects and tasks are remembered with, on disk; modules/sqlite and
+	// modules/postgres open one. Nil: in memory, and gone with the process.
+	State *State
+
 	AllowedHosts   []string // Host names beside loopback ones
 	AllowedOrigins []string // browser Origins beside the server's own
 	ArtifactDir    string   // where results too large to send are kept; "": in memory
@@ -46,11 +51,28 @@ type Options struct {
 }
 
 func (o *Options) assemble(own call.Backend) *assembly.Options {
-	return &assembly.Options{
+	out := &assembly.Options{
 		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
 		Backends: append([]call.Backend{own}, o.Backends...),
 		Limits:   o.Limits, Tasks: o.Tasks,
 		Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Metrics: o.Metrics,
 		StateKey: o.StateKey, AllowedHosts: o.AllowedHosts, AllowedOrigins: o.AllowedOrigins, Artifacts: artifact.Options{Dir: o.ArtifactDir},
 	}
+	if o.State != nil {
+		out.State, out.Key = o.State.store, o.State.key
+	}
+	return out
 }
+
+// A State remembers calls with effects, their audit log, approvals and tasks, on disk. It is for one
+// Server. It is closed after what runs the server (Serve, ServeStdio, Run) has returned.
+type State struct {
+	store assembly.Engine
+	key   secret.Key
+}
+
+// NewState is for the packages below modules: they open engines.
+func NewState(store assembly.Engine, key secret.Key) *State { return &State{store, key} }
+
+// Close lets go of the file or of the connections.
+func (s *State) Close() error { return s.store.Close() }

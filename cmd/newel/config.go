@@ -54,7 +54,10 @@ func (e *environment) check(path, output string) error {
 	if output != "text" && output != "json" {
 		return fmt.Errorf("--output must be text or json, not %q", output)
 	}
-	_, err := e.load(path, nil)
+	f, err := e.load(path, nil)
+	if err == nil {
+		_, err = objectives(f)
+	}
 	var problems config.Problems
 	if err != nil && !errors.As(err, &problems) {
 		return err

@@ -178,7 +178,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	var store assembly.Store
 	if st.store != nil {
 		if before == nil {
-			st.store.failed = func(err error) {
+			st.store.Failed = func(err error) {
 				t.logger.LogAttrs(ctx, slog.LevelError, "the head of the audit log could not be published", slog.String("error", err.Error()))
 			}
 		}
@@ -195,7 +195,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	counted, err := limiter(f, o, before, shared, t.logger)
+	counted, err := limiter(f, o, before, shared, t)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
@@ -209,6 +209,9 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	var events mcp.EventStore
 	if others != nil {
 		events = shared.Events(c.Limits.SessionIdleTimeout, t.logger)
+	}
+	if _, err := objectives(f); err != nil { // of no use here, but one that is wrong measures nothing
+		return nil, exit(exitFailed, err)
 	}
 	results, err := resultCache(f) // its own of each configuration: another may answer otherwise
 	if err != nil {

@@ -2,8 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
 
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/cache"
@@ -13,7 +17,7 @@ import (
 
 // limiter makes what holds calls to the quotas; nil means that nothing is counted. Positions of what
 // is wrong come from f.
-func limiter(f *config.File, o, before *opened, shared *redis.DB, log *slog.Logger) (*quota.Limiter, error) {
+func limiter(f *config.File, o, before *opened, shared *redis.DB, t *telemetry) (*quota.Limiter, error) {
 	c := &f.Config
 	// What was counted stays counted when rules change.
 	store, err := reuse(o, before, "counts", nil, func() (quota.Store, func(context.Context) error, error) {
@@ -26,20 +30,28 @@ func limiter(f *config.File, o, before *opened, shared *redis.DB, log *slog.Logg
 		return nil, err
 	}
 	return reuse(o, before, "quotas", c.Quotas, func() (*quota.Limiter, func(context.Context) error, error) {
-		l, err := newLimiter(f, store, log)
+		l, err := newLimiter(f, store, t)
 		return l, nil, err
 	})
 }
 
-func newLimiter(f *config.File, store quota.Store, log *slog.Logger) (*quota.Limiter, error) {
+func newLimiter(f *config.File, store quota.Store, t *telemetry) (*quota.Limiter, error) {
 	c := &f.Config
+	log, meter := t.logger, t.meter.Meter("newel.dev/newel")
+	fallbacks, err1 := meter.Int64Counter("newel.quota.fallbacks", metric.WithDescription("Times that quotas could not be counted for all nodes, so that this node granted its share."))
+	alerts, err2 := meter.Int64Counter("newel.quota.alerts", metric.WithDescription("Budgets used up to their alert_at, by the quota."))
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err
+	}
 	options := quota.Options{
 		NotCritical: c.Quotas.NotCritical, Share: c.Quotas.Share, Store: store,
 		Alert: func(ctx context.Context, a quota.Alert) {
 			if a.Err != nil {
+				fallbacks.Add(ctx, 1)
 				log.LogAttrs(ctx, slog.LevelError, "quotas cannot be counted for all nodes; this node grants its share", slog.String("error", a.Err.Error()))
 				return
 			}
+			alerts.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.quota.rule", a.Rule)))
 			log.LogAttrs(ctx, slog.LevelWarn, "a budget runs out", slog.String("quota", a.Rule), slog.String("of", a.Of),
 				slog.String("what", a.What), slog.Int64("used", a.Used), slog.Int64("limit", a.Limit))
 		},

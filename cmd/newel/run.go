@@ -92,7 +92,7 @@ func command(env *environment) *cobra.Command {
 		"serve":  {serveCommand(env), reloadCommand(env), stdioCommand(env)},
 		"client": {loginCommand(env), tokenCommand(env), toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
 		"audit":  {approvalsCommand(env), undoCommand(env), auditCommand(env)},
-		"config": {configCommand(env), importCommand(env), policyCommand(env), initCommand(env)},
+		"config": {configCommand(env), importCommand(env), policyCommand(env), sloCommand(env), initCommand(env)},
 	} {
 		for _, v := range verbs {
 			v.GroupID = group

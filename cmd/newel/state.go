@@ -25,7 +25,7 @@ import (
 
 // state is what a house remembers with, opened.
 type state struct {
-	store *kept // nil: in memory
+	store *assembly.Published // nil: in memory
 	key   secret.Key
 	io.Closer
 }
@@ -95,52 +95,20 @@ func openPostgres(ctx context.Context, f *config.File, key secret.Key) (*state, 
 	return newState(ctx, f, db, key, from(f.Dir, f.Config.State.Heads))
 }
 
-// An engine is a store with its log.
-type engine interface {
-	assembly.Store
-	audit.Source
-	Run(ctx context.Context) error
-	Close() error
-}
-
-// kept is an engine whose log is published while it runs.
-type kept struct {
-	engine
-	*audit.Publisher
-	failed func(error)
-}
-
-// Run implements what assembly asks of a store.
-func (k *kept) Run(ctx context.Context) error {
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	ended := make(chan error, 1)
-	go func() { ended <- k.engine.Run(ctx) }()
-	published := make(chan error, 1)
-	go func() { published <- k.Publisher.Run(ctx, k.failed) }()
-	select {
-	case err := <-ended:
-		stop()
-		return errors.Join(err, <-published)
-	case err := <-published:
-		stop()
-		return errors.Join(err, <-ended)
-	}
-}
-
-func newState(ctx context.Context, f *config.File, db engine, key secret.Key, heads string) (*state, error) {
+func newState(ctx context.Context, f *config.File, db assembly.Engine, key secret.Key, heads string) (*state, error) {
 	signer, err := signerOf(f, key)
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
-	p := &audit.Publisher{Source: db, Signer: signer, File: heads}
+	p := &audit.Publisher{Signer: signer, File: heads}
 	if p.Witness, err = witness(f); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
-	if err := p.Publish(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w; if a new log begins on purpose, move %s away", f.Position("state"), err, heads), db.Close())
+	published, err := assembly.Publish(ctx, db, p)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w; if a new log begins on purpose, move %s away", f.Position("state"), err, heads)
 	}
-	return &state{&kept{engine: db, Publisher: p}, key, db}, nil
+	return &state{published, key, db}, nil
 }
 
 // witness posts heads of the audit log to where the configuration says; nil: nowhere.
@@ -177,11 +145,7 @@ func witness(f *config.File) (func(ctx context.Context, head []byte) error, erro
 }
 
 func signerOf(f *config.File, key secret.Key) (*audit.Signer, error) {
-	seed, err := key.Derive("newel audit checkpoints")
-	if err != nil {
-		return nil, err
-	}
-	s, err := audit.NewSigner(f.Config.State.Origin, seed)
+	s, err := assembly.Signer(f.Config.State.Origin, key)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", f.Position("state.origin"), err)
 	}

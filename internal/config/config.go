@@ -45,6 +45,7 @@ type Config struct {
 	Cache          Cache     `yaml:"cache" doc:"Results that are kept and given again."`
 	Redis          Redis     `yaml:"redis" doc:"What nodes share."`
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
+	SLOs           []SLO     `yaml:"slos" doc:"Service level objectives: what calls of tools are to be like. newel slo rules makes recording rules and alerts of them for Prometheus."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
 	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
 	Tasks          Tasks     `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
@@ -263,6 +264,16 @@ type Telemetry struct {
 	OTLPEndpoint string `yaml:"otlp_endpoint" doc:"URL of an OpenTelemetry collector for traces, such as http://127.0.0.1:4318; empty sends none."`
 }
 
+// SLO is a service level objective.
+type SLO struct {
+	Name        string        `yaml:"name" required:"true" doc:"Name of the objective: lower-case letters, digits, - and _."`
+	Tools       []string      `yaml:"tools" doc:"Names of the tools whose calls count; * stands for any text. Empty: all."`
+	Success     float64       `yaml:"success" default:"0.995" doc:"Share of calls that must not fail for a reason of the server's, above 0 and below 1. Errors of callers, and results that tell of an error, are no failures."`
+	Latency     time.Duration `yaml:"latency" doc:"Time within which calls are to be answered; one of 1ms, 2ms, 5ms, 10ms, 20ms, 50ms, 100ms, 200ms, 500ms, 1s, 2s, 5s, 10s, 30s, 1m, 2m, 5m. Default: no objective."`
+	LatencyRate float64       `yaml:"latency_success" default:"0.95" doc:"Share of calls that must be answered within it, above 0 and below 1."`
+	Window      time.Duration `yaml:"window" default:"720h" doc:"Time over which shares are counted, in whole days from 24h to 2160h."`
+}
+
 // State is what is remembered.
 type State struct {
 	Engine  string        `yaml:"engine" enum:"sqlite,postgres,memory" default:"sqlite" doc:"sqlite: a file, for one node. postgres: a database, for any number of nodes. memory: nothing outlives the process, so a call that is tried again after a restart runs again."`
@@ -430,6 +441,18 @@ func (f *File) Position(path string) string {
 		}
 	}
 	return f.name
+}
+
+// Problem returns what is wrong with a setting, for what only shows when settings are put to use.
+func (f *File) Problem(path, message string) Problem {
+	p := Problem{File: f.name, Path: path, Message: message}
+	for ; path != ""; path = parent(path) {
+		if at, ok := f.positions[path]; ok {
+			p.Line, p.Column = at.line, at.column
+			break
+		}
+	}
+	return p
 }
 
 // parent is the setting above another, or "".

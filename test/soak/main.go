@@ -3,6 +3,7 @@
 //
 //	go run ./test/soak              # or: make soak
 //	go run ./test/soak -for 2m      # a look
+//	go run ./test/soak -nodes       # two nodes; or: make soak-nodes
 //
 // The load is seeded: calls of both eras, keyed writes, lists, sessions and subscriptions that come
 // and go, clients that leave in the middle, requests that are no good, and a reload every half minute.
@@ -12,6 +13,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -43,12 +45,20 @@ const (
 )
 
 func main() {
-	length := flag.Duration("for", time.Hour, "how long")
+	length := flag.Duration("for", 0, "how long [an hour; with -nodes ten minutes]")
 	seed := flag.Uint64("seed", 1, "of the load")
+	nodes := flag.Bool("nodes", false, "calls at a constant rate to two nodes, of which one is killed every minute, with a reload every second")
+	rate := flag.Int("rate", 1000, "with -nodes: calls a second")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *length, *seed); err != nil {
+	var err error
+	if *nodes {
+		err = endure(ctx, cmp.Or(*length, 10*time.Minute), *rate, *seed)
+	} else {
+		err = run(ctx, cmp.Or(*length, time.Hour), *seed)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "soak:", err)
 		stop()
 		os.Exit(1)
@@ -85,15 +95,14 @@ func run(ctx context.Context, length time.Duration, seed uint64) (err error) {
 type server struct {
 	base string
 	cmd  *exec.Cmd
-	log  *bytes.Buffer
 	done chan error
 }
 
 // start builds and starts the daemon on the example's backends, with nobody to ask who is calling.
 func start(ctx context.Context, dir string) (*server, error) {
-	bin := filepath.Join(dir, "newel")
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "./cmd/newel").CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("building newel: %w\n%s", err, out)
+	bin, err := build(ctx, dir)
+	if err != nil {
+		return nil, err
 	}
 	example, err := os.ReadFile("newel.yaml")
 	if err != nil {
@@ -117,10 +126,23 @@ func start(ctx context.Context, dir string) (*server, error) {
 	if err := os.WriteFile(filepath.Join(dir, "newel.yaml"), append([]byte(head), example[at:]...), 0o600); err != nil {
 		return nil, err
 	}
-	s := &server{base: "http://" + addr, log: &bytes.Buffer{}, done: make(chan error, 1)}
-	s.cmd = exec.Command(bin, "serve")
-	s.cmd.Dir, s.cmd.Stderr = dir, nil // a record for every call
-	if err := s.cmd.Start(); err != nil {
+	cmd := exec.Command(bin, "serve")
+	cmd.Dir = dir
+	return await(ctx, "http://"+addr, cmd)
+}
+
+func build(ctx context.Context, dir string) (string, error) {
+	bin := filepath.Join(dir, "newel")
+	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "./cmd/newel").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building newel: %w\n%s", err, out)
+	}
+	return bin, nil
+}
+
+// await starts a daemon and waits until it is ready. What it logs, a record for every call, is dropped.
+func await(ctx context.Context, base string, cmd *exec.Cmd) (*server, error) {
+	s := &server{base: base, cmd: cmd, done: make(chan error, 1)}
+	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
 	go func() { s.done <- s.cmd.Wait() }()
@@ -137,6 +159,8 @@ func start(ctx context.Context, dir string) (*server, error) {
 		case <-tick.C:
 		case err := <-s.done:
 			return nil, fmt.Errorf("newel ended: %w", err)
+		case <-ctx.Done():
+			return nil, errors.Join(ctx.Err(), s.stop())
 		case <-limit:
 			return nil, errors.Join(errors.New("newel is not ready within a minute"), s.stop())
 		}
@@ -178,13 +202,10 @@ func (s *server) watch(ctx context.Context, length time.Duration, l *loader) []s
 	tick := time.NewTicker(sampleEvery)
 	defer tick.Stop()
 	begun, reloaded := time.Now(), time.Now()
-	terminal := term.IsTerminal(int(os.Stderr.Fd())) //nolint:gosec // descriptors are small
 	for {
 		select {
 		case <-ctx.Done():
-			if terminal {
-				fmt.Fprint(os.Stderr, "\r\033[K")
-			}
+			clearBar()
 			return all
 		case <-tick.C:
 		}
@@ -203,10 +224,22 @@ func (s *server) watch(ctx context.Context, length time.Duration, l *loader) []s
 				l.fail("reload", err.Error())
 			}
 		}
-		if terminal {
-			done := min(1, float64(time.Since(begun))/float64(length))
-			fmt.Fprintf(os.Stderr, "\r\033[K%-30s %3.0f%%  %d requests, %d failed, %.0f MiB, %.0f goroutines", strings.Repeat("█", int(30*done)), 100*done, l.sent.Load(), l.failed.Load(), one.rss/(1<<20), one.goroutines)
-		}
+		drawBar(time.Since(begun), length, "%d requests, %d failed, %.0f MiB, %.0f goroutines", l.sent.Load(), l.failed.Load(), one.rss/(1<<20), one.goroutines)
+	}
+}
+
+// drawBar shows how far a run is, on a terminal.
+func drawBar(done, length time.Duration, format string, args ...any) {
+	if !term.IsTerminal(int(os.Stderr.Fd())) { //nolint:gosec // descriptors are small
+		return
+	}
+	share := min(1, float64(done)/float64(length))
+	fmt.Fprintf(os.Stderr, "\r\033[K%-30s %3.0f%%  %s", strings.Repeat("█", int(30*share)), 100*share, fmt.Sprintf(format, args...))
+}
+
+func clearBar() {
+	if term.IsTerminal(int(os.Stderr.Fd())) { //nolint:gosec // descriptors are small
+		fmt.Fprint(os.Stderr, "\r\033[K")
 	}
 }
 

@@ -14,6 +14,9 @@ import (
 	"newel.dev/newel/call"
 )
 
+// Buckets are the bounds of the histogram of durations, in seconds: what an objective can ask for.
+var Buckets = []float64{0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300}
+
 // metrics are the instruments. The count of the duration histogram is the number of calls by
 // method, name, outcome and error.
 type metrics struct {
@@ -26,6 +29,7 @@ type metrics struct {
 	refused  metric.Int64Counter
 	logins   metric.Int64Counter // that failed
 	denials  metric.Int64Counter
+	limited  metric.Int64Counter
 
 	// active is read when metrics are collected, so that a call pays two additions for it.
 	active [len(methods)]paddedCounter
@@ -42,10 +46,10 @@ type paddedCounter struct {
 // open makes the instruments.
 func (m *metrics) open(meter metric.Meter) error {
 	m.meter = meter
-	var errs [9]error
+	var errs [10]error
 	m.duration, errs[0] = meter.Float64Histogram("mcp.server.operation.duration", metric.WithUnit("s"),
 		metric.WithDescription("Duration of one call, from the door to its result."),
-		metric.WithExplicitBucketBoundaries(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300))
+		metric.WithExplicitBucketBoundaries(Buckets...))
 	m.queued, errs[1] = meter.Float64Histogram("newel.queue.duration", metric.WithUnit("s"),
 		metric.WithDescription("Time that calls which had to wait spent in the queue."),
 		metric.WithExplicitBucketBoundaries(0.001, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10))
@@ -57,6 +61,7 @@ func (m *metrics) open(meter metric.Meter) error {
 	m.refused, errs[5] = meter.Int64Counter("newel.door.refused", metric.WithDescription("Messages refused before they were calls."))
 	m.logins, errs[7] = meter.Int64Counter("newel.auth.failures", metric.WithDescription("Messages from callers who could not say who they are."))
 	m.denials, errs[8] = meter.Int64Counter("newel.policy.denials", metric.WithDescription("Calls that the policy denied or hid, by the rule that decided."))
+	m.limited, errs[9] = meter.Int64Counter("newel.quota.refusals", metric.WithDescription("Calls over a quota, by the quota."))
 	_, errs[6] = meter.Int64ObservableUpDownCounter("newel.calls.active",
 		metric.WithDescription("Calls and subscriptions that are running or waiting to run."),
 		metric.WithInt64Callback(func(_ context.Context, out metric.Int64Observer) error {
@@ -101,6 +106,9 @@ func (m *metrics) measure(ctx context.Context, o *Observer, c *call.Call, took t
 		m.logins.Add(ctx, 1, l.plainAdd...)
 	case c.Event.Rule != "" && (c.Event.Step == "authorize" || c.Event.Step == "resolve"):
 		m.denials.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.policy.rule", c.Event.Rule)))
+	}
+	if c.Event.Rule != "" && c.Event.Code == call.Exhausted {
+		m.limited.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.quota.rule", c.Event.Rule)))
 	}
 	if c.Event.QueueTime > 0 {
 		m.queued.Record(ctx, c.Event.QueueTime.Seconds(), l.plain...)

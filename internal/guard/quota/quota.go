@@ -264,6 +264,7 @@ func (l *Limiter) admit(ctx context.Context, c *call.Call, known bool) ([]Claim,
 		return nil, nil, err
 	}
 	if out.Refused >= 0 {
+		c.Event.Rule = of[out.Refused].Name
 		return nil, nil, refusal(of[out.Refused], &claims[out.Refused], out.RetryAfter)
 	}
 	return claims, of, nil
