@@ -55,15 +55,14 @@ func (b *background) every(d time.Duration, f func()) {
 // disturbances are all there are, in the order in which they end: a process that is started again
 // finds what it needs.
 func (s *scene) disturbances() []disturbance {
-	signal := func(pid func() int, sig syscall.Signal) func() error {
-		return func() error { return syscall.Kill(pid(), sig) }
-	}
+	stop := func(pid func() int) func() error { return func() error { return halt(pid()) } }
+	goOn := func(pid func() int) func() error { return func() error { return syscall.Kill(pid(), syscall.SIGCONT) } }
 	nothing := func() error { return nil }
 	victim := s.nodes[s.r.IntN(len(s.nodes))]
 	power := s.r.IntN(2) == 0
 	var down int64
 	return []disturbance{
-		{name: "the upstream hangs", begin: signal(s.ledger.pid, syscall.SIGSTOP), end: signal(s.ledger.pid, syscall.SIGCONT)},
+		{name: "the upstream hangs", begin: stop(s.ledger.pid), end: goOn(s.ledger.pid)},
 		{name: "connections break", begin: func() error {
 			r := rand.New(rand.NewPCG(s.r.Uint64(), 19))
 			s.every(25*time.Millisecond, func() {
@@ -75,7 +74,7 @@ func (s *scene) disturbances() []disturbance {
 		}, end: func() error { s.proxy.plan("", false, 0); s.proxy.cut(); return nil }},
 		{name: "the upstream is away", begin: func() error { s.proxy.refuse(true); return nil }, end: func() error { s.proxy.refuse(false); return nil }},
 		{name: "Redis is away", begin: func() error { s.redis.Stop(); return nil }, end: func() error { s.redis.Restart(s.host); return nil }},
-		{name: "the identity provider hangs", begin: signal(s.authority.pid, syscall.SIGSTOP), end: signal(s.authority.pid, syscall.SIGCONT)},
+		{name: "the identity provider hangs", begin: stop(s.authority.pid), end: goOn(s.authority.pid)},
 		{name: "the database ends", engine: "postgres", begin: func() error {
 			s.server.Stop()
 			down = time.Now().UnixNano()
@@ -107,7 +106,7 @@ func (s *scene) disturbances() []disturbance {
 			})
 			return nil
 		}, end: nothing},
-		{name: "the process is stopped", begin: signal(victim.pid, syscall.SIGSTOP), end: signal(victim.pid, syscall.SIGCONT)},
+		{name: "the process is stopped", begin: stop(victim.pid), end: goOn(victim.pid)},
 		{name: "the process is killed", begin: func() error { victim.kill(); return nil }, end: func() error {
 			return s.restart(victim, power)
 		}},

@@ -296,7 +296,7 @@ func providerGoes(l *lane) error {
 		l.expect("E7", "a token that has ended: %+v", r)
 	}
 	// Hanging is worse than refusing: whoever needs no answer of the provider does not wait for one.
-	if err := syscall.Kill(a.pid(), syscall.SIGSTOP); err != nil {
+	if err := halt(a.pid()); err != nil {
 		return err
 	}
 	if err := n.later(time.Minute); err != nil {

@@ -127,7 +127,7 @@ backends:
 		if err := phase("with Redis again", 0, pass(1500*time.Millisecond)); err != nil {
 			return err
 		}
-		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		if err := halt(pid); err != nil {
 			return err
 		}
 		defer func() { _ = syscall.Kill(pid, syscall.SIGCONT) }() // it may run

@@ -168,6 +168,34 @@ func quantile(d []time.Duration, q float64) time.Duration {
 	return d[min(len(d)-1, int(q*float64(len(d))))]
 }
 
+// halt stops a process, and waits until none of its threads runs: a signal takes a moment.
+func halt(pid int) error {
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		return err
+	}
+	deadline := time.Now().Add(startTime)
+	for {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil {
+			return err
+		}
+		stopped := len(threads) > 0
+		for _, name := range threads {
+			stat, err := os.ReadFile(name)
+			if i := bytes.LastIndexByte(stat, ')'); err == nil && i > 0 && !bytes.HasPrefix(stat[i:], []byte(") T")) {
+				stopped = false
+			}
+		}
+		switch {
+		case stopped:
+			return nil
+		case time.Now().After(deadline):
+			return fmt.Errorf("the process %d does not stop", pid)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
 // hangTime is the longest call of the upstream that hangs.
 const hangTime = time.Second
 
@@ -205,7 +233,7 @@ func upstreamHangs(l *lane) error {
 	if r := find(hung.addr, "find"); r.code != "" {
 		return fmt.Errorf("before the fault: %+v", r)
 	}
-	if err := syscall.Kill(l.ledger.pid(), syscall.SIGSTOP); err != nil {
+	if err := halt(l.ledger.pid()); err != nil {
 		return err
 	}
 	stopped := true
