@@ -165,6 +165,10 @@ func (l *lane) expect(point, format string, args ...any) {
 	l.journal.add(Event{Kind: expected, Point: point, Detail: fmt.Sprintf(format, args...)})
 }
 
+// breakerTime is longer than a breaker that opened in a fault stays open: until then nothing can be
+// looked up.
+const breakerTime = 10 * time.Second
+
 // settle tries a call until it has ended, then once more: the answer stays. It reports false if the
 // call is still held by a process that was killed.
 func (l *lane) settle(o *operation, addr string) bool {
@@ -178,7 +182,7 @@ func (l *lane) settle(o *operation, addr string) bool {
 			o.Ended = true
 			return true
 		case unknown:
-			if unknowns++; !recovers(o.Tool) && unknowns > 1 || unknowns > 10 {
+			if unknowns++; !recovers(o.Tool) && unknowns > 1 || unknowns > 10 && time.Since(o.Broken) > breakerTime {
 				o.Ended = true
 				return true
 			}
