@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -17,6 +18,7 @@ import (
 
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/config"
+	"newel.dev/newel/internal/door/approvals"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/postgres"
@@ -26,11 +28,11 @@ import (
 func auditCommand(env *environment) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "audit",
-		Short: "Search, prove, check and export what was done",
+		Short: "Search, prove, check and export what was done, and erase values",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(auditSearch(env), auditShow(env), auditVerify(env), auditExport(env))
+	c.AddCommand(auditSearch(env), auditShow(env), auditVerify(env), auditExport(env), auditErase(env))
 	return c
 }
 
@@ -94,7 +96,7 @@ func (t *trail) each(ctx context.Context, from int64, f func(r *audit.Row, rec *
 	if err != nil {
 		return head, err
 	}
-	const atOnce = 512
+	const atOnce = 64 // values may be as long as arguments
 	for from < head.Size {
 		rows, err := t.Read(ctx, from, int(min(atOnce, head.Size-from)))
 		if err != nil {
@@ -192,7 +194,7 @@ func auditSearch(env *environment) *cobra.Command {
 	c.Flags().StringVar(&want.Tenant, "tenant", "", "of the caller")
 	c.Flags().StringVar(&want.Operation, "operation", "", "name of an operation")
 	c.Flags().StringVar(&want.Correlation, "correlation", "", "correlation id of a call")
-	c.Flags().StringVar(&want.Act, "act", "", "intent, outcome, reads, denied, approval, undo, configured, task_made or task_ended")
+	c.Flags().StringVar(&want.Act, "act", "", "intent, outcome, reads, denied, approval, undo, configured, task_made, task_ended, erased or audit_read")
 	c.Flags().StringVar(&want.Approval, "approval", "", "name of an approval")
 	c.Flags().StringVar(&want.By, "by", "", "who decided, undid or configured")
 	c.Flags().StringVar(&want.Outcome, "outcome", "", "completed, failed_not_executed or outcome_unknown; of approvals requested, approved, denied or expired")
@@ -225,14 +227,14 @@ func auditShow(env *environment) *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("%q is not the index of a record", args[0])
 			}
-			return w.with(cmd.Context(), env, func(t *trail) error { return env.showRecord(cmd.Context(), t, index) })
+			return w.with(cmd.Context(), env, func(t *trail) error { return env.showRecord(cmd.Context(), t, &clerk{&w, cmd, env}, index) })
 		},
 	}
 	w.flags(c)
 	return c
 }
 
-func (e *environment) showRecord(ctx context.Context, t *trail, index int64) error {
+func (e *environment) showRecord(ctx context.Context, t *trail, k *clerk, index int64) error {
 	head, err := t.Head(ctx)
 	if err != nil {
 		return err
@@ -252,9 +254,18 @@ func (e *environment) showRecord(ctx context.Context, t *trail, index int64) err
 	if err != nil {
 		return err
 	}
+	erased, err := t.erasure(ctx, &rows[0])
+	if err != nil {
+		return err
+	}
 	values, err := t.values(&rows[0], rec)
 	if err != nil {
 		return err
+	}
+	if len(values) > 0 {
+		if err := k.looks(ctx, approvals.Looking{First: index, Last: index, Count: 1}); err != nil {
+			return err
+		}
 	}
 	checkpoint, err := t.signer.Sign(head.Tree())
 	if err != nil {
@@ -270,11 +281,19 @@ func (e *environment) showRecord(ctx context.Context, t *trail, index int64) err
 	for i, h := range proof {
 		hashes[i] = h.String()
 	}
-	return e.print(map[string]any{"index": index, "record": jsontext.Value(rows[0].Record), "values": shown, "proof": hashes, "checkpoint": string(checkpoint), "key": t.signer.VerifierKey()})
+	out := map[string]any{"index": index, "record": jsontext.Value(rows[0].Record), "values": shown, "proof": hashes, "checkpoint": string(checkpoint), "key": t.signer.VerifierKey()}
+	if erased != nil {
+		out["erased"] = erased
+	}
+	return e.print(out)
 }
 
-// values opens the values of a record. Those that do not match their digests are an error.
+// values opens the values of a record: those that are kept. Those that do not match their digests are an
+// error. A salt without its value says nothing to a reader but what to try, so it stays where it is.
 func (t *trail) values(row *audit.Row, rec *audit.Record) ([]audit.Value, error) {
+	if _, erased := audit.ErasedBy(row.Private); erased {
+		return nil, nil
+	}
 	values, err := effect.OpenValues(t.key, rec.Operation, row.Private)
 	if err != nil {
 		return nil, fmt.Errorf("record %d: %w", row.Index, err)
@@ -286,7 +305,7 @@ func (t *trail) values(row *audit.Row, rec *audit.Record) ([]audit.Value, error)
 			}
 		}
 	}
-	return values, nil
+	return slices.DeleteFunc(values, func(v audit.Value) bool { return v.Data == nil }), nil
 }
 
 func auditVerify(env *environment) *cobra.Command {
@@ -313,9 +332,9 @@ public key that "newel audit export --checkpoint" prints.`,
 				return nil
 			}
 			return w.with(cmd.Context(), env, func(t *trail) error {
-				tree, err := audit.Check(cmd.Context(), t)
-				if err != nil {
-					return err
+				tree, wrong := audit.Check(cmd.Context(), t)
+				if wrong != nil && !errors.Is(wrong, audit.ErrValues) {
+					return wrong
 				}
 				if key == "" {
 					key = t.signer.VerifierKey()
@@ -337,7 +356,7 @@ public key that "newel audit export --checkpoint" prints.`,
 					}
 				}
 				fmt.Fprintf(env.out, "The log is whole: %d records, %d heads.\n", tree.N, len(trees))
-				return nil
+				return wrong
 			})
 		},
 	}
@@ -397,10 +416,20 @@ func auditExport(env *environment) *cobra.Command {
 			if head != "" && (from != 0 || format != "jsonl") {
 				return errors.New("--checkpoint belongs to a whole copy: --format jsonl, from 0")
 			}
+			if values && format != "jsonl" {
+				return errors.New("--values belongs to --format jsonl")
+			}
 			return w.with(cmd.Context(), env, func(t *trail) error {
+				known := int64(-1) // the last record whose values may be read
+				if values {
+					var err error
+					if known, err = t.announce(cmd.Context(), &clerk{&w, cmd, env}, from); err != nil {
+						return err
+					}
+				}
 				out := bufio.NewWriter(env.out)
 				edge, err := t.each(cmd.Context(), from, func(row *audit.Row, rec *audit.Record) error {
-					line, err := t.line(format, values, row, rec)
+					line, err := t.line(format, row.Index <= known, row, rec)
 					if err != nil {
 						return err
 					}
@@ -425,6 +454,24 @@ func auditExport(env *environment) *cobra.Command {
 	c.Flags().BoolVar(&values, "values", false, "with the values, decrypted (jsonl)")
 	c.Flags().StringVar(&head, "checkpoint", "", "file that gets the signed head of the copy")
 	return c
+}
+
+// announce writes down that the values of all records from index from on are read, and returns the last
+// of them: what comes later was not announced.
+func (t *trail) announce(ctx context.Context, k *clerk, from int64) (last int64, _ error) {
+	l := approvals.Looking{First: from, Last: from}
+	_, err := t.each(ctx, from, func(row *audit.Row, rec *audit.Record) error {
+		values, err := t.values(row, rec)
+		if len(values) > 0 {
+			l.Count++
+		}
+		l.Last = row.Index
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return l.Last, k.looks(ctx, l)
 }
 
 // line is one record in a format.

@@ -16,12 +16,14 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/redact"
 	"newel.dev/newel/internal/store/redis"
 )
 
@@ -217,6 +219,15 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
+	hide, err := reuse(o, before, "redact", []any{c.Audit.Redact}, func() (*redact.Redactor, func(context.Context) error, error) {
+		hide, err := redactor(f)
+		return hide, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	effects := effects(&c.Effects)
+	effects.Redact, effects.Keep = hide, audit.Retention(c.Audit.Retention)
 	l := &c.Limits
 	var identity authenticate.Verifier
 	if who != nil {
@@ -242,7 +253,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects(&c.Effects), Tasks: tasks(&c.Tasks), Webhook: hook,
+		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
 		Configuration: f.Digest, By: operatorName(),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -25,7 +26,7 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs testdata/script/*.txtar: what people type, and what they see. The command
-// "server" starts newel serve on a free port and sets URL; "taken" takes a port and sets ADDR.
+// "server" starts newel serve on a free port and sets URL, "stop" stops it; "taken" takes a port and sets ADDR.
 func TestScripts(t *testing.T) {
 	root, err := filepath.Abs("../..")
 	if err != nil {
@@ -35,10 +36,15 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script",
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("ROOT", root)
+			e.Values["stop"] = new(func())
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"server": startServer,
+			"stop": func(ts *testscript.TestScript, _ bool, _ []string) {
+				stop, _ := ts.Value("stop").(*func())
+				(*stop)()
+			},
 			"taken": func(ts *testscript.TestScript, _ bool, _ []string) {
 				l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // ends with the script
 				ts.Check(err)
@@ -62,12 +68,15 @@ func startServer(ts *testscript.TestScript, _ bool, args []string) {
 	out, err := cmd.StdoutPipe()
 	ts.Check(err)
 	ts.Check(cmd.Start())
-	ts.Defer(func() {
+	stop := sync.OnceFunc(func() {
 		cancel()
 		if err := cmd.Wait(); err != nil {
 			ts.Logf("newel serve: %v\n%s", err, &logs)
 		}
 	})
+	ts.Defer(stop)
+	now, _ := ts.Value("stop").(*func())
+	*now = stop
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		if url, ok := strings.CutPrefix(lines.Text(), "Serving MCP at "); ok {

@@ -18,6 +18,8 @@ import (
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/guard/effect"
+	"newel.dev/newel/internal/redact"
+	"newel.dev/newel/internal/redact/leaks"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/postgres"
 	"newel.dev/newel/internal/store/sqlite"
@@ -160,6 +162,27 @@ func from(dir, file string) string {
 }
 
 var recoveries = map[string]call.Recovery{"none": call.RecoverNone, "safe": call.RecoverSafe, "resend_same_key": call.RecoverResend, "lookup": call.RecoverLookup}
+
+// redactor takes secrets out of what the audit log gets.
+func redactor(f *config.File) (*redact.Redactor, error) {
+	c := &f.Config.Audit.Redact
+	o := redact.Options{Members: c.Members}
+	for _, p := range c.Patterns {
+		o.Patterns = append(o.Patterns, redact.Pattern{Name: p.Name, Expr: p.Pattern})
+	}
+	if c.Secrets {
+		rules, err := leaks.New()
+		if err != nil {
+			return nil, err
+		}
+		o.Secrets = rules
+	}
+	r, err := redact.New(o)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("audit.redact"), err)
+	}
+	return r, nil
+}
 
 // effects are what the configuration says of calls with effects.
 func effects(c *config.Effects) assembly.Effects {

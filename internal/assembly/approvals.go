@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/door/approvals"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
@@ -41,6 +42,7 @@ func (h *House) openApprovals() error {
 			return err
 		}
 		o.Operators, o.Undo = key, h.Undo
+		o.Log, _ = h.kept.store.(audit.Eraser) // every engine is one
 	}
 	h.deciding = approvals.New(o)
 	return nil

@@ -27,6 +27,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/backend/artifact"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
@@ -42,6 +43,7 @@ import (
 	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/internal/redact"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -95,10 +97,12 @@ type Options struct {
 
 // Effects say how calls with effects are treated. Zero means the default in brackets.
 type Effects struct {
-	Wait      time.Duration // of a call for another one with its key [5 s]
-	Retention time.Duration // of answers [24 h]
-	Confirm   []call.Effect // classes of tools whose calls their caller confirms; safe ones are left out
-	Rules     []effect.Rule // what the operator says of tools; the first that fits counts
+	Wait      time.Duration    // of a call for another one with its key [5 s]
+	Retention time.Duration    // of answers [24 h]
+	Confirm   []call.Effect    // classes of tools whose calls their caller confirms; safe ones are left out
+	Rules     []effect.Rule    // what the operator says of tools; the first that fits counts
+	Redact    *redact.Redactor // takes secrets out of what the audit log gets [names that always are secret, card and account numbers]
+	Keep      audit.Retention  // how long the audit log keeps values [until somebody erases them]
 }
 
 // Tasks say which tools may be tasks, and bound them. Zero means the default in brackets.

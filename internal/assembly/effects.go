@@ -61,11 +61,11 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 			return err
 		}
 	}
-	if h.approvals, err = approve.New(approve.Options{Store: k.store, Key: k.key, Webhook: o.Webhook, Logger: o.Logger}); err != nil {
+	if h.approvals, err = approve.New(approve.Options{Store: k.store, Key: k.key, Webhook: o.Webhook, Ended: k.observer.Decided, Logger: o.Logger}); err != nil {
 		return err
 	}
 	h.effects, err = effect.New(effect.Options{
-		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Logger: o.Logger,
+		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Redact: o.Effects.Redact, Logger: o.Logger,
 	})
 	return err
 }

@@ -93,7 +93,14 @@ func (h *House) keep(ctx context.Context, before *House) error {
 			return 0
 		}
 	}
+	pending := func() int64 {
+		if now := k.current.Load(); now != nil {
+			return now.approvals.Pending()
+		}
+		return 0
+	}
 	return errors.Join(
+		observer.Gauge("newel.approvals.pending", "Calls of all nodes that wait for a person, at most 256.", pending),
 		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", gate((*admit.Gate).Queued)),
 		observer.Gauge("newel.calls.running", "Calls that run.", gate((*admit.Gate).Running)),
 		observer.Gauge("newel.streams.open", "Open subscriptions.", gate((*admit.Gate).Streams)),

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 )
 
 // A Live serves one house, and can go over to the next while it serves. Calls end in the house
@@ -204,6 +205,15 @@ func (h *House) jobs(l *Live) []job {
 		all = append(all, job{c, "the other nodes do not know of this one any more", c.Run})
 	}
 	all = append(all, job{h.effects, "calls with effects are not settled any more", h.effects.Run})
+	if log, ok := h.kept.store.(audit.Eraser); ok && !h.opts.Effects.Keep.Forever() {
+		keep := h.opts.Effects.Keep
+		all = append(all, job{keep, "values in the audit log are not erased by age any more", func(ctx context.Context) error {
+			keep.Run(ctx, log, func(err error) {
+				h.kept.log.LogAttrs(ctx, slog.LevelWarn, "values in the audit log could not be erased by age; it is tried again", slog.String("error", err.Error()))
+			})
+			return nil
+		}})
+	}
 	all = append(all, job{h.approvals, "approvals whose time is over are not ended any more", h.approvals.Run})
 	all = append(all, job{h.kept.tasks, "tasks are not run any more", h.kept.tasks.Run})
 	for _, f := range h.faces {

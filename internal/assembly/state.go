@@ -11,7 +11,7 @@ import (
 // An Engine is a store with its audit log.
 type Engine interface {
 	Store
-	audit.Source
+	audit.Eraser
 	// Run does what has to be done from time to time until ctx ends. An error means that the store can
 	// no longer be trusted.
 	Run(ctx context.Context) error

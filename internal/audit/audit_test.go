@@ -48,7 +48,7 @@ func (l *log) read(indexes []int64) (map[int64][]byte, error) {
 
 func TestRecordIsCanonical(t *testing.T) {
 	r := Record{Act: Outcome, Capability: "ü</script>\u2028\x01", Client: "c", Code: "failed", Correlation: "x", Count: 3, Digests: []Digest{{"args", "00"}},
-		Door: "http", Effect: "write", Fence: 2, From: "f", Kind: "tool", Operation: "o", Outcome: "completed", Pin: "p", Principal: "p", Rule: "r", Server: "/mcp", Tenant: "t", Time: Time(time.Now())}
+		Door: "http", Effect: "write", Fence: 2, From: "f", Kind: "tool", Operation: "o", Outcome: "completed", Pin: "p", Principal: "p", Reason: "r", Records: "1-2", Rule: "r", Server: "/mcp", Tenant: "t", Time: Time(time.Now())}
 	b, err := r.Encode()
 	if err != nil {
 		t.Fatal(err)

@@ -24,7 +24,7 @@ func (r *Record) severity() int {
 		return 8
 	case r.Code != "":
 		return 5
-	case r.Effect == "destructive":
+	case r.Effect == "destructive", r.Act == Erased:
 		return 4
 	}
 	return 2
@@ -42,6 +42,10 @@ func (r *Record) title() string {
 		return "calls denied"
 	case Approval:
 		return "approval " + r.Outcome
+	case Erased:
+		return "values erased"
+	case AuditRead:
+		return "values read"
 	}
 	return r.Act
 }
@@ -66,7 +70,8 @@ func AppendCEF(dst []byte, e Event) []byte {
 	put("suser", r.Principal)
 	put("act", r.Capability)
 	put("outcome", r.Outcome)
-	put("reason", r.Code)
+	put("reason", r.Code+r.Reason) // a record has one of them
+	put("msg", r.Records)
 	if r.Count > 0 {
 		put("cnt", strconv.FormatInt(r.Count, 10))
 	}
@@ -137,7 +142,7 @@ func AppendSyslog(dst []byte, e Event, host string) []byte {
 	dst = fmt.Appendf(dst, "<%d>1 %s %s newel - %s [newel@32473 index=\"%d\"", audit*8+level, token(r.Time, 64), token(host, 255), token(r.Act, 32), e.Index)
 	value := strings.NewReplacer(`\`, `\\`, `"`, `\"`, `]`, `\]`, "\r", " ", "\n", " ")
 	for _, p := range [...][2]string{{"operation", r.Operation}, {"tenant", r.Tenant}, {"principal", r.Principal}, {"server", r.Server}, {"capability", r.Capability},
-		{"effect", r.Effect}, {"outcome", r.Outcome}, {"code", r.Code}, {"rule", r.Rule}, {"approval", r.Approval}, {"by", r.By}, {"correlation", r.Correlation}} {
+		{"effect", r.Effect}, {"outcome", r.Outcome}, {"code", r.Code}, {"rule", r.Rule}, {"approval", r.Approval}, {"by", r.By}, {"records", r.Records}, {"why", r.Reason}, {"correlation", r.Correlation}} {
 		if p[1] != "" {
 			dst = append(dst, ' ')
 			dst = append(append(append(append(dst, p[0]...), `="`...), value.Replace(p[1])...), '"')

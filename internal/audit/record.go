@@ -14,6 +14,7 @@ package audit
 import (
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -42,6 +43,9 @@ const (
 	Undo       = "undo"       // somebody has an operation undone
 	TaskMade   = "task_made"  // a call goes on as a task; Operation is its id
 	TaskEnded  = "task_ended" // how the task ended
+
+	Erased    = "erased"     // the values of Records were erased, by whom and why
+	AuditRead = "audit_read" // somebody looked at the values of Records
 )
 
 // A Record says what was done, by whom, when and why it was allowed. Fields stand in the order of
@@ -65,7 +69,9 @@ type Record struct {
 	Outcome     string   `json:"outcome,omitzero"`   // state the operation ended in
 	Pin         string   `json:"pin,omitzero"`       // SHA-256 of the definition that was called
 	Principal   string   `json:"principal,omitzero"`
-	Rule        string   `json:"rule,omitzero"` // of the policy, that allowed it
+	Reason      string   `json:"reason,omitzero"`  // Erased: why
+	Records     string   `json:"records,omitzero"` // Erased, AuditRead: which, as 3,7-9
+	Rule        string   `json:"rule,omitzero"`    // of the policy, that allowed it
 	Server      string   `json:"server,omitzero"`
 	Tenant      string   `json:"tenant,omitzero"`
 	Time        string   `json:"time"` // UTC, RFC 3339 with microseconds, by the clock of the server
@@ -113,7 +119,7 @@ func digest(salt, data []byte) string {
 	h := sha256.New()
 	h.Write(salt) // fixed length: no other split gives the same bytes
 	h.Write(data)
-	return fmt.Sprintf("%x", h.Sum(nil))
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 // Encode returns the canonical form (RFC 8785). Text that is not UTF-8 is refused, and so is a

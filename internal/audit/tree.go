@@ -90,15 +90,17 @@ type Source interface {
 
 // Check computes the whole tree of a log anew and compares everything that is stored with it. The
 // log may grow meanwhile. Check returns the tree, or an error that wraps [ErrTampered] and names the
-// first place that differs.
+// first place that differs. If the tree is whole but values are there that were erased, or gone that
+// were not, it returns the tree and an error that wraps [ErrValues].
 func Check(ctx context.Context, s Source) (tlog.Tree, error) {
 	var edge Edge
+	values := newErasures()
 	for {
 		head, err := s.Head(ctx)
 		if err != nil {
 			return tlog.Tree{}, err
 		}
-		if err := checkTo(ctx, s, &edge, head); err != nil {
+		if err := checkTo(ctx, s, &edge, head, values); err != nil {
 			return tlog.Tree{}, err
 		}
 		more, err := s.Read(ctx, head.Size, 1)
@@ -106,7 +108,7 @@ func Check(ctx context.Context, s Source) (tlog.Tree, error) {
 			return tlog.Tree{}, err
 		}
 		if len(more) == 0 {
-			return edge.Tree(), nil
+			return edge.Tree(), values.check(ctx, s)
 		}
 		if now, err := s.Head(ctx); err != nil || now.Size == head.Size {
 			return tlog.Tree{}, errors.Join(fmt.Errorf("%w: there are records after the head", ErrTampered), err)
@@ -115,7 +117,7 @@ func Check(ctx context.Context, s Source) (tlog.Tree, error) {
 }
 
 // checkTo goes on from edge to head.
-func checkTo(ctx context.Context, s Source, edge *Edge, head Edge) error {
+func checkTo(ctx context.Context, s Source, edge *Edge, head Edge, values *erasures) error {
 	for edge.Size < head.Size {
 		rows, err := s.Read(ctx, edge.Size, int(min(head.Size-edge.Size, checkAtOnce)))
 		if err != nil {
@@ -128,8 +130,12 @@ func checkTo(ctx context.Context, s Source, edge *Edge, head Edge) error {
 			if r.Index != edge.Size {
 				return fmt.Errorf("%w: record %d is missing", ErrTampered, edge.Size)
 			}
-			if _, err := Decode(r.Record); err != nil {
+			rec, err := Decode(r.Record)
+			if err != nil {
 				return fmt.Errorf("%w: record %d: %w", ErrTampered, r.Index, err)
+			}
+			if err := values.see(&r, rec); err != nil {
+				return err
 			}
 			if want := edge.Append(r.Entry); string(want.Hashes) != string(r.Hashes) {
 				return fmt.Errorf("%w: record %d is not the one that was written", ErrTampered, r.Index)

@@ -47,6 +47,7 @@ type Config struct {
 	Telemetry      Telemetry `yaml:"telemetry" doc:"Logs, traces and metrics."`
 	SLOs           []SLO     `yaml:"slos" doc:"Service level objectives: what calls of tools are to be like. newel slo rules makes recording rules and alerts of them for Prometheus."`
 	State          State     `yaml:"state" doc:"What is remembered of calls, and the audit log."`
+	Audit          Audit     `yaml:"audit" doc:"What the audit log keeps of calls."`
 	Effects        Effects   `yaml:"effects" doc:"Calls that change something."`
 	Tasks          Tasks     `yaml:"tasks" doc:"Calls that go on after their caller was answered."`
 	Approvals      Approvals `yaml:"approvals" doc:"Who hears of calls that wait for a person, beside newel approvals."`
@@ -284,6 +285,32 @@ type State struct {
 	Witness string        `yaml:"witness" doc:"Address that every new head is posted to, as the signed text it is, so that somebody else has a copy."`
 	Private []string      `yaml:"private_ranges" doc:"Private address ranges in which the witness may be, besides this machine."`
 	Origin  string        `yaml:"origin" default:"newel" doc:"Name of the audit log in its signed heads, such as newel.example.com/audit."`
+}
+
+// Audit is what the audit log keeps of calls.
+type Audit struct {
+	Retention AuditRetention `yaml:"retention" doc:"How long arguments of calls are kept in the log, by the class of the tool; 0: until newel audit erase. Records stay, so the log stays provable."`
+	Redact    Redact         `yaml:"redact" doc:"What is taken out of arguments before they are written, beside members such as password, token and api_key, what schemas call writeOnly or format password, payment cards and IBANs."`
+}
+
+// AuditRetention is how long values are kept.
+type AuditRetention struct {
+	Read        time.Duration `yaml:"read" doc:"Of calls that read and that somebody had to approve; others leave no values."`
+	Write       time.Duration `yaml:"write" doc:"Of tools that write."`
+	Destructive time.Duration `yaml:"destructive" doc:"Of tools that destroy, and of those that do not say what they do."`
+}
+
+// Redact is what is secret in arguments.
+type Redact struct {
+	Members  []string        `yaml:"members" doc:"Names of members, at any depth: pin. With dots the end of a path, * stands for any text: *.birth_date, customer.name. Case, - and _ do not matter."`
+	Patterns []RedactPattern `yaml:"patterns" doc:"Texts that are secret."`
+	Secrets  bool            `yaml:"secrets" default:"true" doc:"Whether keys and tokens of known services are looked for, by the rules of gitleaks."`
+}
+
+// RedactPattern is a text that is secret.
+type RedactPattern struct {
+	Name    string `yaml:"name" required:"true" doc:"What is shown in place of the text: [redacted:name]."`
+	Pattern string `yaml:"pattern" required:"true" doc:"Regular expression (RE2); its first group, if it has one, is what is taken out."`
 }
 
 // Effects is how calls that change something are treated.

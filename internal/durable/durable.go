@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
@@ -24,12 +25,13 @@ import (
 	"newel.dev/newel/internal/task"
 )
 
-// Work is one unit of work; exactly one of the first eight is set. The rest is how it went.
+// Work is one unit of work; exactly one of those before Seen is set. The rest is how it went.
 type Work struct {
 	Reserve  *effect.Reservation
 	Dispatch *effect.Intent
 	Complete *effect.Outcome
 	Append   []audit.Entry
+	Erase    *Erasure
 	Ask      *approve.Request
 	Decide   *approve.Decision
 	Prune    []string                  // ids of operations past their retention
@@ -39,10 +41,10 @@ type Work struct {
 
 	Seen []effect.Operation // by Peek
 	Op   effect.Operation
-	Kept task.Record // the task as it stands
-	Held bool        // the operation or task is as the work wants it; or, of Ask, made
+	Kept *task.Record // the task as it stands; nil: see Err
+	Held bool         // the operation or task is as the work wants it; or, of Ask, made
 
-	Approval approve.Approval // of Ask and Decide
+	Approval *approve.Approval // of Ask and Decide; nil: see Err
 
 	Index int64 // of the first record appended
 	Err   error // of this unit; the others are committed all the same
@@ -117,6 +119,10 @@ type Writer struct {
 	leading bool
 	fatal   error
 	failed  chan struct{} // closed when fatal is set
+
+	// Of who leads.
+	likely int           // how many may come at once: who was in the last commit, or came meanwhile
+	took   time.Duration // by the last commit
 }
 
 // maxBatch bounds the work of one transaction, so that nobody waits for too many others.
@@ -212,17 +218,27 @@ func (w *Writer) lead(own *Work) {
 	}
 }
 
-// take returns the next batch. Callers that are about to come get the processor first: a commit
-// takes longer than that.
+// take returns the next batch. Callers that are about to come get the processor first. If there were
+// more of them the last time, they are waited for while they keep coming: a commit takes longer than
+// that. Nobody waits who is alone.
 func (w *Writer) take() []*Work {
+	pause := min(w.took/patience, longestPause)
 	for last := -1; ; {
 		w.mu.Lock()
 		n := len(w.pending)
-		if n == last || n >= w.most {
+		if n >= w.most || n == last && (n >= w.likely || pause == 0) {
 			break
 		}
-		last = n
 		w.mu.Unlock()
+		if n == last {
+			time.Sleep(pause)
+			w.mu.Lock()
+			if n == len(w.pending) {
+				break
+			}
+			w.mu.Unlock()
+		}
+		last = n
 		runtime.Gosched()
 	}
 	defer w.mu.Unlock()
@@ -232,13 +248,24 @@ func (w *Writer) take() []*Work {
 	return batch
 }
 
+// A pause for callers that may come is a fraction of what a commit takes.
+const (
+	patience     = 16
+	longestPause = time.Millisecond
+)
+
 // run commits a batch. If it fails as a whole, each unit is tried alone: one that cannot be written
 // does not take the others with it.
 func (w *Writer) run(batch []*Work) {
+	start := time.Now()
 	err := w.try(batch)
+	w.took = time.Since(start)
 	if err != nil && len(batch) > 1 && !hopeless(err) {
 		err = w.oneByOne(batch)
 	}
+	w.mu.Lock()
+	w.likely = len(batch) + len(w.pending)
+	w.mu.Unlock()
 	for _, u := range batch {
 		if err != nil && !u.tried {
 			u.Err = err
@@ -268,7 +295,7 @@ func (w *Writer) oneByOne(batch []*Work) error {
 
 func (w *Writer) try(batch []*Work) error {
 	for _, u := range batch {
-		u.Op, u.Kept, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, task.Record{}, approve.Approval{}, false, 0, nil
+		u.Op, u.Kept, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, nil, nil, false, 0, nil
 	}
 	if err := w.Fatal(); err != nil {
 		return err
@@ -349,25 +376,50 @@ func (w *Writer) Append(ctx context.Context, entries []audit.Entry) (int64, erro
 	return u.Index, err
 }
 
+// Erase implements audit.Eraser.
+func (w *Writer) Erase(ctx context.Context, records []int64, entry audit.Entry) (int64, error) {
+	if len(records) > audit.MaxErase {
+		return 0, fmt.Errorf("durable: %d records cannot be erased at once", len(records))
+	}
+	u := &Work{Erase: &Erasure{Records: records, Entry: entry}}
+	err := w.Do(ctx, u)
+	return u.Index, err
+}
+
 // PutTask implements task.Store.
 func (w *Writer) PutTask(ctx context.Context, t *task.Write) (task.Record, bool, error) {
 	u := &Work{Task: t}
 	err := w.Do(ctx, u)
-	return u.Kept, u.Held, err
+	return or(u.Kept), u.Held, err
 }
 
 // Ask implements approve.Store.
 func (w *Writer) Ask(ctx context.Context, r *approve.Request) (approve.Approval, bool, error) {
 	u := &Work{Ask: r}
 	err := w.Do(ctx, u)
-	return u.Approval, u.Held, err
+	return or(u.Approval), u.Held, err
 }
 
 // Decide implements approve.Store.
 func (w *Writer) Decide(ctx context.Context, d *approve.Decision) (approve.Approval, error) {
 	u := &Work{Decide: d}
 	err := w.Do(ctx, u)
-	return u.Approval, err
+	return or(u.Approval), err
+}
+
+// or returns what p points at, or the zero value.
+func or[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
+}
+
+// An Erasure is values that are erased, and the record that says so. Mark is what stands in their place.
+type Erasure struct {
+	Records []int64
+	Entry   audit.Entry
+	Mark    []byte
 }
 
 // A Batch computes what a transaction writes. The engine loads the operations that the work names
@@ -380,11 +432,11 @@ type Batch struct {
 	byScope map[string]*effect.Operation
 
 	Rows    []audit.Row // to be added
+	Erased  []*Erasure  // of rows that are there, or were added before
 	changed []*effect.Operation
-	isDirty map[string]bool
-	isNew   map[string]bool
-	Removed []string // ids to be deleted first
-	Pruned  []string // ids to be deleted last, if they are still past their retention
+	fresh   map[*effect.Operation]bool // of each that changed, whether it is to be inserted
+	Removed []string                   // ids to be deleted first
+	Pruned  []string                   // ids to be deleted last, if they are still past their retention
 
 	approvals map[string]*approve.Approval
 	bound     map[string]*approve.Approval // by binding
@@ -398,7 +450,7 @@ type Batch struct {
 
 // NewBatch begins a batch on what the engine loaded.
 func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation, approvals []approve.Approval) *Batch {
-	b := &Batch{approvals: map[string]*approve.Approval{}, bound: map[string]*approve.Approval{}, Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, isDirty: map[string]bool{}, isNew: map[string]bool{}}
+	b := &Batch{approvals: map[string]*approve.Approval{}, bound: map[string]*approve.Approval{}, Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, fresh: map[*effect.Operation]bool{}}
 	for i := range loaded {
 		b.know(&loaded[i])
 	}
@@ -440,7 +492,8 @@ func (b *Batch) task(u *Work) {
 		}
 	}
 	next, ok, again := w.Apply(b.Now, old)
-	u.Held, u.Kept = ok, next.At(b.Now)
+	now := next.At(b.Now)
+	u.Held, u.Kept = ok, &now
 	if !ok || again {
 		return
 	}
@@ -501,7 +554,7 @@ func (b *Batch) know(op *effect.Operation) {
 
 // Changed returns the operations to be inserted or updated.
 func (b *Batch) Changed() []*effect.Operation {
-	out := b.changed[:0:0]
+	out := make([]*effect.Operation, 0, len(b.changed))
 	for _, op := range b.changed {
 		if b.byID[op.ID] == op { // not removed again
 			out = append(out, op)
@@ -511,7 +564,7 @@ func (b *Batch) Changed() []*effect.Operation {
 }
 
 // IsNew reports whether a changed operation is to be inserted.
-func (b *Batch) IsNew(op *effect.Operation) bool { return b.isNew[op.ID] }
+func (b *Batch) IsNew(op *effect.Operation) bool { return b.fresh[op] }
 
 // Apply does one unit of work.
 func (b *Batch) Apply(u *Work) {
@@ -523,6 +576,10 @@ func (b *Batch) Apply(u *Work) {
 		for _, e := range u.Append {
 			b.Rows = append(b.Rows, b.Edge.Append(e))
 		}
+	case u.Erase != nil:
+		u.Index = b.append(u.Erase.Entry)
+		u.Erase.Mark = audit.Mark(u.Index)
+		b.Erased = append(b.Erased, u.Erase)
 	case u.reservation() != nil:
 		b.claim(u)
 	case u.Ask != nil:
@@ -605,7 +662,7 @@ func (b *Batch) ask(u *Work) {
 		next.Index = b.append(u.Ask.Entry)
 		b.keep(next)
 	}
-	u.Approval, u.Held, u.Index = next, made, next.Index
+	u.Approval, u.Held, u.Index = &next, made, next.Index
 }
 
 func (b *Batch) decide(u *Work) {
@@ -620,7 +677,7 @@ func (b *Batch) decide(u *Work) {
 		}
 		b.keep(next)
 	}
-	u.Approval, u.Index = next, next.Index
+	u.Approval, u.Index = &next, next.Index
 }
 
 func (b *Batch) append(e audit.Entry) int64 {
@@ -631,14 +688,14 @@ func (b *Batch) append(e audit.Entry) int64 {
 
 // put takes over a new form of an operation.
 func (b *Batch) put(op *effect.Operation, next effect.Operation) {
-	if op == nil {
+	isNew := op == nil
+	if isNew {
 		op = &effect.Operation{}
-		b.isNew[next.ID] = true
 	}
 	*op = next
 	b.know(op)
-	if !b.isDirty[op.ID] {
-		b.isDirty[op.ID] = true
+	if _, changed := b.fresh[op]; !changed {
+		b.fresh[op] = isNew
 		b.changed = append(b.changed, op)
 	}
 }

@@ -56,6 +56,53 @@ func TestGroups(t *testing.T) {
 	})
 }
 
+// TestWaits is callers that come again a moment after their commit, one after the other: the next
+// commit waits for all of them. One who is alone, and callers who stay away, are not waited for.
+func TestWaits(t *testing.T) {
+	const commit = 16 * time.Millisecond
+	for _, test := range []struct {
+		name    string
+		callers int
+		away    time.Duration // between two of them
+		most    time.Duration // for ten calls of each
+		size    int           // of the last commits
+	}{
+		{"alone", 1, 0, 10 * commit, 1},
+		{"together", 8, 100 * time.Microsecond, 10*(commit+2*time.Millisecond) + commit, 8},
+		{"apart", 2, time.Second, 10*(commit+time.Millisecond) + 11*time.Second, 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var last atomic.Int64
+				w := NewWriter(func(_ context.Context, batch []*Work) error {
+					time.Sleep(commit)
+					last.Store(int64(len(batch)))
+					return nil
+				})
+				start := time.Now()
+				var all sync.WaitGroup
+				for i := range test.callers {
+					all.Go(func() {
+						for call := range 10 {
+							time.Sleep(time.Duration(i) * test.away)
+							if err := w.Do(t.Context(), work()); err != nil {
+								t.Error(err)
+							}
+							if call == 8 && int(last.Load()) != test.size {
+								t.Errorf("a commit of %d, want %d", last.Load(), test.size)
+							}
+						}
+					})
+				}
+				all.Wait()
+				if took := time.Since(start); took > test.most {
+					t.Errorf("took %v, want at most %v", took, test.most)
+				}
+			})
+		})
+	}
+}
+
 // TestTakeBack is work whose caller goes away: before it is begun it is not done, also if its caller
 // was to lead next.
 func TestTakeBack(t *testing.T) {

@@ -338,6 +338,15 @@ func TestWhoApproves(t *testing.T) {
 			t.Errorf("%s decides: %+v", name, r)
 		}
 	}
+	// The audit log is for operators alone: whoever has a token only learns that.
+	for path, body := range map[string]string{"/audit/erase": `{"principal":"alice","reason":"r"}`, "/audit/reads": `{"first":0,"last":0,"count":1}`} {
+		if r := d.api("", http.MethodPost, path, body); r.status != 401 {
+			t.Errorf("nobody is let in to %s: %+v", path, r)
+		}
+		if r := d.api("Bearer "+d.token("bob"), http.MethodPost, path, body); r.status != 403 {
+			t.Errorf("bob is let in to %s: %+v", path, r)
+		}
+	}
 	if r := d.api("Bearer "+d.token("bob"), http.MethodPost, "/approvals/"+id, `{"decision":"perhaps"}`); r.status != 400 {
 		t.Errorf("nonsense: %+v", r)
 	}

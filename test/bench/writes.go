@@ -1,37 +1,46 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
+
+	"golang.org/x/sys/unix"
 )
 
-// writes are calls with a key, with the full guarantee, against what the engine itself can do: rows of
-// the size that a call leaves behind, in grouped commits. Both have 64 writers.
+// writes are calls with a key, with the full guarantee; the same calls without it; and what the engine
+// itself can do: rows of the size that a call leaves behind, in grouped commits. All have 64 writers.
 type writes struct {
-	engine       string
-	calls, bare  float64 // a second
-	low, highest float64 // of the ratio, over the rounds
-	ratio        float64
+	engine              string
+	call, plain, row    work
+	ratio, low, highest float64 // of calls and rows, over the rounds
+	packed              float64 // the ratio, where commits of rows wait for more rows, as those of calls do
 }
+
+// work is how many a second, and the CPU time of one.
+type work struct{ rate, cpu float64 } // cpu in microseconds
 
 // engines are the stores that keep what is written.
 var engines = []string{"sqlite", "postgres"}
 
-// rate is a line of a Go benchmark that reports calls a second.
-var rate = regexp.MustCompile(`^Benchmark(KeyedWrites|GroupCommit)\S*\s.*\s([0-9.e+]+) calls/s`)
+// metric is one figure of a line of a Go benchmark.
+var metric = regexp.MustCompile(`\s([0-9.e+]+) (\S+)`)
 
-// durable measures writes. The benchmarks stand with the engines; they start a real PostgreSQL.
+// durable measures writes. The benchmarks stand with the engines; they start a real PostgreSQL. In
+// each of them calls and rows take turns.
 func (b *bench) durable(ctx context.Context) ([]writes, error) {
-	times := "1s"
+	turns := "30x"
 	if b.plan.rounds < 3 {
-		times = "100ms"
+		turns = "3x"
 	}
 	var all []writes
 	for _, engine := range engines {
@@ -42,42 +51,70 @@ func (b *bench) durable(ctx context.Context) ([]writes, error) {
 		if out, err := build.CombinedOutput(); err != nil {
 			return nil, fmt.Errorf("building the benchmark of %s: %w\n%s", engine, err, out)
 		}
-		w := writes{engine: engine}
-		var calls, bare, ratios []float64
+		found := map[string][]float64{}
 		for range b.plan.rounds {
-			// One after the other in each round: what else the machine does changes with time.
-			run := exec.CommandContext(ctx, test, "-test.run", "^$", "-test.bench", "KeyedWrites|GroupCommit", "-test.benchtime", times)
+			run := exec.CommandContext(ctx, test, "-test.run", "^$", "-test.bench", "^BenchmarkWrites$", "-test.benchtime", turns)
 			run.Env = append(run.Environ(), "GOMAXPROCS=2")
-			out, err := run.CombinedOutput()
+			out, err := onBoth(run)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w\n%s", engine, err, out)
 			}
-			got := map[string]float64{}
-			for line := range strings.Lines(string(out)) {
-				if m := rate.FindStringSubmatch(line); m != nil {
-					if got[m[1]], err = strconv.ParseFloat(m[2], 64); err != nil {
-						return nil, err
-					}
+			for _, m := range metric.FindAllStringSubmatch(string(out), -1) {
+				v, err := strconv.ParseFloat(m[1], 64)
+				if err != nil {
+					return nil, err
 				}
+				found[m[2]] = append(found[m[2]], v)
 			}
-			if len(got) != 2 || got["GroupCommit"] == 0 {
+			if len(found["call-over-row"]) == 0 {
 				return nil, fmt.Errorf("%s: the benchmark says something else\n%s", engine, out)
 			}
-			calls, bare = append(calls, got["KeyedWrites"]), append(bare, got["GroupCommit"])
-			ratios = append(ratios, got["KeyedWrites"]/got["GroupCommit"])
 		}
-		w.calls, _, _ = spread(calls)
-		w.bare, _, _ = spread(bare)
-		w.ratio, w.low, w.highest = spread(ratios)
+		of := func(name string) work {
+			rate, _, _ := spread(found[name+"s/s"])
+			cpu, _, _ := spread(found["cpu-µs/"+name])
+			return work{rate, cpu}
+		}
+		w := writes{engine: engine, call: of("call"), plain: of("plain"), row: of("row")}
+		w.ratio, w.low, w.highest = spread(found["call-over-row"])
+		w.packed, _, _ = spread(found["call-over-packed"])
 		all = append(all, w)
 	}
 	return all, nil
 }
 
+// onBoth runs cmd, and what it starts, on the CPUs of server and load, and returns its output: an
+// engine and who calls it are no server and load.
+func onBoth(cmd *exec.Cmd) ([]byte, error) {
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	start := func() error {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		var set unix.CPUSet
+		set.Set(serverCPU)
+		set.Set(loadCPU)
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			return err
+		}
+		err := cmd.Start() // a child has the affinity of the thread that starts it
+		return errors.Join(err, setAffinity(loadCPU))
+	}
+	if err := start(); err != nil {
+		return nil, err
+	}
+	err := cmd.Wait()
+	return out.Bytes(), err
+}
+
 func writeRates(w *tabwriter.Writer, all []writes) {
-	fmt.Fprintf(w, "\ncalls with a key, full guarantee, 64 writers\nengine\tcalls/s\town grouped commits/s\tratio\n")
+	fmt.Fprintf(w, "\ncalls with a key, 64 writers; CPU is that of the process, PostgreSQL's own is not in it\n")
+	fmt.Fprintln(w, "engine\twhat\ta second\tCPU µs each\tfull guarantee over it")
 	for _, one := range all {
-		fmt.Fprintf(w, "%s\t%.0f\t%.0f\t%.2f (%.2f to %.2f)\n", one.engine, one.calls, one.bare, one.ratio, one.low, one.highest)
+		fmt.Fprintf(w, "%s\tfull guarantee\t%.0f\t%.1f\t\n", one.engine, one.call.rate, one.call.cpu)
+		fmt.Fprintf(w, "\twithout it\t%.0f\t%.1f\t%.3f\n", one.plain.rate, one.plain.cpu, one.call.rate/one.plain.rate)
+		fmt.Fprintf(w, "\town grouped commits\t%.0f\t%.1f\t%.2f (%.2f to %.2f); %.2f where they wait for more rows\n",
+			one.row.rate, one.row.cpu, one.ratio, one.low, one.highest, one.packed)
 	}
 }
 

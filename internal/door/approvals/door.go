@@ -23,6 +23,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/guard/approve"
 )
 
@@ -39,6 +40,8 @@ type Options struct {
 	Operators []byte
 	// Undo has an operation undone by an operator; nil: nothing is.
 	Undo func(ctx context.Context, operation, by string) (*call.Result, error)
+	// Log is the audit log, for operators: they erase values, and say that they read some; nil: nobody does.
+	Log audit.Eraser
 	// Refused is told of requests that are not answered.
 	Refused func(ctx context.Context, status int, peer, reason string)
 }
@@ -61,6 +64,10 @@ func (d *Door) Routes() map[string]http.HandlerFunc {
 	}
 	if d.o.Undo != nil {
 		out["POST /operations/{id}/undo"] = d.known(d.undo)
+	}
+	if d.o.Log != nil {
+		out["POST /audit/erase"] = d.known(d.erase)
+		out["POST /audit/reads"] = d.known(d.reads)
 	}
 	return out
 }
@@ -265,6 +272,51 @@ func (d *Door) undo(r *http.Request, who approve.Person, _ []byte) (any, error) 
 		IsError    bool           `json:"isError"`
 		Meta       jsontext.Value `json:"more,omitzero"`
 	}{r.PathValue("id"), result.Content, result.Structured, result.IsError, result.Extra}, nil
+}
+
+// erase takes one step of erasing values of the audit log.
+func (d *Door) erase(r *http.Request, who approve.Person, body []byte) (any, error) {
+	if !who.Operator {
+		return nil, call.Errorf(call.Denied, "only operators erase: newel audit erase, with the key file of the configuration")
+	}
+	var e audit.Erasure
+	if err := json.Unmarshal(body, &e, json.RejectUnknownMembers(true)); err != nil {
+		return nil, call.Errorf(call.Malformed, "this is not what to erase").Because(err)
+	}
+	if err := e.Check(); err != nil {
+		return nil, call.Errorf(call.Malformed, "%s", err)
+	}
+	if e.From < 0 || e.Reason == "" {
+		return nil, call.Errorf(call.Malformed, "say where to begin, and why")
+	}
+	e.By = who.Name
+	done, err := audit.Erase(r.Context(), d.o.Log, &e)
+	if err != nil {
+		return nil, call.Errorf(call.Unavailable, "not everything could be erased; erase it again").Because(err)
+	}
+	return done, nil
+}
+
+// A Looking says which values somebody is about to read.
+type Looking struct {
+	First int64 `json:"first"`
+	Last  int64 `json:"last"`
+	Count int64 `json:"count"` // of records with values
+}
+
+// reads writes down that an operator reads values.
+func (d *Door) reads(r *http.Request, who approve.Person, body []byte) (any, error) {
+	if !who.Operator {
+		return nil, call.Errorf(call.Denied, "only operators read values")
+	}
+	var l Looking
+	if err := json.Unmarshal(body, &l, json.RejectUnknownMembers(true)); err != nil || l.First < 0 || l.Last < l.First || l.Count < 0 {
+		return nil, call.Errorf(call.Malformed, "this is not what is read")
+	}
+	if err := audit.NoteRead(r.Context(), d.o.Log, who.Name, l.First, l.Last, l.Count); err != nil {
+		return nil, call.Errorf(call.Unavailable, "that values are read cannot be written down, so they are not shown").Because(err)
+	}
+	return map[string]bool{"noted": true}, nil
 }
 
 // callback takes the decision of the webhook's side.

@@ -14,13 +14,16 @@ package approve
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -37,17 +40,22 @@ type Options struct {
 	Store   Store      // required
 	Key     secret.Key // seals arguments
 	Webhook *Webhook   // hears of approvals and may decide; nil: none
-	Logger  *slog.Logger
+	// Ended is told how approvals were decided: approved, denied or expired; nil: nobody is.
+	Ended  func(ctx context.Context, outcome string)
+	Logger *slog.Logger
 }
 
 // Approvals is the step's state. It is safe for concurrent use.
 type Approvals struct {
-	store Store
-	box   *secret.Box
-	hook  *Webhook
-	log   *slog.Logger
-	kick  chan struct{}        // something is to be announced
-	told  map[string]time.Time // when the webhook is told next of an approval; only Run touches it
+	store   Store
+	box     *secret.Box
+	hook    *Webhook
+	log     *slog.Logger
+	kick    chan struct{} // something is to be announced
+	digests []byte        // keys them
+	ended   func(ctx context.Context, outcome string)
+	open    atomic.Int64         // that wait, as of the last look
+	told    map[string]time.Time // when the webhook is told next of an approval; only Run touches it
 }
 
 // Bounds.
@@ -72,10 +80,17 @@ func New(o Options) (*Approvals, error) {
 	if err != nil {
 		return nil, err
 	}
+	digests, err := o.Key.Derive("newel approval digests")
+	if err != nil {
+		return nil, err
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Approvals{store: o.Store, box: box, hook: o.Webhook, log: o.Logger, kick: make(chan struct{}, 1)}, nil
+	if o.Ended == nil {
+		o.Ended = func(context.Context, string) {}
+	}
+	return &Approvals{store: o.Store, box: box, hook: o.Webhook, digests: digests, ended: o.Ended, log: o.Logger, kick: make(chan struct{}, 1)}, nil
 }
 
 // Guard returns the guard for one server.
@@ -200,7 +215,7 @@ func (w *waiting) request(ctx context.Context) (Approval, error) {
 	r.ID, r.Binding, r.Facts = newID(), w.c.Approval.Binding, w.facts
 	r.Requested = time.Now().UTC()
 	r.Args = w.box.Seal(w.args, "arguments of "+r.ID)
-	if r.Entry, err = entry(&r.Approval, "requested", nil, w.c); err != nil {
+	if r.Entry, err = w.entry(&r.Approval, "requested", nil, w.c); err != nil {
 		return Approval{}, err
 	}
 	a, made, err := w.store.Ask(ctx, r)
@@ -279,26 +294,37 @@ func (p *Approvals) Decide(ctx context.Context, id string, by Person, yes bool, 
 	if yes {
 		outcome = "approved"
 	}
-	e, err := entry(&a, outcome, v, nil)
+	e, err := p.entry(&a, outcome, v, nil)
 	if err != nil {
 		return Approval{}, err
 	}
-	return p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})
+	a, err = p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})
+	if err == nil && (a.State == Approved || a.State == Denied) {
+		p.ended(ctx, a.State.String())
+	}
+	return a, err
 }
+
+// Pending is how many approvals of all nodes wait, as of a few seconds ago, and at most 256.
+func (p *Approvals) Pending() int64 { return p.open.Load() }
 
 func clip(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxReason)], "�") }
 
 // over ends an approval whose time is over, and tells its caller, once.
 func (w *waiting) over(ctx context.Context, a *Approval) error {
-	e, err := entry(a, Expired.String(), nil, nil)
+	e, err := w.entry(a, Expired.String(), nil, nil)
 	if err != nil {
 		return err
 	}
 	if a.State == Expired {
 		e = audit.Entry{} // written down when it ended
 	}
-	if _, err := w.store.Decide(ctx, &Decision{ID: a.ID, Told: true, Now: time.Now(), Entry: e}); err != nil && !errors.Is(err, ErrEnded) {
+	_, err = w.store.Decide(ctx, &Decision{ID: a.ID, Told: true, Now: time.Now(), Entry: e})
+	if err != nil && !errors.Is(err, ErrEnded) {
 		return away(ctx, err)
+	}
+	if err == nil && e.Record != nil {
+		w.ended(ctx, Expired.String())
 	}
 	a.State = Expired
 	return w.refusal(a, call.Errorf(call.Denied, "nobody approved this call in time (approval %s), so it is denied; nothing was done. If it is still wanted, the same call asks anew", a.ID))
@@ -379,12 +405,20 @@ func away(ctx context.Context, err error) error {
 	return e
 }
 
+// keyed stands for the arguments in the audit log, which keeps it for ever: without the key nobody can
+// try arguments against it.
+func (p *Approvals) keyed(a *Approval) string {
+	h := hmac.New(sha256.New, p.digests)
+	h.Write([]byte(a.ID + " " + a.Arguments))
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 // entry is the audit record of a step of an approval. v is who decided, or nil.
-func entry(a *Approval, outcome string, v *Vote, c *call.Call) (audit.Entry, error) {
+func (p *Approvals) entry(a *Approval, outcome string, v *Vote, c *call.Call) (audit.Entry, error) {
 	r := audit.Record{
 		Act: audit.Approval, Approval: a.ID, Capability: clip(a.Name), Client: clip(a.Client), Effect: a.Effect, Kind: a.Kind, Outcome: outcome, Pin: a.Pin,
 		Principal: clip(a.Principal), Rule: clip(a.Rule), Server: a.Server, Tenant: clip(a.Tenant), Time: audit.Time(time.Now()),
-		Digests: []audit.Digest{{Name: "canonical arguments", SHA256: a.Arguments}},
+		Digests: []audit.Digest{{Name: "canonical arguments (keyed)", SHA256: p.keyed(a)}},
 	}
 	if v != nil {
 		r.By, r.Door = clip(v.By), v.How
@@ -431,15 +465,19 @@ func (p *Approvals) sweep(ctx context.Context) {
 				}
 				continue
 			}
-			e, err := entry(a, Expired.String(), nil, nil)
+			e, err := p.entry(a, Expired.String(), nil, nil)
 			if err == nil {
 				_, err = p.store.Decide(ctx, &Decision{ID: a.ID, Now: now, Entry: e})
+			}
+			if err == nil {
+				p.ended(ctx, Expired.String())
 			}
 			if err != nil && !errors.Is(err, ErrEnded) && ctx.Err() == nil {
 				p.log.LogAttrs(ctx, slog.LevelWarn, "an approval could not be ended", slog.String("approval", a.ID), slog.String("error", err.Error()))
 			}
 		}
 	}
+	p.open.Store(int64(len(wait)))
 	if p.hook != nil {
 		p.hook.tell(ctx, p, wait)
 	}

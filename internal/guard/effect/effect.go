@@ -14,20 +14,27 @@
 package effect
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"path"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/faultpoint"
+	"newel.dev/newel/internal/redact"
 	"newel.dev/newel/internal/secret"
 )
 
@@ -48,7 +55,9 @@ type Options struct {
 	// is safe are not confirmed: running them again does no harm.
 	Confirm []call.Effect
 	Rules   []Rule // what the operator says of tools; the first that fits counts
-	Logger  *slog.Logger
+	// Redact takes secrets out of arguments before the audit log gets them; nil: what always is one.
+	Redact *redact.Redactor
+	Logger *slog.Logger
 }
 
 // A Rule is what an operator says of tools.
@@ -71,6 +80,8 @@ type Effects struct {
 	secret string // derives Once
 	reads  *reads
 	log    *slog.Logger
+
+	schemas schemas
 }
 
 // New returns the step, or an error that names the option that makes no sense.
@@ -101,6 +112,12 @@ func New(o Options) (*Effects, error) {
 	o.MaxAnswer = or(o.MaxAnswer, 1<<20)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Redact == nil {
+		var err error
+		if o.Redact, err = redact.New(redact.Options{}); err != nil {
+			return nil, err
+		}
 	}
 	box, err := o.Key.Box("newel stored values")
 	if err != nil {
@@ -185,6 +202,9 @@ type operation struct {
 	next   call.Handler
 
 	approval *Approval
+	args     jsontext.Value // as the audit log has them; nil: not redacted yet
+	asked    string         // the operation that asked, of a call without a key that goes on
+	resume   string         // what the handler goes on from
 }
 
 // begin checks the key and says what is to be claimed.
@@ -218,8 +238,11 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 			o.res.Retain = e.o.Retention // but for an operator who has it undone
 		}
 	}
-	if c.Resume != "" {
-		o.res.Resume = roundOf(c.Resume)
+	if o.resume = c.Resume; o.resume != "" {
+		if o.res.Scope == nil {
+			o.asked, o.resume = parseAsked(o.resume)
+		}
+		o.res.Resume = roundOf(o.resume)
 	}
 	if a := c.Approval; a != nil {
 		o.approval = &Approval{ID: a.ID, Binding: a.Binding, Resume: o.res.Resume}
@@ -249,19 +272,63 @@ func (e *Effects) Check(c *call.Call) error {
 
 // newID returns an unguessable name that begins with the time, so that what is stored under it is
 // stored side by side.
-func newID() string { return fmt.Sprintf("%012x", time.Now().UnixMilli()) + rand.Text() }
+func newID() string {
+	var ms [8]byte
+	binary.BigEndian.PutUint64(ms[:], uint64(time.Now().UnixMilli()))
+	return hex.EncodeToString(ms[2:]) + rand.Text()
+}
 
-// once runs a call without a key: written down before and after, and never recognised again.
+// once runs a call without a key: written down before and after, and never recognised again but by the
+// answers to what it asked.
 func (o *operation) once(ctx context.Context) (*call.Result, error) {
-	o.res.Resume = nil
+	if o.asked == "" {
+		o.res.Resume = nil
+	} else if err := o.goOn(ctx); err != nil {
+		return nil, err
+	}
 	op, held, err := o.dispatch(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if !held && o.asked != "" {
+		return nil, answered()
 	}
 	if !held {
 		return nil, call.Errorf(call.Internal, "internal error").Because(errors.New("an operation with a random name was there before"))
 	}
 	return o.run(ctx, ctx, op)
+}
+
+// goOn makes the reservation one of the operation that asked.
+func (o *operation) goOn(ctx context.Context) error {
+	op, err := o.store.Operation(ctx, o.asked)
+	switch {
+	case err != nil:
+		return away(ctx, err)
+	case op.State == Unknown:
+		return unknown(nil)
+	case op.State != Waiting || op.Scope != nil || !bytes.Equal(op.Round, o.res.Resume) || !bytes.Equal(op.Fingerprint, o.res.Fingerprint),
+		op.Tenant != o.res.Tenant || op.Principal != o.res.Principal || op.Server != o.res.Server:
+		return answered()
+	}
+	o.res.ID, o.res.Expect = op.ID, op.Fence
+	return nil
+}
+
+// answered is what a caller gets whose answers come once more, or too late.
+func answered() error {
+	return call.Errorf(call.Conflict, "these answers came before, or come too late, or the tool has changed since it asked; look at what the call should have changed before you start it again")
+}
+
+// asking is a state that names the operation which asked, for calls that have no other name.
+func asking(operation, state string) string { return operation + ":" + state }
+
+func parseAsked(state string) (operation, rest string) {
+	operation, rest, ok := strings.Cut(state, ":")
+	if !ok || len(operation) != len(newID()) { // of an older program
+		return "", state
+	}
+	return operation, rest
 }
 
 // leeway is how long a lease outlives the deadline of its call: for storing the outcome.
@@ -282,7 +349,10 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 	}
 	o.res.Lease = o.limit(ctx) + leeway
 	faultpoint.Reached(faultpoint.Allowed)
-	args := audit.NewValue("arguments", o.c.Args)
+	if o.args == nil {
+		o.args = o.o.Redact.JSON(o.c.Args, o.schemas.of(o.c.Target))
+	}
+	args := audit.NewValue("arguments", o.args)
 	rec := o.record(audit.Intent, &Operation{ID: o.res.ID, Fence: o.res.Expect + 1})
 	entry, err := o.entry(&rec, args)
 	if err != nil {
@@ -347,6 +417,28 @@ func (o *operation) entry(r *audit.Record, values ...audit.Value) (audit.Entry, 
 		return audit.Entry{}, call.Errorf(call.Internal, "internal error").Because(err)
 	}
 	return audit.Entry{Record: b, Private: private}, nil
+}
+
+// schemas are what the schemas of tools say is secret.
+type schemas struct {
+	mu   sync.Mutex
+	seen map[*call.Capability]*redact.Secret
+}
+
+const maxSchemas = 4096 // past that all are forgotten, and read again: catalogs come and go
+
+func (s *schemas) of(t *call.Capability) *redact.Secret {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	found, ok := s.seen[t]
+	if !ok {
+		if s.seen == nil || len(s.seen) >= maxSchemas {
+			s.seen = map[*call.Capability]*redact.Secret{}
+		}
+		found = redact.Of(t.Input)
+		s.seen[t] = found
+	}
+	return found
 }
 
 const answerValue = "answer"

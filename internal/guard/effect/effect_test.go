@@ -25,6 +25,7 @@ type bench struct {
 	t     *testing.T
 	store *inmem.DB
 	*effect.Effects
+	key  secret.Key
 	step call.Handler
 	tool *call.Capability
 	runs atomic.Int64
@@ -36,7 +37,8 @@ func newBench(t *testing.T, o effect.Options, run call.Handler) *bench {
 	if o.Store == nil {
 		o.Store = b.store
 	}
-	o.Key = secret.RandomKey()
+	b.key = secret.RandomKey()
+	o.Key = b.key
 	var err error
 	if b.Effects, err = effect.New(o); err != nil {
 		t.Fatal(err)
@@ -381,6 +383,71 @@ func TestQuestions(t *testing.T) {
 	}
 }
 
+// A call without a key that asks goes on as the operation that it was: it ends once, and nobody finds
+// it waiting later.
+func TestQuestionsWithoutKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var names []string
+		b := newBench(t, effect.Options{}, func(_ context.Context, c *call.Call) (*call.Result, error) {
+			names = append(names, c.Once)
+			if c.Resume == "round 1" {
+				return call.Text("done"), nil
+			}
+			return nil, &call.InputRequired{State: "round 1"}
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- b.Run(ctx) }()
+		defer func() {
+			cancel()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}()
+		ask := func(args string) string {
+			var ask *call.InputRequired
+			if _, err := b.do(b.call("", args)); !errors.As(err, &ask) {
+				t.Fatal(err)
+			}
+			return ask.State
+		}
+		resume := func(state, args, principal string) error {
+			c := b.call("", args)
+			c.Resume, c.Principal.ID = state, principal
+			_, err := b.do(c)
+			return err
+		}
+		state := ask(`{"a":1}`)
+		for what, err := range map[string]error{"another caller": resume(state, `{"a":1}`, "mallory"), "another call": resume(state, `{"a":2}`, "alice"), "another state": resume(state+"x", `{"a":1}`, "alice")} {
+			if codeOf(err) != call.Conflict {
+				t.Errorf("%s went on: %v", what, err)
+			}
+		}
+		b.ran(1)
+		time.Sleep(14 * time.Minute) // as long as the sealed state may still be opened
+		if err := resume(state, `{"a":1}`, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		if err := resume(state, `{"a":1}`, "alice"); codeOf(err) != call.Conflict {
+			t.Errorf("the answers came twice: %v", err)
+		}
+		b.ran(2)
+		if names[0] != names[1] {
+			t.Error("the tool was told two operations")
+		}
+		time.Sleep(time.Hour)
+		b.wantLog("intent", "outcome input_required input_required", "intent", "outcome completed")
+		late := ask(`{"a":3}`)
+		time.Sleep(time.Hour)
+		if err := resume(late, `{"a":3}`, "alice"); err == nil {
+			t.Error("answers that came too late went on")
+		}
+		if log := b.log(); log[len(log)-1] != "outcome outcome_unknown outcome_unknown" {
+			t.Errorf("a call that was never answered ended as %q", log[len(log)-1])
+		}
+	})
+}
+
 func TestOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, effect.Options{Rules: []effect.Rule{{Tool: "p*", Once: time.Minute}}}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
@@ -571,5 +638,60 @@ func BenchmarkRead(b *testing.B) {
 		if _, err := step(b.Context(), c); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// values opens what the audit log keeps of its newest record of an act.
+func (b *bench) values(act string) (rec *audit.Record, values []audit.Value) {
+	b.t.Helper()
+	rows, err := b.store.Read(b.t.Context(), 0, 1000)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for i := len(rows) - 1; i >= 0; i-- {
+		if rec, err = audit.Decode(rows[i].Record); err != nil {
+			b.t.Fatal(err)
+		}
+		if rec.Act == act {
+			if values, err = effect.OpenValues(b.key, rec.Operation, rows[i].Private); err != nil {
+				b.t.Fatal(err)
+			}
+			return rec, values
+		}
+	}
+	b.t.Fatalf("there is no record of act %q", act)
+	return nil, nil
+}
+
+// What is secret does not come into the audit log, and nothing there is computed from it; the tool and
+// the caller see it as it was.
+func TestRedacted(t *testing.T) {
+	args := `{"to":"bob","password":"hunter2","door":"1234","card":"4111 1111 1111 1111"}`
+	var seen string
+	b := newBench(t, effect.Options{}, func(_ context.Context, c *call.Call) (*call.Result, error) {
+		seen = string(c.Args)
+		return call.Text("for hunter2"), nil
+	})
+	b.tool.Input = jsontext.Value(`{"type":"object","properties":{"door":{"type":"string","writeOnly":true}}}`)
+	for range 2 { // the second is a replay
+		r, err := b.do(b.call("k", args))
+		if err != nil || !strings.Contains(string(r.Content), "for hunter2") {
+			t.Fatalf("the caller got %+v, %v", r, err)
+		}
+	}
+	if b.ran(1); seen != args {
+		t.Errorf("the tool got %s", seen)
+	}
+	rec, values := b.values(audit.Intent)
+	want := `{"to":"bob","password":"[redacted:password]","door":"[redacted:schema]","card":"[redacted:payment-card]"}`
+	if len(values) != 1 || string(values[0].Data) != want {
+		t.Fatalf("the log keeps %q", values)
+	}
+	if !values[0].Matches(rec.Digests[0]) {
+		t.Error("the digest is not that of what is kept")
+	}
+	real := values[0]
+	if real.Data = []byte(args); real.Matches(rec.Digests[0]) {
+		t.Error("with the salt one can try what the secret is")
 	}
 }

@@ -230,7 +230,7 @@ func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, e
 //  2. the outcome is committed. A crash before: as above. After: the answer is the stored one.
 func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, error) {
 	o.c.Event.Operation = op.ID
-	o.c.Once = o.name(&op)
+	o.c.Once, o.c.Resume = o.name(&op), o.resume
 	returned := false
 	defer func() {
 		if !returned { // it panics: observe makes an error of that
@@ -259,6 +259,11 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 			return nil, o.unstored(ctx, op, failed)
 		}
 		faultpoint.Reached(faultpoint.Concluded)
+		if o.res.Scope == nil && ask.State != "" {
+			named := *ask
+			named.State = asking(op.ID, ask.State)
+			return nil, &named
+		}
 		return nil, ask
 	}
 	a := &answer.Answer{Result: r}
@@ -327,7 +332,7 @@ func (o *operation) end(ctx context.Context, op *Operation, state State, a *answ
 }
 
 // waiting is how long an operation waits for the answers of its caller: as long as sealed states live.
-const waiting = 10 * time.Minute
+const waiting = 15 * time.Minute
 
 // taskWaiting is the same for tasks, which wait as long as they are kept: a week by default.
 const taskWaiting = 8 * 24 * time.Hour

@@ -29,6 +29,7 @@ type metrics struct {
 	refused  metric.Int64Counter
 	logins   metric.Int64Counter // that failed
 	denials  metric.Int64Counter
+	decided  metric.Int64Counter
 	limited  metric.Int64Counter
 
 	// active is read when metrics are collected, so that a call pays two additions for it.
@@ -46,7 +47,7 @@ type paddedCounter struct {
 // open makes the instruments.
 func (m *metrics) open(meter metric.Meter) error {
 	m.meter = meter
-	var errs [10]error
+	var errs [11]error
 	m.duration, errs[0] = meter.Float64Histogram("mcp.server.operation.duration", metric.WithUnit("s"),
 		metric.WithDescription("Duration of one call, from the door to its result."),
 		metric.WithExplicitBucketBoundaries(Buckets...))
@@ -61,6 +62,7 @@ func (m *metrics) open(meter metric.Meter) error {
 	m.refused, errs[5] = meter.Int64Counter("newel.door.refused", metric.WithDescription("Messages refused before they were calls."))
 	m.logins, errs[7] = meter.Int64Counter("newel.auth.failures", metric.WithDescription("Messages from callers who could not say who they are."))
 	m.denials, errs[8] = meter.Int64Counter("newel.policy.denials", metric.WithDescription("Calls that the policy denied or hid, by the rule that decided."))
+	m.decided, errs[10] = meter.Int64Counter("newel.approvals.decisions", metric.WithDescription("Approvals that were decided, by outcome: approved, denied or expired."))
 	m.limited, errs[9] = meter.Int64Counter("newel.quota.refusals", metric.WithDescription("Calls over a quota, by the quota."))
 	_, errs[6] = meter.Int64ObservableUpDownCounter("newel.calls.active",
 		metric.WithDescription("Calls and subscriptions that are running or waiting to run."),
@@ -82,6 +84,11 @@ func (o *Observer) Gauge(name, description string, read func() int64) error {
 			return nil
 		}))
 	return err
+}
+
+// Decided counts an approval that was decided.
+func (o *Observer) Decided(ctx context.Context, outcome string) {
+	o.metrics.decided.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.outcome", outcome)))
 }
 
 // A reporter is a Sink that counts what it sent.

@@ -477,3 +477,20 @@ func TestDenials(t *testing.T) {
 		t.Errorf("%d failed logins, want 2: %+v", n, logins)
 	}
 }
+
+func TestDecided(t *testing.T) {
+	w := newWatch(t)
+	for _, outcome := range []string{"approved", "expired", "approved"} {
+		w.Decided(t.Context(), outcome)
+	}
+	sum, _ := w.metric("newel.approvals.decisions").(metricdata.Sum[int64])
+	if len(sum.DataPoints) != 2 {
+		t.Fatalf("decisions: %+v", sum)
+	}
+	for _, p := range sum.DataPoints {
+		v, _ := p.Attributes.Value("newel.outcome")
+		if want := map[string]int64{"approved": 2, "expired": 1}[v.AsString()]; p.Value != want || want == 0 {
+			t.Errorf("%s: %d", v.AsString(), p.Value)
+		}
+	}
+}

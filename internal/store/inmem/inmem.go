@@ -52,6 +52,7 @@ type DB struct {
 
 var (
 	_ effect.Store  = (*DB)(nil)
+	_ audit.Eraser  = (*DB)(nil)
 	_ approve.Store = (*DB)(nil)
 	_ task.Store    = (*DB)(nil)
 )
@@ -123,6 +124,14 @@ func (db *DB) commit(_ context.Context, work []*durable.Work) error {
 	db.storeTasks(b)
 	db.edge = b.Edge
 	db.rows = append(db.rows, b.Rows...)
+	for _, e := range b.Erased {
+		for _, i := range e.Records {
+			at, ok := slices.BinarySearchFunc(db.rows, i, func(r audit.Row, at int64) int { return cmp.Compare(r.Index, at) })
+			if ok && len(db.rows[at].Private) > len(e.Mark) {
+				db.rows[at].Private = e.Mark
+			}
+		}
+	}
 	if over := len(db.rows) - MaxRecords; over > 0 {
 		db.rows = slices.Clone(db.rows[over+MaxRecords/8:]) // some at once: this copies
 	}

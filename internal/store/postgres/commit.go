@@ -180,12 +180,16 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 }
 
 const (
-	putOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
+	addOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
 	SELECT id, scope, fingerprint, state, fence, holder, $18, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo FROM
 	unnest($1::text[], $2::bytea[], $3::bytea[], $4::smallint[], $5::bigint[], $6::text[], $7::bigint[], $8::bytea[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bytea[], $13::text[], $14::text[], $15::text[], $16::text[], $17::bytea[])
-	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
-	ON CONFLICT (id) DO UPDATE SET state = excluded.state, fence = excluded.fence, holder = excluded.holder, node = excluded.node, until = excluded.until,
-	round = excluded.round, ended = excluded.ended, retain = excluded.retain, idx = excluded.idx, answer = excluded.answer, undo = excluded.undo`
+	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)`
+	// changeOps fails, and the transaction with it, if not all of them are there: division by zero.
+	changeOps = `WITH changed AS (
+	UPDATE newel_operations o SET state = u.state, fence = u.fence, holder = u.holder, node = $12, until = u.until, round = u.round, ended = u.ended, retain = u.retain, idx = u.idx, answer = u.answer, undo = u.undo
+	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[])
+	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo) WHERE o.id = u.id RETURNING 1)
+	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
 	putRows = `INSERT INTO newel_audit (idx, record, hashes, private) SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[])`
 )
 
@@ -195,8 +199,19 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	if len(b.Removed) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE id = ANY($1)", b.Removed)
 	}
-	if len(changed) > 0 {
-		q.Queue(putOps, append(columnsOf(changed), db.node)...)
+	var fresh, known []*effect.Operation
+	for _, op := range changed {
+		if b.IsNew(op) {
+			fresh = append(fresh, op)
+		} else {
+			known = append(known, op)
+		}
+	}
+	if len(fresh) > 0 {
+		q.Queue(addOps, append(roomFor(sizeOf(fresh), columnsOf(fresh)), db.node)...)
+	}
+	if len(known) > 0 {
+		q.Queue(changeOps, append(roomFor(sizeOf(known), stateOf(known)), db.node)...)
 	}
 	if len(b.Pruned) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE "+pastRetention+" AND id = ANY($2)", int16(effect.Unknown), b.Pruned)
@@ -211,16 +226,21 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	}
 	if n := len(b.Rows); n > 0 {
 		idx, record, hashes, private := make([]int64, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
+		bytes := 0
 		for i := range b.Rows {
 			r := &b.Rows[i]
+			bytes += len(r.Record) + len(r.Hashes) + len(r.Private) + perRow
 			idx[i], record[i], hashes[i], private[i] = r.Index, r.Record, r.Hashes, r.Private
 		}
-		q.Queue(putRows, idx, record, hashes, private)
+		q.Queue(putRows, roomFor(bytes, []any{idx, record, hashes, private})...)
 		edge, err := b.Edge.MarshalBinary()
 		if err != nil {
 			return false, err
 		}
 		q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
+	}
+	for _, e := range b.Erased {
+		q.Queue("UPDATE newel_audit SET private = $1 WHERE idx = ANY($2) AND length(private) > $3", e.Mark, e.Records, len(e.Mark))
 	}
 	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last", db.node, token)
 	q.Queue("COMMIT")
@@ -240,6 +260,33 @@ func columnsOf(ops []*effect.Operation) []any {
 		tenant[i], principal[i], server[i], tool[i], undo[i] = op.Tenant, op.Principal, op.Server, op.Tool, op.Undo
 	}
 	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo}
+}
+
+// perRow is about what an encoded row takes beside its texts and bytes.
+const perRow = 200
+
+// sizeOf is about what operations take when they are encoded.
+func sizeOf(ops []*effect.Operation) int {
+	n := 0
+	for _, op := range ops {
+		n += len(op.ID) + len(op.Scope) + len(op.Fingerprint) + len(op.Holder) + len(op.Round) + len(op.Answer) + len(op.Undo) +
+			len(op.Tenant) + len(op.Principal) + len(op.Server) + len(op.Tool) + perRow
+	}
+	return n
+}
+
+// stateOf turns what changes in operations into one array per column.
+func stateOf(ops []*effect.Operation) []any {
+	n := len(ops)
+	id, holder := make([]string, n), make([]string, n)
+	round, answer, undo := make([][]byte, n), make([][]byte, n), make([][]byte, n)
+	state := make([]int16, n)
+	fence, until, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+	for i, op := range ops {
+		id[i], state[i], fence[i], holder[i], until[i], round[i] = op.ID, int16(op.State), op.Fence, op.Holder, op.Until, op.Round
+		ended[i], retain[i], idx[i], answer[i], undo[i] = op.Ended, op.Retain, op.Index, op.Answer, op.Undo
+	}
+	return []any{id, state, fence, holder, until, round, ended, retain, idx, answer, undo}
 }
 
 func scan(row pgx.CollectableRow) (op effect.Operation, err error) {

@@ -42,7 +42,7 @@ var (
 	_ effect.Store  = (*DB)(nil)
 	_ approve.Store = (*DB)(nil)
 	_ task.Store    = (*DB)(nil)
-	_ audit.Source  = (*DB)(nil)
+	_ audit.Eraser  = (*DB)(nil)
 )
 
 const (
@@ -70,10 +70,13 @@ func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err er
 	params["TimeZone"] = "UTC"
 	params["synchronous_commit"] = "on"
 	params["jit"] = "off"
-	params["enable_seqscan"] = "off" // statements are planned while tables are small, and stay so: every one of ours has an index
+	for _, way := range []string{"enable_seqscan", "enable_hashjoin", "enable_mergejoin"} {
+		params[way] = "off" // statements are planned while tables are small, and stay so: every one of ours has an index
+	}
 	params["statement_timeout"] = strconv.FormatInt(commitTimeout.Milliseconds(), 10)
 	params["idle_in_transaction_session_timeout"] = strconv.FormatInt(silent.Milliseconds(), 10) // a paused node does not hold the head for ever
 	cfg.ConnConfig.ConnectTimeout = openTimeout / 2
+	cfg.AfterConnect = encodeSized
 	cfg.MaxConns = max(cfg.MaxConns, connections)
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/storetest"
@@ -138,6 +140,47 @@ func TestUnheardCommit(t *testing.T) {
 	}
 }
 
+// TestChangedRowGone is an operation that somebody deleted between the look at it and the change:
+// its outcome is not acknowledged, and nothing else of the transaction is there.
+func TestChangedRowGone(t *testing.T) {
+	db := open(t, engines.Postgres(t), secret.RandomKey())
+	r := storetest.Reservation("k")
+	op, held, err := dispatch(t.Context(), db, &r)
+	if err != nil || !held {
+		t.Fatal(held, err)
+	}
+	before, err := db.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := db.pool.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	work := []*durable.Work{{Complete: &effect.Outcome{ID: op.ID, Fence: op.Fence, State: effect.Completed, Entry: audit.Entry{Record: []byte("{}")}}}}
+	b, err := db.begin(t.Context(), conn, work)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Apply(work[0])
+	if err := work[0].Err; err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.pool.Exec(t.Context(), "DELETE FROM newel_operations"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token"); err == nil {
+		t.Error("an operation that is gone was changed")
+	}
+	if err := rollback(conn); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := db.Head(t.Context()); err != nil || after.Size != before.Size {
+		t.Errorf("the log has %d records, %v; want %d", after.Size, err, before.Size)
+	}
+}
+
 // TestMigration is a database of the version before: what it holds is there, and what is new works.
 func TestMigration(t *testing.T) {
 	dsn, key := engines.Postgres(t), secret.RandomKey()
@@ -188,4 +231,13 @@ func TestSchema(t *testing.T) {
 	if _, err := Open(t.Context(), secret.New("postgres://user:hunter2@127.0.0.1:1/x"), key); err == nil || strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("no server: %v", err)
 	}
+}
+
+func TestRestored(t *testing.T) {
+	db := open(t, engines.Postgres(t), secret.RandomKey())
+	storetest.Restored(t, db, func(index int64, private []byte) {
+		if _, err := db.pool.Exec(t.Context(), "UPDATE newel_audit SET private = $1 WHERE idx = $2", private, index); err != nil {
+			t.Fatal(err)
+		}
+	})
 }

@@ -65,6 +65,12 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 	if b.Empty() {
 		return nil
 	}
+	if len(b.Erased) > 0 { // what is erased is overwritten in the file
+		if _, err := db.conn.ExecContext(ctx, "PRAGMA secure_delete = ON"); err != nil {
+			return classify(err)
+		}
+		defer db.conn.ExecContext(ctx, "PRAGMA secure_delete = OFF") //nolint:errcheck // it only costs time then
+	}
 	changed := b.Changed()
 	err = db.within(ctx, func() error {
 		err := db.store(ctx, b, changed)
@@ -91,7 +97,7 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 // loaded returns the operations that the work names. What has not ended is in memory.
 func (db *DB) loaded(ctx context.Context, work []*durable.Work) ([]effect.Operation, error) {
 	seen := map[string]bool{}
-	var out []effect.Operation
+	out := make([]effect.Operation, 0, len(work))
 	take := func(op effect.Operation) {
 		if !seen[op.ID] {
 			seen[op.ID] = true
@@ -150,43 +156,53 @@ func chunk(n int) int {
 
 const (
 	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool FROM operations "
-	insertOp  = "INSERT INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
+	insertOp  = "INSERT OR ROLLBACK INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
 	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ?, undo = ? WHERE id = ?"
-	insertRow = "INSERT INTO audit (idx, record, hashes, private) VALUES "
+	insertRow = "INSERT OR ROLLBACK INTO audit (idx, record, hashes, private) VALUES "
 	rowValues = "(?,?,?,?)"
 )
 
 // store writes a batch.
 func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Operation) error {
+	defer func() { clear(db.args[:cap(db.args)]) }() // it holds what was written no longer than that
 	for _, id := range b.Removed {
 		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ?", id); err != nil {
 			return err
 		}
 	}
-	var fresh []any
+	args := db.args[:0]
 	for _, op := range changed {
 		if b.IsNew(op) {
-			fresh = append(fresh, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
+			args = append(args, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
 			continue
 		}
 		if err := db.update(ctx, op); err != nil {
 			return err
 		}
 	}
-	if err := db.insert(ctx, insertOp, opValues, 17, fresh); err != nil {
+	db.args = args
+	if err := db.insert(ctx, insertOp, opValues, 17, args); err != nil {
 		return err
 	}
 	if err := db.storeApprovals(ctx, b.Approvals()); err != nil {
 		return err
 	}
-	rows := make([]any, 0, 4*len(b.Rows))
+	args = db.args[:0]
 	for i := range b.Rows {
 		r := &b.Rows[i]
-		rows = append(rows, r.Index, r.Record, r.Hashes, r.Private)
+		args = append(args, r.Index, r.Record, r.Hashes, r.Private)
 	}
-	if err := db.insert(ctx, insertRow, rowValues, 4, rows); err != nil {
+	db.args = args
+	if err := db.insert(ctx, insertRow, rowValues, 4, args); err != nil {
 		return err
+	}
+	for _, e := range b.Erased {
+		for _, i := range e.Records {
+			if err := db.exec(ctx, "UPDATE audit SET private = ? WHERE idx = ? AND length(private) > ?", e.Mark, i, len(e.Mark)); err != nil {
+				return err
+			}
+		}
 	}
 	for _, id := range b.Pruned {
 		if err := db.exec(ctx, "DELETE FROM operations WHERE id = ? AND ended > 0 AND (state <> ? OR scope IS NULL) AND ended + retain < ?", id, int64(effect.Unknown), b.Now); err != nil {
@@ -322,6 +338,20 @@ func (db *DB) Abandoned(ctx context.Context, limit int) ([]effect.Operation, err
 	}}
 	err := db.Do(ctx, w)
 	return w.Seen, err
+}
+
+// Erase implements audit.Eraser. What is erased goes from the log of the file too, as soon as nobody
+// reads from it.
+func (db *DB) Erase(ctx context.Context, records []int64, entry audit.Entry) (int64, error) {
+	index, err := db.Writer.Erase(ctx, records, entry)
+	if err != nil {
+		return index, err
+	}
+	var busy, frames, moved int64
+	if err := db.read.QueryRowContext(ctx, "PRAGMA wal_checkpoint(TRUNCATE)").Scan(&busy, &frames, &moved); err != nil {
+		return index, fmt.Errorf("it is erased, but may still be read in %s-wal: %w", db.file, err)
+	}
+	return index, nil
 }
 
 // Head implements audit.Source.

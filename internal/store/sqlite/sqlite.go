@@ -51,13 +51,14 @@ type DB struct {
 	edge  audit.Edge
 	live  map[string]effect.Operation // what has not ended
 	stmts map[string]*sql.Stmt
+	args  []any // of one statement after the other
 }
 
 var (
 	_ effect.Store  = (*DB)(nil)
 	_ approve.Store = (*DB)(nil)
 	_ task.Store    = (*DB)(nil)
-	_ audit.Source  = (*DB)(nil)
+	_ audit.Eraser  = (*DB)(nil)
 )
 
 // ErrInUse says that another process has the file.

@@ -1,6 +1,7 @@
 package sqlite
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -252,4 +253,46 @@ func TestFullDisk(t *testing.T) {
 	}
 	write(t, db, "after", effect.Completed)
 	storetest.Check(t, db)
+}
+
+func TestRestored(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "state.db"), secret.RandomKey())
+	storetest.Restored(t, db, func(index int64, private []byte) {
+		if _, err := db.conn.ExecContext(t.Context(), "UPDATE audit SET private = ? WHERE idx = ?", private, index); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// What is erased is nowhere in the files any more.
+func TestErasedFromFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state.db")
+	db := open(t, file, secret.RandomKey())
+	private := bytes.Repeat([]byte("to be erased; "), 2000) // over several pages
+	e := record(t)
+	e.Private = private
+	if _, err := db.Append(t.Context(), []audit.Entry{e}); err != nil {
+		t.Fatal(err)
+	}
+	there := func() bool {
+		for _, name := range []string{file, file + "-wal"} {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if bytes.Contains(b, private[:14]) {
+				return true
+			}
+		}
+		return false
+	}
+	if !there() {
+		t.Fatal("it is not there to begin with")
+	}
+	if _, err := db.Erase(t.Context(), []int64{0}, record(t)); err != nil {
+		t.Fatal(err)
+	}
+	if there() {
+		t.Error("it can still be read in the files")
+	}
 }

@@ -25,7 +25,7 @@ type Engine interface {
 	effect.Store
 	approve.Store
 	task.Store
-	audit.Source
+	audit.Eraser
 	Prune(ctx context.Context) (int, error)
 }
 
@@ -33,7 +33,7 @@ type Engine interface {
 // returns another node of the same state as well, or nil if there can only be one.
 func Run(t *testing.T, open func(t *testing.T) (engine, other Engine)) {
 	for name, test := range map[string]func(*testing.T, Engine, Engine){
-		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets,
+		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets, "erase": erases, "erased by age": erasedByAge,
 		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "approvals": approvals, "approvals run out": approvalsRunOut, "approvals are used once": approvalsOnce, "approvals are given back": approvalsBack, "approvals, every failure": approvalsEveryFailure, "every failure": everyFailure, "canceled": canceled,
 		"tasks": tasks, "task scopes": taskScopes, "task claims": taskClaims, "due tasks": dueTasks, "task pages": taskPages, "task expiry": taskExpiry,
 	} {
@@ -68,6 +68,9 @@ var serial = struct {
 	n int
 }{}
 
+// private is longer than a mark, as sealed values are.
+const private = "what is sealed, and longer than a mark"
+
 // Entry returns an audit record like no other.
 func Entry(act, operation string) audit.Entry {
 	serial.Lock()
@@ -78,7 +81,7 @@ func Entry(act, operation string) audit.Entry {
 	if err != nil {
 		panic(err)
 	}
-	return audit.Entry{Record: b, Private: []byte("private")}
+	return audit.Entry{Record: b, Private: []byte(private)}
 }
 
 func sum(s string) []byte {
@@ -166,7 +169,7 @@ func states(t *testing.T, e, other Engine) {
 		t.Errorf("found %+v", seen)
 	}
 	rows, err := other.Read(t.Context(), 0, 10)
-	if err != nil || len(rows) != 2 || string(rows[0].Private) != "private" {
+	if err != nil || len(rows) != 2 || string(rows[0].Private) != private {
 		t.Errorf("the log has %v, %v", rows, err)
 	}
 }
@@ -277,7 +280,21 @@ func again(t *testing.T, e, other Engine) {
 }
 
 // waits is a call whose backend asked its caller.
-func waits(t *testing.T, e, _ Engine) {
+func waits(t *testing.T, e, other Engine) {
+	unkeyed := Reservation("")
+	dispatch(t, e, unkeyed)
+	if err := complete(t, e, effect.Outcome{ID: unkeyed.ID, Fence: 1, State: effect.Waiting, Round: sum("state"), Lease: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	on := Reservation("")
+	on.ID, on.Expect, on.Resume = unkeyed.ID, 1, sum("state")
+	if op, held := dispatch(t, other, on); !held || op.ID != unkeyed.ID || op.Fence != 2 || op.State != effect.Dispatched {
+		t.Errorf("a call without a key did not go on: %+v, %v", op, held)
+	}
+	on.Holder = rand.Text()
+	if _, held := dispatch(t, other, on); held {
+		t.Error("a call without a key went on twice")
+	}
 	r := Reservation("k")
 	dispatch(t, e, r)
 	if err := complete(t, e, effect.Outcome{ID: r.ID, Fence: 1, State: effect.Waiting, Round: sum("state"), Lease: time.Hour}); err != nil {
