@@ -119,7 +119,7 @@ func (k *keySet) find(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 // another key under the same id now. It asks as find does, no more often, and returns nil if there is
 // nothing new.
 func (k *keySet) again(ctx context.Context, id string, had []jose.JSONWebKey) []jose.JSONWebKey {
-	for {
+	for asked := false; ; asked = true {
 		k.mu.Lock()
 		now := k.now()
 		if found := k.byID(id); !slices.EqualFunc(found, had, func(a, b jose.JSONWebKey) bool { return sameKey(&a, &b) }) {
@@ -127,7 +127,7 @@ func (k *keySet) again(ctx context.Context, id string, had []jose.JSONWebKey) []
 			return found
 		}
 		wait := k.flight
-		if wait == nil && k.next.After(now) {
+		if asked || wait == nil && k.next.After(now) {
 			k.mu.Unlock()
 			return nil
 		}
