@@ -20,6 +20,9 @@ type Limits = assembly.Limits
 // Tasks bound tasks, and say which tools may be some; see the fields for units and defaults.
 type Tasks = assembly.Tasks
 
+// Resilience bounds what backends get and how they may fail; see the fields for units and defaults.
+type Resilience = assembly.Resilience
+
 // Options configure a Server. The zero value works.
 type Options struct {
 	Name         string // of the server; default "newel"
@@ -27,8 +30,9 @@ type Options struct {
 	Version      string // of what is served; default "0.0.0"
 	Instructions string // for models: how to use the server
 
-	Limits Limits
-	Tasks  Tasks
+	Limits     Limits
+	Resilience Resilience
+	Tasks      Tasks
 
 	Logger  *slog.Logger         // one record per call; nil discards
 	Tracer  trace.TracerProvider // nil: no spans
@@ -54,7 +58,7 @@ func (o *Options) assemble(own call.Backend) *assembly.Options {
 	out := &assembly.Options{
 		Name: o.Name, Title: o.Title, Version: o.Version, Instructions: o.Instructions,
 		Backends: append([]call.Backend{own}, o.Backends...),
-		Limits:   o.Limits, Tasks: o.Tasks,
+		Limits:   o.Limits, Resilience: o.Resilience, Tasks: o.Tasks,
 		Logger: o.Logger, Tracer: o.Tracer, Meter: o.Meter, Metrics: o.Metrics,
 		StateKey: o.StateKey, AllowedHosts: o.AllowedHosts, AllowedOrigins: o.AllowedOrigins, Artifacts: artifact.Options{Dir: o.ArtifactDir},
 	}

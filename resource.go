@@ -106,8 +106,10 @@ func (c Contents) object(uri, mime string) jsontext.Value {
 	}
 	if c.Blob != nil {
 		b = call.AppendString(append(b, `,"blob":`...), base64.StdEncoding.EncodeToString(c.Blob))
+		b = call.AppendETag(b, c.Blob)
 	} else {
 		b = call.AppendString(append(b, `,"text":`...), c.Text)
+		b = call.AppendETag(b, []byte(c.Text))
 	}
 	return append(b, '}')
 }

@@ -47,6 +47,9 @@ type functions struct{ capabilities []*call.Capability }
 // Name implements call.Backend.
 func (f *functions) Name() string { return "functions" }
 
+// Apart says that the functions have nothing in common: one that fails is no reason to leave the others.
+func (f *functions) Apart() bool { return true }
+
 // Capabilities implements call.Backend.
 func (f *functions) Capabilities(context.Context) ([]*call.Capability, error) {
 	return slices.Clone(f.capabilities), nil

@@ -72,6 +72,7 @@ type Call struct {
 	Progress   bool       // the caller wants progress
 	LogLevel   string     // lowest level of log messages the caller wants, or "": none
 	Resume     string     // what [InputRequired.State] held when this call asked last, or ""
+	Asked      string     // names the question that this call, or an earlier round of it, answers first; unguessable; "": it answers none
 	AsTask     TaskWish   // whether the caller takes, or wants, a task in place of the result
 	// Responses are the answers to what a task asked, by key; for UpdateTask only.
 	Responses map[string]jsontext.Value
@@ -94,8 +95,8 @@ type Call struct {
 	Asker Asker // asks the caller's side for input; never nil
 
 	// Restore opens what the caller brought of an earlier round of this call, which is sealed for
-	// its principal: authenticate calls it as soon as Principal is known. It sets Resume and what
-	// Asker knows. Nil: the caller brought nothing.
+	// its principal: authenticate calls it as soon as Principal is known. It sets Resume, Asked and
+	// what Asker knows. Nil: the caller brought nothing.
 	Restore func(*Call) error
 
 	// ---- set along the path ----
@@ -153,6 +154,19 @@ type Filter struct {
 	PromptsChanged   bool
 	URIs             []string // resources whose updates are wanted
 	Tasks            []string // tasks whose changes are wanted
+}
+
+// Lists reports whether changes of the list of a kind are wanted.
+func (f *Filter) Lists(kind Kind) bool {
+	switch kind {
+	case ListTools:
+		return f.ToolsChanged
+	case ListPrompts:
+		return f.PromptsChanged
+	case ListResources, ListTemplates:
+		return f.ResourcesChanged
+	}
+	return false
 }
 
 // Credential is what the caller presented, unverified. It prints as nothing.
@@ -214,6 +228,7 @@ type Event struct {
 	Tokens      int           // estimated tokens of the result
 	Cached      bool          // answered from what was answered before
 	Paged       bool          // bound cut the result into pages or an artifact
+	Attempts    int           // how often the backend was asked, if more than once
 	Operation   string        // id of the durable operation, or ""
 	Replayed    bool          // the answer is that of an earlier call with the same key
 	Approval    string        // id of the approval that the call waits for or used up, or ""
@@ -250,6 +265,7 @@ type Notification struct {
 	URI    string // for notifications/resources/updated
 	TaskID string // for TaskChanged
 	Task   *Task  // for TaskChanged: as it stands, set on the way to the subscriber
+	Anew   bool   // of lists: what they name is other things, although they may look the same
 }
 
 // A Handler ends a call or passes it on. It is safe for concurrent use. It returns either a

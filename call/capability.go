@@ -55,6 +55,17 @@ func (r Recovery) String() string {
 	return "none"
 }
 
+// Dependence is what an answer depends on beside the world: results are never given again to callers for
+// whom they could differ. The zero Dependence is OnCaller.
+type Dependence uint8
+
+// What answers depend on.
+const (
+	OnCaller    Dependence = iota // on who is calling, with which rights
+	OnRequest                     // on everything that the client sent, whoever it is of
+	OnArguments                   // on name and arguments alone
+)
+
 // A Capability is one thing a server publishes: a tool, a resource, a resource template or a
 // prompt. It is immutable once registered.
 type Capability struct {
@@ -89,6 +100,11 @@ type Capability struct {
 	Recovery Recovery
 	Lookup   string
 
+	// Depends says what the answers of what reads depend on. Reads is a prefix of the URIs of
+	// other resources that answers are made of, or "": when one is updated, earlier answers are old.
+	Depends Dependence
+	Reads   string
+
 	// Undo is the tool that undoes a call of this one, if there is one.
 	Undo *Undo
 
@@ -100,6 +116,7 @@ type Capability struct {
 	// It may be run again, by any node. Nil if Run leaves nothing.
 	Follow Handler
 
+	Backend string   // name of the backend that publishes it; the catalog sets it
 	Scopes  []string // scopes a caller needs
 	Owner   string
 	Version string

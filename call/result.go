@@ -1,6 +1,8 @@
 package call
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -22,10 +24,14 @@ type Result struct {
 	Extra jsontext.Value
 	// Next is the cursor of the next page of a list, or "".
 	Next string
-	// TTL says how long lists and resources may be cached; 0 means not at all.
+	// TTL says how long lists and resources may be cached. 0: nothing is said, and callers are told not
+	// to. Below 0: nobody keeps it, the house included.
 	TTL time.Duration
 	// Public allows shared caches to serve the result to other callers. Default: private.
 	Public bool
+	// Private says that whoever answered meant it for one caller: the house gives it to nobody else
+	// again, whatever the operator says of its capability.
+	Private bool
 	// Task is set if the call goes on as a task, and in answers about one: then it is the answer.
 	Task *Task
 	// Elsewhere names what the call left running where it was sent to, for the target's Follow: the
@@ -45,6 +51,14 @@ func TextContent(s string) jsontext.Value {
 	b := append(make(jsontext.Value, 0, len(s)+32), `[{"type":"text","text":`...)
 	b = AppendString(b, s)
 	return append(b, "}]"...)
+}
+
+// AppendETag appends a member _meta to the contents of a resource, with a validator of what they hold: the
+// same as long as that is, and no longer (strong, RFC 9110, section 8.8.3). It is what callers compare
+// what they have with.
+func AppendETag(dst jsontext.Value, content []byte) jsontext.Value {
+	sum := sha256.Sum256(content)
+	return append(hex.AppendEncode(append(dst, `,"_meta":{"dev.newel/etag":"`...), sum[:16]), `"}`...)
 }
 
 // AppendString appends s as a JSON string, replacing invalid UTF-8.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
@@ -22,6 +23,7 @@ import (
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
 	"newel.dev/newel/internal/module"
+	"newel.dev/newel/internal/nearest"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/redact"
 	"newel.dev/newel/internal/store/redis"
@@ -147,7 +149,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		}
 		for j, name := range v.Backends {
 			if !slices.ContainsFunc(c.Backends, func(b config.Backend) bool { return b.Name == name }) {
-				return nil, exit(exitFailed, fmt.Errorf("%s: there is no backend %q", f.Position(fmt.Sprintf("servers[%d].backends[%d]", i, j)), name))
+				return nil, exit(exitFailed, fmt.Errorf("%s: there is no backend %q%s", f.Position(fmt.Sprintf("servers[%d].backends[%d]", i, j)), name, instead(c, name)))
 			}
 		}
 		servers = append(servers, assembly.Server{
@@ -215,7 +217,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if _, err := objectives(f); err != nil { // of no use here, but one that is wrong measures nothing
 		return nil, exit(exitFailed, err)
 	}
-	results, err := resultCache(f) // its own of each configuration: another may answer otherwise
+	results, err := resultCache(f, o, before, shared, st.key, t.logger)
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
@@ -253,7 +255,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 			Memory: int64(l.MaxMemory), NotCritical: c.Quotas.NotCritical, Streams: l.MaxStreams, StreamsPerPeer: l.MaxStreamsPerPeer, Sessions: l.MaxSessions, SessionStreams: l.MaxSessionStreams, SessionIdle: l.SessionIdleTimeout,
 			ResultBytes: int(l.MaxResultBytes), ResultTokens: l.MaxResultTokens,
 		},
-		Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
+		Resilience: resilience(&c.Resilience), Cache: results, Cluster: others, Events: events, State: store, Key: st.key, Effects: effects, Tasks: tasks(&c.Tasks), Webhook: hook,
 		Configuration: f.Digest, By: operatorName(),
 		Identity: identity, Access: access, Login: authorization, Quota: counted, Policy: ruled.rules, Shadow: ruled.shadow, Explicit: c.Policy.Explicit,
 		Logger: t.logger, Tracer: t.tracer, Meter: t.meter, Metrics: t.metrics,
@@ -261,6 +263,18 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		AllowedHosts: c.AllowedHosts, Compatibility: c.Compatibility, AllowedOrigins: c.AllowedOrigins, Artifacts: stored,
 	}
 	return o, nil
+}
+
+// instead says which backend was probably meant, or which there are.
+func instead(c *config.Config, name string) string {
+	var names []string
+	for _, b := range c.Backends {
+		names = append(names, b.Name)
+	}
+	if best := nearest.Name(name, names); best != "" {
+		return fmt.Sprintf("; did you mean %q?", best)
+	}
+	return "; there are: " + strings.Join(names, ", ")
 }
 
 // doorkeeper is who tells callers apart.

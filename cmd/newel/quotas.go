@@ -10,7 +10,6 @@ import (
 	"go.opentelemetry.io/otel/metric"
 
 	"newel.dev/newel/internal/config"
-	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/quota"
 	"newel.dev/newel/internal/store/redis"
 )
@@ -82,25 +81,4 @@ func newLimiter(f *config.File, store quota.Store, t *telemetry) (*quota.Limiter
 		return nil, fmt.Errorf("%s: %w", f.Position("quotas"), err)
 	}
 	return l, nil
-}
-
-// resultCache makes what keeps results; nil means that every call is made.
-func resultCache(f *config.File) (*cache.Cache, error) {
-	c := &f.Config.Cache
-	if len(c.Rules) == 0 {
-		return nil, nil
-	}
-	o := cache.Options{MaxBytes: int(c.MaxBytes), MaxEntry: int(c.MaxEntry)}
-	for i, r := range c.Rules {
-		one := cache.Rule(r)
-		if err := one.Check(); err != nil {
-			return nil, fmt.Errorf("%s: %w", f.Position(fmt.Sprintf("cache.rules[%d]", i)), err)
-		}
-		o.Rules = append(o.Rules, one)
-	}
-	results, err := cache.New(o)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Position("cache"), err)
-	}
-	return results, nil
 }

@@ -209,3 +209,16 @@ func tasks(c *config.Tasks) assembly.Tasks {
 	}
 	return t
 }
+
+// resilience is what the configuration says of backends that fail or are slow.
+func resilience(c *config.Resilience) assembly.Resilience {
+	bounds := func(calls, queue int, wait, timeout time.Duration, b *config.Breaker, r *config.Retries) assembly.Bounds {
+		return assembly.Bounds{Concurrent: calls, Queued: queue, QueueTimeout: wait, Timeout: timeout, Failures: b.Failures, Delay: b.Delay, Attempts: r.Attempts, Budget: r.Budget}
+	}
+	r := assembly.Resilience{Bounds: bounds(c.Concurrency, c.Queue, c.QueueTimeout, c.Timeout, &c.Breaker, &c.Retries), Backends: map[string]assembly.Bounds{}}
+	for i := range c.Backends {
+		b := &c.Backends[i]
+		r.Backends[b.Backend] = bounds(b.Concurrency, b.Queue, b.QueueTimeout, b.Timeout, &b.Breaker, &b.Retries)
+	}
+	return r
+}

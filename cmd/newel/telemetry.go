@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -35,8 +36,13 @@ type telemetry struct {
 	stops   []func(context.Context) error
 }
 
+// flushTimeout bounds how long the end waits for a collector that does not answer.
+const flushTimeout = 10 * time.Second
+
 // stop flushes what is on its way.
 func (t *telemetry) stop(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
+	defer cancel()
 	var errs []error
 	for _, stop := range t.stops {
 		errs = append(errs, stop(ctx))

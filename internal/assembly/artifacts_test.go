@@ -82,6 +82,14 @@ func TestDownload(t *testing.T) {
 	if resp, got := fetch(t, http.MethodGet, link, "", "Range", "bytes=65530-65550"); resp.StatusCode != http.StatusPartialContent || got != text[65530:65551] {
 		t.Errorf("a range: %s, %q", resp.Status, got)
 	}
+	// Whoever has it already is told so, and gets it again only if it is another one (RFC 9110, section 13).
+	first, _ := fetch(t, http.MethodGet, link, "", "Range", "bytes=0-0")
+	tag := first.Header.Get("ETag")
+	for given, want := range map[string]int{tag: http.StatusNotModified, `"other", ` + tag: http.StatusNotModified, "*": http.StatusNotModified, `"other"`: http.StatusOK} {
+		if resp, got := fetch(t, http.MethodGet, link, "", "If-None-Match", given); resp.StatusCode != want || resp.Header.Get("ETag") != tag || want == http.StatusNotModified && got != "" {
+			t.Errorf("If-None-Match %s: %s, %d bytes, ETag %s", given, resp.Status, len(got), resp.Header.Get("ETag"))
+		}
+	}
 	for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodDelete} {
 		if resp, _ := fetch(t, method, link, ""); resp.StatusCode != http.StatusMethodNotAllowed {
 			t.Errorf("%s: %s", method, resp.Status)

@@ -41,6 +41,7 @@ import (
 	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/quota"
+	"newel.dev/newel/internal/guard/resilience"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/redact"
@@ -58,6 +59,8 @@ type Options struct {
 	Servers  []Server // virtual ones, on paths of their own beside /mcp
 	Search   string   // tool search on /mcp: auto (from 50 tools on), on or off; default off
 	Limits   Limits
+	// Resilience is about each backend by itself.
+	Resilience Resilience
 
 	Identity authenticate.Verifier // who is calling; nil: nobody is known, and only loopback is served
 	Access   *Access               // how callers get a token for this server; nil: not told
@@ -166,6 +169,7 @@ type House struct {
 	backends   []call.Backend
 	everything atomic.Pointer[catalog.Snapshot] // what all backends publish
 	gate       *admit.Gate
+	resilience *resilience.Resilience
 	limits     admit.Options // of gate, as given
 	unruled    bool          // no policy was given
 	handler    http.Handler
@@ -205,11 +209,14 @@ func build(ctx context.Context, given *Options, before *House) (*House, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := h.openResilience(before); err != nil {
+		return nil, err
+	}
 	bounds, err := bound.New(bound.Options{MaxBytes: o.Limits.ResultBytes, MaxTokens: o.Limits.ResultTokens, Store: h.artifacts, CheckOutput: catalog.CheckOutput})
 	if err != nil {
 		return nil, err
 	}
-	shared := guard.Set{Observe: h.kept.observer.Guard, Authenticate: authenticate.Nobody, Admit: h.gate.Guard, Validate: validate.Guard, Bound: bounds.Guard}
+	shared := guard.Set{Observe: h.kept.observer.Guard, Authenticate: authenticate.Nobody, Admit: h.gate.Guard, Validate: validate.Guard, Bound: bounds.Guard, Resilience: h.resilience.Guard}
 	if err := h.rule(before); err != nil {
 		return nil, err
 	}
@@ -344,10 +351,16 @@ func (h *House) follow(uri string) {
 	}
 }
 
+// refreshTimeout bounds how long backends take to say what they publish, all together: meanwhile no
+// other configuration is gone over to.
+const refreshTimeout = time.Minute
+
 // refresh registers everything anew and tells subscribers what changed. A failure keeps the
 // snapshot that is served.
 func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
-	snapshot, err := h.register(ctx)
+	limited, cancel := context.WithTimeout(ctx, refreshTimeout)
+	defer cancel()
+	snapshot, err := h.register(limited)
 	if err != nil {
 		return err
 	}
@@ -356,16 +369,16 @@ func (h *House) refresh(ctx context.Context, kinds ...call.Kind) error {
 		if err != nil {
 			return err
 		}
-		for _, kind := range kinds { // their backend was told so, even if nothing is different any more
-			if !slices.Contains(changed, kind) {
-				changed = append(changed, kind)
-			}
-		}
 		if h.kept.current.Load() != h {
 			continue // it serves nobody yet
 		}
 		for _, kind := range changed {
-			f.place.hub.ListChanged(kind)
+			if !slices.Contains(kinds, kind) {
+				f.place.hub.ListChanged(kind, false)
+			}
+		}
+		for _, kind := range kinds { // their backend was told so, even if nothing is different any more
+			f.place.hub.ListChanged(kind, true)
 		}
 	}
 	return nil

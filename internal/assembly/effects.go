@@ -65,7 +65,7 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		return err
 	}
 	h.effects, err = effect.New(effect.Options{
-		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Redact: o.Effects.Redact, Logger: o.Logger,
+		Store: k.store, Key: k.key, Wait: o.Effects.Wait, Retention: o.Effects.Retention, Deadline: o.Limits.CallTimeout, Confirm: o.Effects.Confirm, Rules: o.Effects.Rules, Redact: o.Effects.Redact, Breaker: h.resilience, Logger: o.Logger,
 	})
 	return err
 }

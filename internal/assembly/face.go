@@ -58,8 +58,9 @@ type face struct {
 	search   *toolsearch.Tools
 	tasks    *task.Server
 	later    call.Handler // the path of tasks that workers run
-	callers  bool         // are known by name
-	open     bool         // what is published may come later: features are announced in any case
+	rules    *authorize.Authorizer
+	callers  bool // are known by name
+	open     bool // what is published may come later: features are announced in any case
 	log      *slog.Logger
 }
 
@@ -78,7 +79,7 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 		return nil, err
 	}
 	f.catalog = catalog.New(view)
-	rules := authorize.New(authorize.Options{
+	f.rules = authorize.New(authorize.Options{
 		Policy: o.Policy, Catalog: f.catalog, Explicit: o.Explicit, Shadow: o.Shadow,
 		Differs: func(ctx context.Context, c *call.Call, got, would policy.Decision) {
 			o.Logger.LogAttrs(ctx, slog.LevelInfo, "the shadow policy would decide otherwise",
@@ -103,10 +104,18 @@ func (h *House) newFace(s Server, snapshot *catalog.Snapshot, shared guard.Set, 
 	}
 	name := s.Host + s.Path
 	f.tasks = h.kept.tasks.Server(name)
-	shared.Resolve, shared.Authorize = resolve.New(f.catalog, rules.See, f.tasks.Find), rules.Guard
+	shared.Resolve, shared.Authorize = resolve.New(f.catalog, f.rules.See, f.tasks.Find), f.rules.Guard
 	shared.Approve = h.approvals.Guard(s.Path)
 	shared.Task = h.kept.tasks.Guard(name, h.effects.Check)
-	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability { return f.catalog.Load().Tool(name) })
+	shared.Effect = h.effects.Guard(s.Path, func(name string) *call.Capability {
+		t := f.catalog.Load().Tool(name)
+		if t == nil {
+			return nil
+		}
+		mine := *t
+		mine.Run = h.resilience.Guard(t.Run) // what is looked up is looked up at a backend too
+		return &mine
+	})
 	end := guard.End(f.catalog, f.place.hub, f.tasks)
 	path, err := guard.Compile(guard.Path(shared), end)
 	if err != nil {
@@ -194,6 +203,11 @@ func (f *face) show(snapshot *catalog.Snapshot) ([]call.Kind, error) {
 	return f.catalog.Swap(v), nil
 }
 
+// shown is a digest of what a caller is shown of one list.
+func (f *face) shown(kind call.Kind, who *call.Principal) string {
+	return f.catalog.Load().Digest(kind, f.rules.Shown(context.Background(), who))
+}
+
 // openDoors makes the doors; they serve nothing until they are asked to.
 func (f *face) openDoors(h *House) error {
 	o := &h.opts
@@ -214,8 +228,8 @@ func (f *face) openDoors(h *House) error {
 	}
 	f.sessions, err = f.place.next(mcpsession.Options{
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
-		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable,
-		MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
+		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable, Shown: f.shown,
+		Crowded: h.gate.Crowded, MaxSessions: o.Limits.Sessions, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
 		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 	})

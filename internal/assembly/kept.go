@@ -14,6 +14,7 @@ import (
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/door/mcpsession"
 	"newel.dev/newel/internal/guard/admit"
+	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/secret"
@@ -103,8 +104,38 @@ func (h *House) keep(ctx context.Context, before *House) error {
 		observer.Gauge("newel.approvals.pending", "Calls of all nodes that wait for a person, at most 256.", pending),
 		observer.Gauge("newel.calls.queued", "Calls that wait for their turn.", gate((*admit.Gate).Queued)),
 		observer.Gauge("newel.calls.running", "Calls that run.", gate((*admit.Gate).Running)),
+		observer.Gauge("newel.overload", "What is refused to save memory: 0 nothing, 1 new streams and sessions, 2 tools that are not critical too, 3 all calls.", gate((*admit.Gate).Overload)),
 		observer.Gauge("newel.streams.open", "Open subscriptions.", gate((*admit.Gate).Streams)),
+		k.cacheMetrics(),
+		backendMetrics(observer, k.current.Load),
 		h.expiryMetric())
+}
+
+// cacheMetrics publishes what caches do, of one configuration after the other.
+func (k *kept) cacheMetrics() error {
+	var last atomic.Pointer[cache.Stats]
+	count := func(read func(*cache.Stats) int64) func() int64 {
+		return func() int64 {
+			if now := k.current.Load(); now != nil && now.opts.Cache != nil {
+				last.Store(now.opts.Cache.Stats())
+			}
+			if s := last.Load(); s != nil {
+				return read(s)
+			}
+			return 0
+		}
+	}
+	return errors.Join(
+		k.observer.Counter("newel.cache.hits", "Calls that were answered from kept results.", count(func(s *cache.Stats) int64 { return s.Hits.Load() })),
+		k.observer.Counter("newel.cache.misses", "Calls of which results may be kept, and of which none was.", count(func(s *cache.Stats) int64 { return s.Misses.Load() })),
+		k.observer.Counter("newel.cache.evictions", "Kept results that went for room.", count(func(s *cache.Stats) int64 { return s.Evictions.Load() })),
+		k.observer.Counter("newel.cache.refreshes", "How often kept results were made old.", count(func(s *cache.Stats) int64 { return s.Refreshes.Load() })),
+		k.observer.Gauge("newel.cache.bytes", "Bytes of kept results on this node.", func() int64 {
+			if now := k.current.Load(); now != nil && now.opts.Cache != nil {
+				return now.opts.Cache.Size()
+			}
+			return 0
+		}))
 }
 
 // placeFor is where a server stands: the place of the one that was at its address before, unless
@@ -118,6 +149,15 @@ func (h *House) placeFor(s *Server, before *House) *place {
 		}
 	}
 	p := &place{hub: catalog.NewHub(), identified: identified}
+	address := s.Host + s.Path
+	p.hub.View = func(kind call.Kind, who *call.Principal) string {
+		if now := h.kept.current.Load(); now != nil {
+			if f := now.faceAt(address); f != nil {
+				return f.shown(kind, who)
+			}
+		}
+		return ""
+	}
 	p.hub.OnFollow = func(uri string) {
 		if now := h.kept.current.Load(); now != nil {
 			now.follow(uri)

@@ -116,7 +116,7 @@ func (l *Live) takeOver(old, next *House) {
 			}
 		}
 		for _, k := range kinds {
-			f.place.hub.ListChanged(k)
+			f.place.hub.ListChanged(k, false)
 		}
 		f.place.hub.FollowAgain()
 	}
@@ -249,7 +249,15 @@ func (l *Live) watch(ctx context.Context, w call.Watcher) error {
 		}
 	}
 	updated := func(uri string) {
-		for _, f := range l.House().faces {
+		l.mu.Lock()
+		now, all := l.now, append(l.draining[:len(l.draining):len(l.draining)], l.now)
+		l.mu.Unlock()
+		for _, h := range all { // before anybody hears of it and reads again
+			if c := h.opts.Cache; c != nil {
+				c.Updated(ctx, uri)
+			}
+		}
+		for _, f := range now.faces {
 			f.place.hub.Updated(uri)
 		}
 	}

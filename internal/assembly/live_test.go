@@ -526,6 +526,11 @@ func TestHandOverUnderLoad(t *testing.T) {
 // subscribed opens a subscription of revision 2026-07-28 and returns the methods it hears, and its end.
 func subscribed(t *testing.T, url string) <-chan string {
 	t.Helper()
+	return subscribedBy(t, http.DefaultClient, url)
+}
+
+func subscribedBy(t *testing.T, client *http.Client, url string) <-chan string {
+	t.Helper()
 	body := `{"jsonrpc":"2.0","id":1,"method":"subscriptions/listen","params":{"notifications":{"toolsListChanged":true},` + liveMeta + `}}`
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader(body))
 	if err != nil {
@@ -534,7 +539,7 @@ func subscribed(t *testing.T, url string) <-chan string {
 	for name, v := range map[string]string{"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "Mcp-Protocol-Version": "2026-07-28", "Mcp-Method": "subscriptions/listen"} {
 		r.Header.Set(name, v)
 	}
-	resp, err := http.DefaultClient.Do(r)
+	resp, err := client.Do(r)
 	if err != nil {
 		t.Fatal(err)
 	}

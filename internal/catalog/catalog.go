@@ -3,6 +3,7 @@ package catalog
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -64,6 +65,7 @@ type list struct {
 	starts []int
 	joined []byte
 	pages  map[int]*call.Result // pages at multiples of PageSize
+	digest func() string        // of joined, made when it is asked for
 }
 
 // Build checks the capabilities of all sources and returns their snapshot. The error joins all
@@ -212,6 +214,7 @@ func (s *Snapshot) add(backend string, given *call.Capability) (call.Kind, item,
 		return 0, item{}, errors.New("a nil capability")
 	}
 	c := *given // what the backend holds stays as it is
+	c.Backend = backend
 	if c.Run == nil {
 		return 0, item{}, errors.New("has no handler")
 	}
@@ -380,6 +383,10 @@ func newList(items []item) *list {
 	for i := 0; i == 0 || i < len(l.keys); i += PageSize {
 		l.pages[i] = l.page(i)
 	}
+	l.digest = sync.OnceValue(func() string {
+		sum := sha256.Sum256(l.joined)
+		return string(sum[:])
+	})
 	return l
 }
 
@@ -431,18 +438,39 @@ func (s *Snapshot) PageFor(kind call.Kind, cursor string, v *call.Visible) (*cal
 	return s.seen(v).Page(kind, cursor)
 }
 
+// Digest returns a digest of what a caller is shown of one list; nil: everything. It is "" where that
+// would have to be found out for this caller alone.
+func (s *Snapshot) Digest(kind call.Kind, v *call.Visible) string {
+	part := s
+	if v != nil {
+		s.mu.Lock()
+		full := len(s.views) >= maxSeen
+		s.mu.Unlock()
+		if part = s.known(v.Key); part == nil && (v.Key == "" || full) {
+			return ""
+		}
+		part = s.seen(v)
+	}
+	if l := part.lists[kind]; l != nil {
+		return l.digest()
+	}
+	return ""
+}
+
+// known returns the part that all callers of a key are shown, if it was made before.
+func (s *Snapshot) known(key string) *Snapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.views[key]
+}
+
 // maxSeen bounds how many views of one snapshot are remembered.
 const maxSeen = 256
 
 // seen returns the part of s that a caller may see. Parts that others see too are made once.
 func (s *Snapshot) seen(v *call.Visible) *Snapshot {
-	if v.Key != "" {
-		s.mu.Lock()
-		known := s.views[v.Key]
-		s.mu.Unlock()
-		if known != nil {
-			return known
-		}
+	if known := s.known(v.Key); known != nil {
+		return known
 	}
 	part, err := s.View(func(_ string, c *call.Capability) bool { return v.Shows(c) })
 	if err != nil { // there is nothing in it that could be wrong; if there is, nothing is shown

@@ -253,18 +253,18 @@ func TestHubMergesForSlowListeners(t *testing.T) {
 		release := make(chan struct{})
 		done := make(chan error)
 		go func() {
-			done <- h.Listen(ctx, &call.Filter{ToolsChanged: true, URIs: []string{"kb://a"}}, func(n call.Notification) error {
+			done <- h.Listen(ctx, nil, &call.Filter{ToolsChanged: true, URIs: []string{"kb://a"}}, func(n call.Notification) error {
 				got = append(got, n)
 				<-release
 				return nil
 			})
 		}()
 		synctest.Wait()
-		h.ListChanged(call.ListTools)
+		h.ListChanged(call.ListTools, false)
 		synctest.Wait() // now it hangs in deliver
 		for range 1000 {
-			h.ListChanged(call.ListTools)
-			h.ListChanged(call.ListPrompts)
+			h.ListChanged(call.ListTools, false)
+			h.ListChanged(call.ListPrompts, false)
 			h.Updated("kb://a")
 			h.Updated("kb://b")
 		}

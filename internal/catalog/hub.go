@@ -16,6 +16,9 @@ type Hub struct {
 	// OnFollow, if set before use, is told of every resource that a subscriber names, so that
 	// its backend can ask for its changes. It returns quickly.
 	OnFollow func(uri string)
+	// View, if set before use, returns a digest of what a caller is shown of the list of a kind now; "" if
+	// it cannot be told quickly. Who is shown the same as before hears of no change.
+	View func(kind call.Kind, who *call.Principal) string
 
 	mu        sync.Mutex // guards what is below
 	listeners map[*listener]struct{}
@@ -28,7 +31,9 @@ const maxFollowed = 10_000
 // listener holds what one subscriber has yet to hear; pending is guarded by Hub.mu.
 type listener struct {
 	filter  *call.Filter
-	all     bool // updates of any resource
+	all     bool // updates of any resource, and changes of any list
+	who     *call.Principal
+	views   map[call.Kind]string // digests of what it was shown last, of lists that it asked for
 	pending []call.Notification
 	wake    chan struct{}
 }
@@ -36,15 +41,16 @@ type listener struct {
 // NewHub returns a hub without subscribers.
 func NewHub() *Hub { return &Hub{listeners: map[*listener]struct{}{}, followed: map[string]struct{}{}} }
 
-// ListenAll is Listen for everything that changes, any resource included; f.URIs is ignored.
+// ListenAll is Listen for everything that changes for anybody, any resource included; f.URIs is ignored.
 func (h *Hub) ListenAll(ctx context.Context, f *call.Filter, deliver func(call.Notification) error) error {
 	return h.listen(ctx, &listener{filter: f, all: true, wake: make(chan struct{}, 1)}, deliver)
 }
 
-// Listen delivers first, then the changes that f asks for, one after the other, until ctx ends (it
-// returns nil) or deliver fails (it returns that error). No change after first is missed.
-func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Notification) error, first ...call.Notification) error {
-	l := &listener{filter: f, pending: first, wake: make(chan struct{}, 1)}
+// Listen delivers first, then the changes that f asks for and that concern who, one after the other,
+// until ctx ends (it returns nil) or deliver fails (it returns that error). No change after first is
+// missed.
+func (h *Hub) Listen(ctx context.Context, who *call.Principal, f *call.Filter, deliver func(call.Notification) error, first ...call.Notification) error {
+	l := &listener{filter: f, who: who, views: map[call.Kind]string{}, pending: first, wake: make(chan struct{}, 1)}
 	if len(first) > 0 {
 		l.wake <- struct{}{}
 	}
@@ -54,6 +60,11 @@ func (h *Hub) Listen(ctx context.Context, f *call.Filter, deliver func(call.Noti
 func (h *Hub) listen(ctx context.Context, l *listener, deliver func(call.Notification) error) error {
 	h.mu.Lock()
 	h.listeners[l] = struct{}{}
+	for _, kind := range lists {
+		if !l.all && l.filter.Lists(kind) && h.View != nil {
+			l.views[kind] = h.View(kind, l.who)
+		}
+	}
 	h.mu.Unlock()
 	if !l.all {
 		for _, uri := range l.filter.URIs {
@@ -110,16 +121,31 @@ func (h *Hub) FollowAgain() {
 	}
 }
 
-// ListChanged says that the list of a kind (call.ListTools and so on) changed.
-func (h *Hub) ListChanged(kind call.Kind) {
+// lists are the kinds of lists.
+var lists = []call.Kind{call.ListTools, call.ListResources, call.ListTemplates, call.ListPrompts}
+
+// ListChanged says that the list of a kind (call.ListTools and so on) may be another one. Whoever is
+// shown what it was shown before does not hear of it, unless anew says that what the list names is
+// other things than before.
+func (h *Hub) ListChanged(kind call.Kind, anew bool) {
+	n := call.Notification{Method: "notifications/tools/list_changed", Anew: anew}
 	switch kind {
-	case call.ListTools:
-		h.publish(call.Notification{Method: "notifications/tools/list_changed"}, func(l *listener) bool { return l.filter.ToolsChanged })
 	case call.ListPrompts:
-		h.publish(call.Notification{Method: "notifications/prompts/list_changed"}, func(l *listener) bool { return l.filter.PromptsChanged })
+		n.Method = "notifications/prompts/list_changed"
 	case call.ListResources, call.ListTemplates:
-		h.publish(call.Notification{Method: "notifications/resources/list_changed"}, func(l *listener) bool { return l.filter.ResourcesChanged })
+		n.Method = "notifications/resources/list_changed"
 	}
+	h.publish(n, func(l *listener) bool {
+		if !l.filter.Lists(kind) {
+			return false
+		}
+		if l.all || h.View == nil {
+			return true
+		}
+		before, now := l.views[kind], h.View(kind, l.who)
+		l.views[kind] = now
+		return anew || now == "" || now != before
+	})
 }
 
 // Listeners returns how many subscribers there are.

@@ -55,6 +55,8 @@ type Config struct {
 	ToolSearch     string    `yaml:"tool_search" enum:"auto,on,off" default:"auto" doc:"Whether /mcp has search_tools and call_tool beside its tools; auto: from 50 tools on."`
 	Servers        []Virtual `yaml:"servers" doc:"Virtual servers: paths that show a part of what is served."`
 	Backends       []Backend `yaml:"backends" doc:"What is served, beside mcpServers."`
+
+	Resilience Resilience `yaml:"resilience" doc:"How much of the server one backend may take, and what happens while it fails."`
 }
 
 // Server is what clients see.
@@ -189,7 +191,7 @@ type Limits struct {
 	MaxQueuedCalls     int           `yaml:"max_queued_calls" default:"1024" doc:"Most calls that wait."`
 	QueueTimeout       time.Duration `yaml:"queue_timeout" default:"5s" doc:"Longest wait of a call."`
 	CallTimeout        time.Duration `yaml:"call_timeout" default:"60s" doc:"Longest run of a call."`
-	MaxMemory          Size          `yaml:"max_memory" doc:"Memory that the process may have, such as 512MiB; default: nobody looks. From 90 % on, tools in quotas.not_critical are refused, from 95 % on all calls."`
+	MaxMemory          Size          `yaml:"max_memory" doc:"Memory that the process may have, such as 512MiB; default: nobody looks. From 85 % on no subscription or session begins, from 90 % on tools in quotas.not_critical are refused, from 95 % on all calls."`
 	MaxStreams         int           `yaml:"max_streams" default:"10000" doc:"Most open subscriptions."`
 	MaxStreamsPerPeer  int           `yaml:"max_streams_per_peer" default:"1000" doc:"Most open subscriptions of one client address."`
 	MaxSessions        int           `yaml:"max_sessions" default:"10000" doc:"Most sessions of older protocol revisions."`
@@ -240,14 +242,15 @@ type Cache struct {
 	Rules    []CacheRule `yaml:"rules" doc:"Results of which tools and resources; the first rule that fits counts. Only what reads is kept."`
 	MaxBytes Size        `yaml:"max_bytes" default:"64MiB" doc:"Most that is kept; the least recently used goes first."`
 	MaxEntry Size        `yaml:"max_entry_bytes" default:"1MiB" doc:"Largest result that is kept."`
+	Shared   bool        `yaml:"shared" doc:"Whether nodes give each other's results again, sealed in Redis; a refresh counts for all at once then. The nodes need redis.url and the same state.key_file."`
 }
 
 // CacheRule says how results are kept.
 type CacheRule struct {
 	Names     []string      `yaml:"names" required:"true" doc:"Names of tools, or URIs of resources; * stands for any text."`
 	TTL       time.Duration `yaml:"ttl" required:"true" doc:"For how long. A result that says less is kept for less."`
-	For       string        `yaml:"for" enum:"caller,tenant,everybody" default:"caller" doc:"Who is given a result again. What the backend makes of who is calling must not depend on more than that."`
-	RefreshOn []string      `yaml:"refresh_on" doc:"Names of tools whose calls make what is kept old; * stands for any text."`
+	For       string        `yaml:"for" enum:"caller,tenant,everybody" default:"caller" doc:"Who is given a result again. Results that depend on who is calling, or that a server calls private, are kept for their caller alone whatever is written here."`
+	RefreshOn []string      `yaml:"refresh_on" doc:"Names of tools whose calls, and URIs of resources whose updates, make what is kept old; * stands for any text."`
 }
 
 // Redis is what nodes share.
@@ -542,6 +545,7 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	d.backends(root, modules)
 	d.servers(root, modules)
 	d.broker(root)
+	d.resilience(root)
 	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
 		d.problem(where(root), "backends", "nothing is served: both backends and mcpServers are missing or empty", "newel init writes a file to start from")
 	}

@@ -105,6 +105,7 @@ type field struct {
 	initial  string // default
 	enum     []string
 	doc      string
+	above    bool // zero is refused too: what is not given is left open
 	typ      reflect.Type
 }
 
@@ -116,7 +117,7 @@ func fieldsOf(t reflect.Type) []field {
 		if key == "" || key == "-" {
 			continue
 		}
-		fl := field{index: i, key: key, required: f.Tag.Get("required") == "true", initial: f.Tag.Get("default"), doc: f.Tag.Get("doc"), typ: f.Type}
+		fl := field{index: i, key: key, required: f.Tag.Get("required") == "true", initial: f.Tag.Get("default"), doc: f.Tag.Get("doc"), above: f.Tag.Get("above") == "0", typ: f.Type}
 		if e := f.Tag.Get("enum"); e != "" {
 			fl.enum = strings.Split(e, ",")
 		}
@@ -273,6 +274,9 @@ func (d *decoder) value(n ast.Node, into reflect.Value, path string, f field) {
 	if err := scalar(into, text); err != nil {
 		d.problem(at, path, err.Error(), "")
 		return
+	}
+	if f.above && into.IsZero() {
+		d.problem(at, path, "must be above zero", "leave it out for the default")
 	}
 	if len(f.enum) > 0 && !slices.Contains(f.enum, text) {
 		d.problem(at, path, fmt.Sprintf("must be one of %s, not %q", strings.Join(f.enum, ", "), text), suggest(text, f.enum))

@@ -321,28 +321,66 @@ func (w *Writer) safely(batch []*Work) (err error) {
 	}()
 	err = w.commit(context.Background(), batch) // callers may go; what is being written is written
 	if err == nil {
-		reached(batch, faultpoint.IntentCommitted, faultpoint.OutcomeCommitted)
+		reached(batch, true)
 	}
 	return err
 }
 
 // Committing marks for tests that the engine commits next.
-func Committing(work []*Work) { reached(work, faultpoint.IntentCommit, faultpoint.OutcomeCommit) }
+func Committing(work []*Work) { reached(work, false) }
 
-func reached(work []*Work, intent, outcome faultpoint.Point) {
+func reached(work []*Work, committed bool) {
 	if !faultpoint.On {
 		return
 	}
 	for _, u := range work {
+		p := u.point()
 		switch {
-		case u.Dispatch != nil:
-			faultpoint.Reached(intent)
-		case u.Complete != nil && !u.Complete.Abandoned: // a settled one is somebody else's
-			faultpoint.Reached(outcome)
-		case u.Prune != nil:
-			faultpoint.Reached(faultpoint.Pruning)
+		case p == "":
+		case committed && p != faultpoint.Pruning:
+			faultpoint.Reached(p.After())
+		default:
+			faultpoint.Reached(p)
 		}
 	}
+}
+
+// point is the moment before the commit of the work, or "".
+func (w *Work) point() faultpoint.Point {
+	switch {
+	case w.Dispatch != nil:
+		return faultpoint.IntentCommit
+	case w.Complete != nil && !w.Complete.Abandoned: // a settled one is somebody else's
+		return faultpoint.OutcomeCommit
+	case w.Prune != nil:
+		return faultpoint.Pruning
+	case w.Ask != nil:
+		return faultpoint.ApprovalAsk
+	case w.Decide != nil && w.Decide.Vote == nil:
+		return faultpoint.ApprovalOver
+	case w.Decide != nil:
+		return faultpoint.ApprovalDecide
+	case w.Task == nil:
+		return ""
+	}
+	switch t := w.Task; t.State {
+	case task.Queued:
+		if t.Version == 0 {
+			return faultpoint.TaskMake
+		}
+		return faultpoint.TaskAnswer
+	case task.Running:
+		if t.Take {
+			return faultpoint.TaskTake
+		}
+	case task.Waiting:
+		return faultpoint.TaskAsk
+	case task.Completed, task.Failed:
+		return faultpoint.TaskEnd
+	case task.Cancelled:
+		return faultpoint.TaskCancel
+	}
+	return ""
 }
 
 // Reserve implements effect.Store.

@@ -68,7 +68,12 @@ func Client(o Options) *http.Client {
 	}
 }
 
-const defaultTimeout = 10 * time.Second
+const (
+	defaultTimeout = 10 * time.Second
+	// pingAfter is how long nothing has to come on a connection of HTTP/2 before it is asked for a sign
+	// of life: it is shared by all requests, and would be used on long after the other side is gone.
+	pingAfter = 15 * time.Second
+)
 
 // Transport returns what a client is made of. It follows no redirects and unpacks nothing; the size
 // of answers is for the caller to bound. It is safe for concurrent use.
@@ -88,6 +93,7 @@ func Transport(o Options) *http.Transport {
 		IdleConnTimeout:        30 * time.Second,
 		MaxResponseHeaderBytes: 64 << 10,
 		ForceAttemptHTTP2:      true,
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: o.Timeout},
 		DisableCompression:     true, // what was compressed to nothing would be unpacked without bound
 	}
 }

@@ -83,7 +83,7 @@ func subscribe(ctx context.Context, hub *catalog.Hub, tasks *task.Server, c *cal
 				return c.Sink.Notify(listening, call.Notification{Method: call.TaskChanged, TaskID: t.ID, Task: t})
 			})
 		})
-		err := hub.Listen(listening, c.Filter, func(n call.Notification) error {
+		err := hub.Listen(listening, c.Principal, c.Filter, func(n call.Notification) error {
 			err := c.Sink.Notify(listening, n)
 			if n.Method == call.Acknowledged && err == nil {
 				close(begun)
@@ -97,7 +97,7 @@ func subscribe(ctx context.Context, hub *catalog.Hub, tasks *task.Server, c *cal
 		}
 		return &call.Result{}, nil
 	}
-	err := hub.Listen(ctx, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) }, first)
+	err := hub.Listen(ctx, c.Principal, c.Filter, func(n call.Notification) error { return c.Sink.Notify(ctx, n) }, first)
 	if err != nil {
 		return nil, err
 	}

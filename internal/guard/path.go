@@ -24,6 +24,7 @@ type Set struct {
 	Effect       call.Guard
 	Cache        call.Guard
 	Bound        call.Guard
+	Resilience   call.Guard
 }
 
 // A Step is one named step of the path. Its name is the span, the metric label and the entry in
@@ -58,6 +59,7 @@ func Path(g Set) []Step {
 		{"effect", g.Effect, required},             // idempotency, intent and outcome: the durable line
 		{"cache", g.Cache, optional},               // what only reads may be answered from before
 		{"bound", g.Bound, required},               // size and shape of the result
+		{"resilience", g.Resilience, required},     // the backend's share, its breaker, retries where they do no harm
 	}
 }
 

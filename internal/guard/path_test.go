@@ -14,7 +14,7 @@ import (
 
 // The order of the path, and which steps may be absent. Changing it is changing what happens to
 // every call.
-const golden = "observe authenticate admit resolve validate authorize approve? task effect cache? bound"
+const golden = "observe authenticate admit resolve validate authorize approve? task effect cache? bound resilience"
 
 func TestOrder(t *testing.T) {
 	var names []string
@@ -43,7 +43,7 @@ func tracing(ran *[]string, refuse string) Set {
 			}
 		}
 	}
-	return Set{Observe: step("observe"), Authenticate: step("authenticate"), Admit: step("admit"), Resolve: step("resolve"), Validate: step("validate"), Authorize: step("authorize"), Approve: step("approve"), Task: step("task"), Effect: step("effect"), Cache: step("cache"), Bound: step("bound")}
+	return Set{Observe: step("observe"), Authenticate: step("authenticate"), Admit: step("admit"), Resolve: step("resolve"), Validate: step("validate"), Authorize: step("authorize"), Approve: step("approve"), Task: step("task"), Effect: step("effect"), Cache: step("cache"), Bound: step("bound"), Resilience: step("resilience")}
 }
 
 func TestEveryStepRefuses(t *testing.T) {

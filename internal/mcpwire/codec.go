@@ -240,7 +240,8 @@ func (c *Codec) restore(m *Message, cl *call.Call, a *asker, known *call.Call) e
 		}
 	}
 	maps.Copy(a.answers, st.Answers)
-	m.round, known.Resume = st.Round, st.State
+	m.round, m.first = st.Round, st.First
+	known.Resume, known.Asked = st.State, st.First
 	return nil
 }
 
@@ -328,7 +329,7 @@ func (c *Codec) askFrame(m *Message, cl *call.Call, ask *call.InputRequired) (Fr
 	if m.round >= MaxRounds {
 		return Frame{}, call.Errorf(call.Exhausted, "the call asked %d times without coming to an end", MaxRounds)
 	}
-	st := &state{Expires: c.sealer.now().Add(StateTTL).Unix(), Round: m.round + 1, State: ask.State}
+	st := &state{Expires: c.sealer.now().Add(StateTTL).Unix(), Round: m.round + 1, State: ask.State, First: m.first}
 	if ask.State == "" {
 		st.Answers = a.answers // the handler runs again from its start
 	}

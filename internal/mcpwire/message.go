@@ -26,7 +26,8 @@ type Message struct {
 	Result  jsontext.Value `json:"result"`  // only of a response, which is refused
 	Error   jsontext.Value `json:"error"`
 
-	round int // of a call that asked before
+	round int    // of a call that asked before
+	first string // name of its first state
 }
 
 // Params is what the methods of the revision take, in one type, so that a message is decoded

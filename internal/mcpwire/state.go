@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -36,6 +37,8 @@ type state struct {
 	Pending []string                  `json:"pending"`
 	Answers map[string]jsontext.Value `json:"answers"`
 	State   string                    `json:"state"` // of a handler that goes on from where it was
+	// First names the first state of this call, the same in all later ones; "" in the first one itself.
+	First string `json:"first,omitzero"`
 }
 
 // sealer seals and opens requestState.
@@ -120,6 +123,10 @@ func (s *sealer) open(c *call.Call, sealed string) (*state, error) {
 	}
 	if s.now().Unix() > st.Expires {
 		return nil, errState
+	}
+	if st.First == "" {
+		h := sha256.Sum256(b) // of the bytes: their text has more than one form
+		st.First = hex.EncodeToString(h[:])
 	}
 	return &st, nil
 }

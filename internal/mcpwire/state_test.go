@@ -80,3 +80,50 @@ func TestStateOpensForItsCallOnly(t *testing.T) {
 		t.Error("opens with another key")
 	}
 }
+
+// Every state of a call has the name of its first one, whichever way its text is written.
+func TestStateNamesItsFirst(t *testing.T) {
+	s, err := newSealer(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &call.Call{Kind: call.Tool, Name: "pay"}
+	sealed := func(st state) string {
+		t.Helper()
+		st.Expires = time.Now().Add(time.Minute).Unix()
+		text, err := s.seal(c, &st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	first := func(text string) string {
+		t.Helper()
+		st, err := s.open(c, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.First
+	}
+	text := sealed(state{})
+	name := first(text)
+	if name == "" || name != first(text) || name == first(sealed(state{})) {
+		t.Errorf("the first state is called %q", name)
+	}
+	if got := first(sealed(state{First: name})); got != name {
+		t.Errorf("the second state is of %q, not of %q", got, name)
+	}
+	forms := 1
+	for _, last := range "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" {
+		if other := text[:len(text)-1] + string(last); other != text {
+			if st, err := s.open(c, other); err == nil {
+				if forms++; st.First != name {
+					t.Error("the same state has two names")
+				}
+			}
+		}
+	}
+	if len(text)%4 != 0 && forms == 1 {
+		t.Error("there is no other form of the text: the test shows nothing")
+	}
+}

@@ -11,6 +11,7 @@ package policy
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -104,6 +105,7 @@ type Policy struct {
 	rules       []*rule
 	also        []Decider
 	version     string
+	sees        sight // of callers, in lists
 }
 
 // Decide returns what the policy says. When arguments are not known yet, deciders beside the rules
@@ -210,11 +212,50 @@ func (p *Policy) Visible(ctx context.Context, principal *call.Principal, c *call
 	return d.Verdict != Deny
 }
 
-// ReadsOnlyIdentity reports whether what a caller sees depends on who it is alone: then it can be
-// remembered for all with the same tenant, scopes and roles.
-func (p *Policy) ReadsOnlyIdentity() bool {
-	return len(p.also) == 0 && !slices.ContainsFunc(p.rules, func(r *rule) bool { return r.condition != nil })
+// ViewKey returns a word that is the same for callers who are shown the same, made of what the rules
+// read of them and nothing else; "" if what a caller is shown depends on more: the time, or deciders
+// beside the rules.
+func (p *Policy) ViewKey(who *call.Principal) string {
+	if len(p.also) > 0 || p.sees&seesTime != 0 {
+		return ""
+	}
+	if who == nil {
+		return "-"
+	}
+	b := append(make([]byte, 0, 64), '+')
+	add := func(read sight, texts ...string) {
+		if p.sees&read == 0 {
+			return
+		}
+		b = binary.AppendUvarint(append(b, byte(read)), uint64(len(texts)))
+		for _, t := range texts {
+			b = append(binary.AppendUvarint(b, uint64(len(t))), t...) // no text can be mistaken for parts of others
+		}
+	}
+	add(seesID, who.ID)
+	add(seesTenant, who.Tenant)
+	add(seesClient, who.Client)
+	add(seesScopes, who.Scopes...)
+	add(seesRoles, who.Roles...)
+	return string(b)
 }
+
+// sight is what rules look at of a caller, and the time.
+type sight uint8
+
+const (
+	seesID sight = 1 << iota
+	seesTenant
+	seesClient
+	seesScopes
+	seesRoles
+	seesTime
+)
+
+const seesAll = seesID | seesTenant | seesClient | seesScopes | seesRoles
+
+// fields are the names under which conditions look at it.
+var fields = map[string]sight{"id": seesID, "tenant": seesTenant, "client": seesClient, "scopes": seesScopes, "roles": seesRoles}
 
 // A Look is how one rule met an input.
 type Look struct {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"cel.dev/cel-go/cel"
+	"cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/cost"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/ext"
@@ -69,6 +70,7 @@ type rule struct {
 	patterns     []pattern       // of Tools
 	condition    cel.Program     // nil: always
 	reads        map[string]bool // variables that the condition looks at
+	sees         sight
 }
 
 // pattern is a name in which * stands for any text, slashes too.
@@ -157,7 +159,7 @@ func Compile(s Set) (*Policy, []error) {
 	if err != nil {
 		return nil, []error{err}
 	}
-	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also, version: versionOf(&s)}
+	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also, version: versionOf(&s), sees: seesScopes}
 	var problems []error
 	names := map[string]bool{ByScopes: true, ByReadOnly: true, ByDefault: true}
 	for i, given := range s.Rules {
@@ -171,6 +173,7 @@ func Compile(s Set) (*Policy, []error) {
 		}
 		names[given.Name] = true
 		p.rules = append(p.rules, r)
+		p.sees |= r.sees
 	}
 	slices.SortStableFunc(p.rules, func(a, b *rule) int { return cmp.Compare(a.verdict, b.verdict) })
 	return p, problems
@@ -217,10 +220,16 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 			return nil, fmt.Errorf("effects are read, write and destructive, not %q", e)
 		}
 	}
+	if len(given.Tenants) > 0 {
+		r.sees |= seesTenant
+	}
+	if len(given.Roles) > 0 {
+		r.sees |= seesRoles
+	}
 	if given.When == "" {
 		return r, nil
 	}
-	ast, issues := env.Compile(given.When)
+	checked, issues := env.Compile(given.When)
 	if issues.Err() != nil {
 		var all []string
 		for _, e := range issues.Errors() {
@@ -228,21 +237,51 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 		}
 		return nil, errors.New(strings.Join(all, "; "))
 	}
-	if !ast.OutputType().IsExactType(cel.BoolType) {
-		return nil, fmt.Errorf("when must be true or false, not of type %v", ast.OutputType())
+	if !checked.OutputType().IsExactType(cel.BoolType) {
+		return nil, fmt.Errorf("when must be true or false, not of type %v", checked.OutputType())
 	}
 	r.reads = map[string]bool{}
-	for _, ref := range ast.NativeRep().ReferenceMap() {
+	for _, ref := range checked.NativeRep().ReferenceMap() {
 		if len(ref.OverloadIDs) == 0 { // not a function
 			r.reads[ref.Name] = true
 		}
 	}
+	r.sees |= sightOf(checked)
 	options := []cel.ProgramOption{cel.EvalOptions(cel.OptPartialEval, cel.OptOptimize), cel.InterruptCheckFrequency(100)}
-	if most, err := env.EstimateCost(ast, unknownSizes{}); err != nil || most.Max > maxCost {
+	if most, err := env.EstimateCost(checked, unknownSizes{}); err != nil || most.Max > maxCost {
 		options = append(options, cel.CostLimit(maxCost)) // counting has its own cost
 	}
-	r.condition, err = env.Program(ast, options...)
+	r.condition, err = env.Program(checked, options...)
 	return r, err
+}
+
+// sightOf returns what a condition looks at of a caller: the fields that it selects, or all of them
+// where it does anything else with the caller.
+func sightOf(a *cel.Ast) sight {
+	var s sight
+	whole, selected := 0, 0
+	root := ast.NavigateAST(a.NativeRep())
+	for _, e := range ast.MatchDescendants(root, ast.AllMatcher()) {
+		switch e.Kind() {
+		case ast.IdentKind:
+			switch e.AsIdent() {
+			case "principal":
+				whole++
+			case "now":
+				s |= seesTime
+			}
+		case ast.SelectKind:
+			of := e.AsSelect()
+			if of.Operand().Kind() == ast.IdentKind && of.Operand().AsIdent() == "principal" && fields[of.FieldName()] != 0 {
+				s |= fields[of.FieldName()]
+				selected++
+			}
+		}
+	}
+	if whole != selected {
+		s |= seesAll
+	}
+	return s
 }
 
 // termsOf are the terms of a rule, with what it leaves out.

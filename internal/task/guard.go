@@ -55,9 +55,10 @@ func (o *Options) check() error {
 
 const (
 	minTTL     = time.Minute
-	maxRequest = 1 << 20 // bytes of a request as stored
-	maxAnswer  = 1 << 20 // and of an answer: bound has made it smaller, if it could
-	maxMessage = 1000    // bytes of a status message
+	answered   = 20 * time.Minute // a task that was made with answers is there at least as long as those are taken
+	maxRequest = 1 << 20          // bytes of a request as stored
+	maxAnswer  = 1 << 20          // and of an answer: bound has made it smaller, if it could
+	maxMessage = 1000             // bytes of a status message
 )
 
 // Tasks makes, runs and tells of tasks. It is safe for concurrent use.
@@ -361,6 +362,9 @@ func (t *Tasks) record(c *call.Call, server string, owner []byte, answers map[st
 	if c.AsTask.TTL > 0 {
 		ttl = min(max(c.AsTask.TTL, minTTL), t.o.Load().MaxTTL)
 	}
+	if c.Asked != "" {
+		ttl = max(ttl, answered)
+	}
 	id := fmt.Sprintf("%012x", time.Now().UnixMilli()) + rand.Text()
 	args := c.Args
 	if len(args) == 0 {
@@ -390,8 +394,11 @@ func (t *Tasks) record(c *call.Call, server string, owner []byte, answers map[st
 		Server: server, Tool: c.Target.Name,
 	}, Keep: ttl}
 	w.Tenant, w.Principal = whoIs(c.Principal)
-	if c.Key != "" {
+	switch {
+	case c.Key != "":
 		w.Scope = hash("newel task scope 1", string(owner), c.Target.Name, c.Key)
+	case c.Asked != "": // the same answers sent again are the same task
+		w.Scope = hash("newel task of answers 1", string(owner), c.Target.Name, c.Asked)
 	}
 	w.Created = time.Now().UnixMicro()
 	w.Updated = w.Created

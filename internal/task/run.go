@@ -16,6 +16,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/answer"
 	"newel.dev/newel/internal/audit"
+	"newel.dev/newel/internal/faultpoint"
 )
 
 const (
@@ -307,6 +308,7 @@ func (t *Tasks) work(ctx context.Context, r *run, path call.Handler) {
 			err = call.Errorf(call.Internal, "internal error").Because(errors.New("what is followed leads elsewhere again"))
 		}
 	}
+	faultpoint.Reached(faultpoint.TaskDone)
 	if why := context.Cause(ctx); errors.Is(why, errCancelled) || errors.Is(why, errTaken) {
 		return // it is somebody else's now
 	}
@@ -348,7 +350,7 @@ func (t *Tasks) outcome(ctx context.Context, r *run, res *call.Result, err error
 		r.notes.asks(ask)
 	case errors.Is(context.Cause(ctx), errStopping) && err != nil:
 		w.State = Queued // whoever goes on finds out what was done
-	case err != nil && ask == nil && (e.Code == call.Unavailable || e.Code == call.Exhausted) && r.notes.Attempts+1 < maxAttempts:
+	case err != nil && ask == nil && again(e) && r.notes.Attempts+1 < maxAttempts:
 		r.notes.Attempts++ // nothing was done: once more, later
 		w.State, w.Lease = Queued, max(e.RetryAfter, time.Second<<r.notes.Attempts)
 		r.notes.Message = "It is tried again: " + clip(e.Message)
@@ -378,6 +380,13 @@ func (t *Tasks) outcome(ctx context.Context, r *run, res *call.Result, err error
 		}
 	}
 	return w, nil
+}
+
+// again reports whether another run may fare better: this one did nothing, somebody else is at the same
+// call, by its key, or it is not known what it did and the tool has a recovery that finds out. Nobody but
+// a worker can try: whoever sends the key again gets the same task.
+func again(e *call.Error) bool {
+	return e.Code == call.Unavailable || e.Code == call.Exhausted || e.Retryable && (e.Code == call.Conflict || e.Code == call.OutcomeUnknown)
 }
 
 // expire ends a task whose time is over.

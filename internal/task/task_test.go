@@ -129,14 +129,32 @@ func TestTenThousand(t *testing.T) {
 	}
 }
 
-// TestAgain is a tool that says that nothing was done, and then does it; and one that never does.
-func TestAgain(t *testing.T) { synctest.Test(t, again) }
+// TestAgain is a run that did nothing, and then does it: its tool says so, or somebody else is at the same
+// call. A conflict that stays is an end.
+func TestAgain(t *testing.T) {
+	running := call.Errorf(call.Conflict, "it is running")
+	running.Retryable = true
+	lost := call.Errorf(call.OutcomeUnknown, "it can be found out")
+	lost.Retryable = true
+	for _, first := range []error{call.Errorf(call.Unavailable, "not now"), running, lost} {
+		synctest.Test(t, func(t *testing.T) { again(t, first) })
+	}
+	synctest.Test(t, func(t *testing.T) {
+		n := nodes(t)(task.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
+			return nil, call.Errorf(call.Conflict, "it was done before")
+		})
+		if v := n.until(t, n.begin(t, &call.Call{}).ID, call.TaskFailed); call.AsError(v.Err).Code != call.Conflict {
+			t.Errorf("it ended as %+v", v)
+		}
+		n.stop()
+	})
+}
 
-func again(t *testing.T) {
+func again(t *testing.T, first error) {
 	var tries atomic.Int64
 	n := nodes(t)(task.Options{}, func(context.Context, *call.Call) (*call.Result, error) {
 		if tries.Add(1) == 1 {
-			return nil, call.Errorf(call.Unavailable, "not now")
+			return nil, first
 		}
 		return call.Text("ok"), nil
 	})
@@ -310,4 +328,23 @@ type says string
 // Ask implements call.Asker.
 func (s says) Ask(_ context.Context, q ...call.Question) (map[string]jsontext.Value, error) {
 	return map[string]jsontext.Value{q[0].Key: jsontext.Value(s)}, nil
+}
+
+// TestAnswersMakeOneTask is that answers to what was asked before there was a task make one, however often
+// they are sent: the second time its handle comes again.
+func TestAnswersMakeOneTask(t *testing.T) {
+	n := nodes(t)(task.Options{}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+	one := n.begin(t, &call.Call{Asked: "a", AsTask: call.TaskWish{TTL: time.Minute}})
+	n.until(t, one.ID, call.TaskCompleted)
+	c := &call.Call{Kind: call.Tool, Name: "job", Target: tool, Asked: "a", AsTask: call.TaskWish{Accepts: true}}
+	r, err := n.make(t.Context(), c)
+	if err != nil || r.Task.ID != one.ID || !c.Event.Replayed {
+		t.Errorf("the same answers: %+v, %v", r, err)
+	}
+	if one.TTL < 15*time.Minute {
+		t.Errorf("the task is forgotten after %v, and the answers are taken for longer", one.TTL)
+	}
+	if other := n.begin(t, &call.Call{Asked: "b"}); other.ID == one.ID {
+		t.Error("other answers get the same task")
+	}
 }

@@ -52,6 +52,8 @@ type Event struct {
 	Replayed bool   `json:"replayed,omitempty"`
 	Cycle    bool   `json:"cycle,omitempty"` // a fault that counts as one
 	Detail   string `json:"detail,omitempty"`
+	Subject  string `json:"subject,omitempty"` // id of a task or an approval
+	Status   string `json:"status,omitempty"`  // of it
 }
 
 // An Intent is what the audit log says of one operation's step.
@@ -60,6 +62,8 @@ type Intent struct {
 	Act   string // intent or outcome
 	Op    string // as in the arguments
 	State string // outcome
+
+	Operation, Approval string
 }
 
 // Evidence is all that is known of one lane when everything is over.
@@ -67,6 +71,7 @@ type Evidence struct {
 	Ledger      []Row
 	Events      []Event
 	Audit       []Intent
+	Steps       []Step      // of tasks and approvals, in the audit log
 	Log         []byte      // copy of the audit log, in JSON lines
 	Checkpoints []tlog.Tree // published while it ran, and the last head
 }
@@ -99,6 +104,9 @@ func recovers(tool string) bool { return tool == "resend" || tool == "lookup" }
 // mayBeUnknown reports whether a call may end as outcome_unknown after a fault at this point.
 // Reserve and dispatch are one transaction, so after its commit it may.
 func mayBeUnknown(point string) bool {
+	if point = asACall(point); ofTaskOrApproval(point) {
+		return false
+	}
 	switch point {
 	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E14 names", "E16", "MRTR":
 		return false
@@ -170,6 +178,8 @@ func check(e *Evidence) *Verdict {
 	for _, h := range order {
 		v.Calls++
 		v.call(h, outages)
+		v.ofTask(h, e.Steps)
+		v.ofApproval(h, e.Steps)
 	}
 	v.log(e)
 	return v

@@ -149,7 +149,7 @@ func childMisbehaves(l *lane) error {
 	if err != nil {
 		return err
 	}
-	if err := l.configure(n, fmt.Sprintf(`backends:
+	if err := l.rewrite(n, fmt.Sprintf(`backends:
 %s  - type: mcp
     name: child
     command: %q

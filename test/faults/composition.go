@@ -92,12 +92,12 @@ func (s *scene) disturbances() []disturbance {
 				if turn%3 == 0 {
 					text += "polcy: {}\n"
 				}
-				if s.configure(victim, text) == nil {
+				if s.rewrite(victim, text) == nil {
 					_, _ = victim.reload(time.Second) // it may be gone, or stopped
 				}
 			})
 			return nil
-		}, end: func() error { return s.configure(victim, s.sections("0")) }},
+		}, end: func() error { return s.rewrite(victim, s.sections("0")) }},
 		{name: "callers go away", begin: func() error {
 			r := rand.New(rand.NewPCG(s.r.Uint64(), 10))
 			s.every(15*time.Millisecond, func() {
@@ -149,7 +149,7 @@ backends:
 	}
 	for _, n := range l.nodes {
 		n.env = append(n.env, "NEWEL_FAULTS_REDIS="+s.redis.URL)
-		if err := errors.Join(l.configure(n, s.sections("0")), l.restart(n, false)); err != nil {
+		if err := errors.Join(l.rewrite(n, s.sections("0")), l.restart(n, false)); err != nil {
 			return err
 		}
 	}

@@ -107,8 +107,8 @@ func (l *lane) upkeep(count int) error {
 		switch {
 		case i == 0:
 			p = "K14 schema" // it is made once
-		case i%2 == 1 && l.engine == "sqlite":
-			p = "K14 prune" // PostgreSQL's nodes do it every ten minutes
+		case i%2 == 1:
+			p = "K14 prune" // a node does it first of all
 		}
 		if i > 0 {
 			if err := l.restart(n, false); err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -374,8 +375,8 @@ func holderSleeps(l *lane) error {
 			return err
 		}
 	}
-	for round := range 2 {
-		point := []string{"K8", "K4"}[round]
+	for round := range 3 {
+		point := []string{"K8", "K4", "K4"}[round]
 		if err := a.arm(point + " stop"); err != nil {
 			return err
 		}
@@ -384,12 +385,18 @@ func holderSleeps(l *lane) error {
 			back chan Event
 		}
 		var held []attempt
-		for i := range 6 {
-			tools := []string{"plain", "resend", "lookup"}
-			if point == "K4" {
-				tools = tools[:2] // see docs/reliability.md: nobody can stop what is about to be sent
+		tools := []string{"plain", "resend", "lookup", "plain", "resend", "lookup"}
+		switch round {
+		case 1:
+			tools = slices.DeleteFunc(tools, func(tool string) bool { return tool == "lookup" }) // see docs/reliability.md: nobody can stop what is being sent
+		case 2:
+			tools = []string{"lookup"} // which is stopped just before
+		}
+		for _, tool := range tools {
+			o := l.operation(tool)
+			if point == "K8" {
+				o.Args.Delay = 500 // all are sent before the first one is answered
 			}
-			o := l.operation(tools[i%len(tools)])
 			at := attempt{o, make(chan Event, 1)}
 			held = append(held, at)
 			first := *o

@@ -226,7 +226,7 @@ func providerGoes(l *lane) error {
 	if err != nil {
 		return err
 	}
-	if err := l.configure(n, a.auth()+"backends:\n"+backend("ledger", l.ledgers, "")); err != nil {
+	if err := l.rewrite(n, a.auth()+"backends:\n"+backend("ledger", l.ledgers, "")); err != nil {
 		return err
 	}
 	k, err := newKey("k1")
@@ -378,7 +378,7 @@ func keysTurn(l *lane) error {
 	if err != nil {
 		return err
 	}
-	if err := l.configure(n, a.auth()+"backends:\n"+backend("ledger", l.ledgers, "")); err != nil {
+	if err := l.rewrite(n, a.auth()+"backends:\n"+backend("ledger", l.ledgers, "")); err != nil {
 		return err
 	}
 	var keys []jose.JSONWebKey

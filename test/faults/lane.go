@@ -49,6 +49,7 @@ type lane struct {
 	stuck    bool // a call did not come to an end: what follows says nothing more
 	pending  []*operation
 	finished []*operation
+	later    []*errand   // that were broken
 	seen     []tlog.Tree // checkpoints
 }
 
@@ -349,7 +350,7 @@ func (l *lane) readLog(ctx context.Context, e *Evidence) (err error) {
 			if e.Log, err = audit.AppendLine(e.Log, &audit.Line{Index: r.Index, Record: r.Record}); err != nil {
 				return err
 			}
-			i, name, err := intentOf(key, &r)
+			i, name, err := intentOf(key, &r, e)
 			if err != nil {
 				return err
 			}
@@ -366,16 +367,23 @@ func (l *lane) readLog(ctx context.Context, e *Evidence) (err error) {
 	return nil
 }
 
-func intentOf(key secret.Key, r *audit.Row) (i Intent, operation string, err error) {
+// intentOf is what a record says of an operation. Steps of tasks and approvals go to the evidence.
+func intentOf(key secret.Key, r *audit.Row, e *Evidence) (i Intent, operation string, err error) {
 	rec, err := audit.Decode(r.Record)
-	if err != nil || rec.Act != audit.Intent && rec.Act != audit.Outcome {
+	if err != nil {
 		return i, "", err
 	}
 	at, err := time.Parse(time.RFC3339Nano, rec.Time)
 	if err != nil {
 		return i, "", err
 	}
-	i = Intent{Time: at.UnixNano(), Act: rec.Act, State: rec.Outcome}
+	if s, ok := stepOf(rec, at.UnixNano()); ok {
+		e.Steps = append(e.Steps, s)
+	}
+	if rec.Act != audit.Intent && rec.Act != audit.Outcome {
+		return i, "", nil
+	}
+	i = Intent{Time: at.UnixNano(), Act: rec.Act, State: rec.Outcome, Operation: rec.Operation, Approval: rec.Approval}
 	if rec.Act == audit.Intent {
 		values, err := effect.OpenValues(key, rec.Operation, r.Private)
 		if err != nil {

@@ -311,7 +311,7 @@ func run(ctx context.Context, o *options) (_ *result, err error) {
 			share += o.cycles % len(o.engines)
 		}
 		crashes, others := tasks(o, engine, share)
-		for _, lanes := range [][]task{crashes, others} {
+		for _, lanes := range [][]task{crashes, others, o.chosen(variants(), engine)} {
 			all.Go(func() {
 				h := &host{ctx: ctx}
 				defer h.end()
@@ -394,14 +394,19 @@ func tasks(o *options, engine string, cycles int) (crashes, others []task) {
 			{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }},
 		}
 	}
-	for _, s := range scenarios() {
+	return crashes, o.chosen(scenarios(), engine)
+}
+
+// chosen are those of the scenarios that are wanted on an engine.
+func (o *options) chosen(all []task, engine string) (out []task) {
+	for _, s := range all {
 		if o.only != "all" && !slices.Contains(strings.Split(o.only, ","), s.name) || s.engine != "" && s.engine != engine {
 			continue
 		}
 		s.engine = engine
-		others = append(others, s)
+		out = append(out, s)
 	}
-	return crashes, others
+	return out
 }
 
 func (r *result) add(engine string, v *Verdict) {
@@ -430,7 +435,7 @@ func (r *result) add(engine string, v *Verdict) {
 
 // print prints the table, what was found, and the last line.
 func (r *result) print(out io.Writer) {
-	fmt.Fprintf(out, "%-12s %-9s %7s %9s %9s %8s %11s\n", "point", "engine", "cycles", "ledger 0", "ledger 1", "unknown", "violations")
+	fmt.Fprintf(out, "%-24s %-9s %7s %9s %9s %8s %11s\n", "point", "engine", "cycles", "ledger 0", "ledger 1", "unknown", "violations")
 	var names []string
 	for _, lines := range r.lines {
 		for p := range lines {
@@ -443,7 +448,7 @@ func (r *result) print(out io.Writer) {
 	for _, p := range names {
 		for _, engine := range []string{"sqlite", "postgres"} {
 			if l := r.lines[engine][p]; l != nil {
-				fmt.Fprintf(out, "%-12s %-9s %7d %9d %9d %8d %11d\n", p, engine, l.Cycles, l.Zero, l.One, l.Unknown, l.Violations)
+				fmt.Fprintf(out, "%-24s %-9s %7d %9d %9d %8d %11d\n", p, engine, l.Cycles, l.Zero, l.One, l.Unknown, l.Violations)
 			}
 		}
 	}

@@ -28,6 +28,7 @@ type edit struct{ file, old, new string }
 func mutants() []mutant {
 	const upstream, keys = "internal/backend/mcpupstream/", "internal/identity/verify/"
 	const effect, store, lite, pg = "internal/guard/effect/", "internal/durable/durable.go", "internal/store/sqlite/", "internal/store/postgres/"
+	const tasks = "internal/task/"
 	return []mutant{
 		{"nothing is synced (SQLite)", "sqlite", 60, "none", []edit{
 			{lite + "sqlite.go", `"synchronous(FULL)"`, `"synchronous(OFF)"`},
@@ -78,7 +79,7 @@ func mutants() []mutant {
 			{pg + "postgres.go", "WHERE seen > clock_timestamp()\"", "WHERE false\""},
 		}},
 		{"the breaker never opens", "sqlite", 0, "E3", []edit{
-			{upstream + "upstream.go", "	breakerFailures = 5\n", "	breakerFailures = 1 << 30\n"},
+			{"internal/guard/resilience/breaker.go", "WithFailureThreshold(uint(failures)).", "WithFailureThreshold(uint(failures) + 1<<30)."},
 		}},
 		{"addresses are not checked when they are dialled", "sqlite", 0, "E14", []edit{
 			{"internal/egress/egress.go", "Control: Control(o), Resolver", "Resolver"},
@@ -106,6 +107,61 @@ func mutants() []mutant {
 		}},
 		{"an old head is vouched for", "sqlite", 0, "E16", []edit{
 			{"internal/audit/publish.go", "		return fmt.Errorf(\"audit: the published head cannot be read: %w\", err)\n	}\n	if err == nil {", "		return nil\n	}\n	if err == nil {"},
+		}},
+		{"a handle is told before its task is durable", "sqlite", 0, "tasks", []edit{
+			{tasks + "guard.go", "	r, made, err := t.store.PutTask(ctx, w)\n", "	r, made := w.Record, true\n	go func() { time.Sleep(20 * time.Millisecond); _, _, _ = t.store.PutTask(context.WithoutCancel(ctx), w) }()\n"},
+		}},
+		{"the call of a task has no key of its own", "sqlite", 0, "tasks", []edit{
+			{effect + "effect.go", `	case c.TaskID != "":`, `	case c.TaskID == "x":`},
+		}},
+		{"a task that is run again is another call", "sqlite", 0, "tasks", []edit{
+			{tasks + "run.go", "Key: req.Key, Client:", "Key: r.rec.Holder, Client:"},
+		}},
+		{"cancelling is told before it is durable", "sqlite", 0, "tasks", []edit{
+			{tasks + "serve.go", "			done, err := s.change(ctx, w, &notes{Message: \"The task was cancelled.\"})\n			if err != nil {\n				return nil, err\n			}\n			if !done {\n				continue\n			}\n",
+				"			go func() { time.Sleep(20 * time.Millisecond); _, _ = s.change(context.WithoutCancel(ctx), w, &notes{}) }()\n"},
+		}},
+		{"a cancelled task stays in the queue", "sqlite", 0, "tasks", []edit{
+			{tasks + "task.go", "return s >= Completed", "return s == Completed || s == Failed"},
+			{lite + "task.go", "WHERE state < 4 AND (state <> 3", "WHERE (state < 4 OR state = 6) AND (state <> 3"},
+		}},
+		{"a task may be changed by who had it before", "postgres", 0, "takeover", []edit{
+			{tasks + "task.go", "old.Version != w.Version || old.ID != w.ID || old.State.Ended()", "old.ID != w.ID"},
+			{tasks + "run.go", "		lost := versions[id] > r.rec.Version // our own writes hold the lock\n", "		lost := versions[id] < r.rec.Version\n"},
+		}},
+		{"nobody goes on with the tasks of a node that died", "postgres", 0, "takeover", []edit{
+			{pg + "task.go", "	free := fmt.Sprintf(\"(t.until <= \"+clock+\" OR t.state = %d AND", "	free := fmt.Sprintf(\"(t.until <= \"+clock+\" OR t.state = -%d AND"},
+		}},
+		{"who slept sends all the same", "postgres", 0, "two", []edit{
+			{effect + "keyed.go", "	if time.Since(o.claimed) > asleep {\n", "	if false {\n"},
+		}},
+		{"answers without a key are taken again", "sqlite", 0, "answers", []edit{
+			{effect + "effect.go", "	case op.State != Waiting || op.Scope != nil || !bytes.Equal(op.Round, o.res.Resume) || !bytes", "	case !bytes"},
+			{effect + "effect.go", "	o.res.ID, o.res.Expect = op.ID, op.Fence\n", "	o.asked, o.res.Resume = \"\", nil\n"},
+		}},
+		{"an approval is not used up", "sqlite", 0, "approvals", []edit{
+			{store, "		spent.Index = b.Edge.Size\n		b.keep(spent)\n", "		_ = spent\n"},
+		}},
+		{"an approval is used up with the outcome", "sqlite", 0, "approvals", []edit{
+			{store, "		spent.Index = b.Edge.Size\n		b.keep(spent)\n", "		_ = spent\n"},
+			{store, "		if a, changed := b.approvals[u.Complete.Approval].Release(", "		if a := b.approvals[u.Complete.Approval]; a != nil {\n			spent := *a\n			spent.State, spent.Operation, spent.Ended = approve.Used, next.ID, b.Now\n			b.keep(spent)\n		}\n		if a, changed := b.approvals[u.Complete.Approval].Release("},
+		}},
+		{"a decision is told before it is durable", "sqlite", 0, "approvals", []edit{
+			{"internal/guard/approve/approve.go", "	a, err = p.store.Decide(ctx, &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e})\n",
+				"	d := &Decision{ID: id, Vote: v, Now: time.Now(), Entry: e}\n	next, _, err := d.Apply(0, &a)\n	if err == nil {\n		go func() { time.Sleep(20 * time.Millisecond); _, _ = p.store.Decide(context.WithoutCancel(ctx), d) }()\n	}\n	a = next\n"},
+		}},
+		{"what is decided can be decided again", "sqlite", 0, "approvals", []edit{
+			{"internal/guard/approve/store.go", "	if a.State != Pending || a.Over(now, d.Now) {\n", "	if a.Over(now, d.Now) {\n"},
+			{"internal/guard/approve/store.go", "	if slices.ContainsFunc(a.Votes, func(o Vote) bool { return same(", "	if false && slices.ContainsFunc(a.Votes, func(o Vote) bool { return same("},
+		}},
+		{"a call runs while a person is waited for", "sqlite", 0, "approvals", []edit{
+			{"internal/guard/approve/store.go", "	case a.State == Approved && !a.Over(now, wall):\n", "	case !a.Over(now, wall):\n"},
+			{"internal/guard/approve/approve.go", "		case a.State == Approved, a.State == Used,", "		case a.State == Pending, a.State == Approved, a.State == Used,"},
+			{"internal/guard/approve/approve.go", "	if a.State != Pending {\n		w.c.Approval.ID", "	if true {\n		w.c.Approval.ID"},
+		}},
+		{"an approval does not run out", "sqlite", 0, "expiry", []edit{
+			{"internal/guard/approve/store.go", "	case a.State == Approved && !a.Over(now, wall):\n", "	case a.State == Approved:\n"},
+			{"internal/guard/approve/approve.go", "		if a.Stands() && a.Over(0, time.Now()) {\n", "		if false {\n"},
 		}},
 	}
 }

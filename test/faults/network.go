@@ -307,7 +307,7 @@ func networkBreaks(l *lane) error {
 	good := []netip.Addr{netip.MustParseAddr(allowedHost)}
 	dns.say(dnsmessage.RCodeSuccess, good)
 	n.env = append(n.env, "NEWEL_FAULTS_DNS="+dns.conn.LocalAddr().String())
-	if err := l.configure(n, "backends:\n"+backend("ledger", "ledger.test:"+port, ", private_ranges: ["+allowedHost+"/32], call_timeout: 700ms, connect_timeout: 2s")); err != nil {
+	if err := l.rewrite(n, "backends:\n"+backend("ledger", "ledger.test:"+port, ", private_ranges: ["+allowedHost+"/32], call_timeout: 700ms, connect_timeout: 2s")); err != nil {
 		return err
 	}
 	if err := l.restart(n, false); err != nil {

@@ -34,7 +34,7 @@ func quotaStoreGoes(l *lane) error {
 	}
 	for _, n := range []*node{a, b} {
 		n.env = append(n.env, "NEWEL_FAULTS_REDIS="+server.URL)
-		if err := l.configure(n, fmt.Sprintf(`redis: {url: "${env:NEWEL_FAULTS_REDIS}"}
+		if err := l.rewrite(n, fmt.Sprintf(`redis: {url: "${env:NEWEL_FAULTS_REDIS}"}
 quotas:
   share_without_redis: 0.5
   rules:

@@ -52,7 +52,7 @@ func broken(l *lane) []string {
 func configurationChanges(l *lane) error {
 	n := l.nodes[0]
 	valid := []string{"a", "b"}
-	set := func(text string) error { return l.configure(n, text) }
+	set := func(text string) error { return l.rewrite(n, text) }
 	if err := set(versioned(l, "a", "")); err != nil {
 		return err
 	}

@@ -186,7 +186,7 @@ func programChanges(l *lane) error {
 	now := l.nodes[0].binary
 	for _, n := range l.nodes {
 		n.binary = old
-		if err := l.configure(n, `policy:
+		if err := l.rewrite(n, `policy:
   rules:
     - {name: most, then: allow, tools: [plain, lookup, find]}
     - {name: never, then: deny, tools: [resend]}

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// configure writes another configuration for a node; sections are added to those that all have.
-func (l *lane) configure(n *node, sections string) error {
+// rewrite writes another configuration for a node; sections are added to those that all have.
+func (l *lane) rewrite(n *node, sections string) error {
 	text := fmt.Sprintf(`server: {name: faults}
 listen: %s
 state: %s
@@ -220,7 +220,7 @@ func upstreamHangs(l *lane) error {
 	}
 	bound := fmt.Sprintf(", call_timeout: %s", hangTime)
 	for n, first := range map[*node]string{hung: l.ledgers, calm: third} {
-		if err := l.configure(n, "backends:\n"+backend("ledger", first, bound)+backend("calm", good, ", prefix: calm_")); err != nil {
+		if err := l.rewrite(n, "backends:\n"+backend("ledger", first, bound)+backend("calm", good, ", prefix: calm_")); err != nil {
 			return err
 		}
 		if err := n.up(); err != nil {

@@ -114,7 +114,15 @@ func (b *Backend) tryIndex(ctx context.Context, file string) (err error) {
 // change is what a refresh found.
 type change struct {
 	listed  bool     // documents came, went, or changed their titles
-	updated []string // URIs of documents with other text
+	updated []string // URIs of documents with other text, that came or went
+}
+
+// update notes that a document is another one, under all its URIs.
+func (c *change) update(source, id string, policy sql.NullString) {
+	c.updated = append(c.updated, documentURI(source, id))
+	if policy.Valid {
+		c.updated = append(c.updated, policyPrefix+url.PathEscape(policy.String))
+	}
 }
 
 // known is what the index knows of a file.
@@ -124,6 +132,8 @@ type known struct {
 	size    int64
 	hash    []byte
 	title   string
+	id      string
+	policy  sql.NullString
 }
 
 // found is a file of a folder.
@@ -189,6 +199,7 @@ func (b *Backend) refreshSource(ctx context.Context, s Source, first bool) (chan
 			return c, err
 		}
 		for _, k := range index {
+			c.update(s.Name, k.id, k.policy)
 			if _, err := tx.ExecContext(ctx, "DELETE FROM documents WHERE key = ?", k.key); err != nil {
 				return c, errors.Join(err, tx.Rollback())
 			}
@@ -249,7 +260,7 @@ func (b *Backend) skip(ctx context.Context, s Source, p string, why error) {
 }
 
 func (b *Backend) indexed(ctx context.Context, source string) (map[string]known, error) {
-	rows, err := b.db.QueryContext(ctx, "SELECT path, key, changed, size, hash, title FROM documents WHERE source = ?", source)
+	rows, err := b.db.QueryContext(ctx, "SELECT path, key, changed, size, hash, title, id, policy FROM documents WHERE source = ?", source)
 	if err != nil {
 		return nil, err
 	}
@@ -257,7 +268,7 @@ func (b *Backend) indexed(ctx context.Context, source string) (map[string]known,
 	for rows.Next() {
 		var p string
 		var k known
-		if err := rows.Scan(&p, &k.key, &k.changed, &k.size, &k.hash, &k.title); err != nil {
+		if err := rows.Scan(&p, &k.key, &k.changed, &k.size, &k.hash, &k.title, &k.id, &k.policy); err != nil {
 			return nil, errors.Join(err, rows.Close())
 		}
 		index[p] = k
@@ -292,9 +303,9 @@ func (b *Backend) indexBatch(ctx context.Context, s Source, root *os.Root, files
 		if doc.title == "" {
 			doc.title = strings.TrimSuffix(path.Base(f.path), path.Ext(f.path))
 		}
-		var policy any
+		var policy sql.NullString
 		if s.Policies != "" && path.Dir(f.path) == path.Clean(s.Policies) {
-			policy = strings.TrimSuffix(path.Base(f.path), path.Ext(f.path))
+			policy = sql.NullString{String: strings.TrimSuffix(path.Base(f.path), path.Ext(f.path)), Valid: true}
 		}
 		var before sql.Null[[]byte]
 		var title sql.NullString
@@ -302,10 +313,11 @@ func (b *Backend) indexBatch(ctx context.Context, s Source, root *os.Root, files
 		switch err := tx.QueryRowContext(ctx, "SELECT hash, title FROM documents WHERE source = ? AND id = ?", s.Name, id).Scan(&before, &title); {
 		case errors.Is(err, sql.ErrNoRows):
 			c.listed = true
+			c.update(s.Name, id, policy)
 		case err != nil:
 			return err
 		case string(before.V) != string(hash[:]):
-			c.updated = append(c.updated, documentURI(s.Name, id))
+			c.update(s.Name, id, policy)
 			c.listed = c.listed || title.String != doc.title
 		}
 		if _, err := tx.ExecContext(ctx, `INSERT INTO documents (source, id, path, title, mime, policy, changed, size, hash, text) VALUES (?,?,?,?,?,?,?,?,?,?)

@@ -176,6 +176,7 @@ func (b *Backend) Run(ctx context.Context, changed func(kinds ...call.Kind), upd
 }
 
 const (
+	everything     = "kb://"
 	documentPrefix = "kb://document/"
 	policyPrefix   = "kb://policy/"
 )

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -340,7 +341,8 @@ func TestChanges(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := refresh()
-	if !got.listed || len(got.updated) != 1 || got.updated[0] != "kb://document/docs/a.md" {
+	slices.Sort(got.updated)
+	if want := []string{"kb://document/docs/a.md", "kb://document/docs/b.md", "kb://document/docs/c.md"}; !got.listed || !slices.Equal(got.updated, want) {
 		t.Errorf("got %+v", got)
 	}
 	for query, want := range map[string]string{"omega": "a.md", "beta": "", "gamma": "c.md"} {
@@ -401,6 +403,9 @@ func TestRun(t *testing.T) {
 	})
 	write(t, w.docs, map[string]string{"b.md": "# B\nbeta"})
 	<-listed
+	if uri := <-updated; uri != "kb://document/docs/b.md" {
+		t.Error(uri)
+	}
 	write(t, w.docs, map[string]string{"a.md": "# A\nanother alpha"})
 	if uri := <-updated; uri != "kb://document/docs/a.md" {
 		t.Error(uri)
@@ -521,4 +526,38 @@ func TestSuite(t *testing.T) {
 		{Kind: call.Resource, Name: "kb://policy/nope", Want: call.NotFound},
 		{Kind: call.Prompt, Name: "answer_from_kb", Args: `{"question":"x"}`},
 	})
+}
+
+// A resource carries a validator: the same while its text is, another one after it changed. Under both
+// its URIs a policy tells of changes.
+func TestETag(t *testing.T) {
+	c := config()
+	c.Sources[0].Policies = "policies"
+	w := newWorld(t, c, map[string]string{"a.md": "# A\nalpha", "policies/returns.md": "# Returns\nfour weeks"})
+	tag := func(uri string) string {
+		t.Helper()
+		r, err := w.do(t, &call.Call{Kind: call.Resource, Name: uri})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var contents []struct {
+			Meta map[string]string `json:"_meta"`
+		}
+		if err := json.Unmarshal(r.Content, &contents); err != nil || len(contents[0].Meta["dev.newel/etag"]) != 32 {
+			t.Fatalf("%v: %s", err, r.Content)
+		}
+		return contents[0].Meta["dev.newel/etag"]
+	}
+	a, returns := tag("kb://document/docs/a.md"), tag("kb://policy/returns")
+	if again := tag("kb://document/docs/a.md"); again != a || a == returns {
+		t.Errorf("%s, then %s; another document has %s", a, again, returns)
+	}
+	write(t, w.docs, map[string]string{"policies/returns.md": "# Returns\nsix weeks, not four"})
+	got, err := w.refresh(t.Context(), false)
+	if err != nil || !slices.Contains(got.updated, "kb://policy/returns") {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if tag("kb://policy/returns") == returns || tag("kb://document/docs/a.md") != a {
+		t.Error("the validators do not tell what changed")
+	}
 }

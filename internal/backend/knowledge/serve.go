@@ -22,7 +22,7 @@ import (
 func (b *Backend) Capabilities(ctx context.Context) ([]*call.Capability, error) {
 	origin := b.env.Position("")
 	tool := func(name, title, description, input, output string, scope string, run call.Handler) *call.Capability {
-		return &call.Capability{Kind: call.Tool, Name: name, Title: title, Description: description, Effect: call.Read, Owner: b.config.Owner, Origin: origin,
+		return &call.Capability{Kind: call.Tool, Name: name, Title: title, Description: description, Effect: call.Read, Depends: call.OnArguments, Reads: everything, Owner: b.config.Owner, Origin: origin,
 			Scopes: []string{scope}, Input: jsontext.Value(input), Output: jsontext.Value(output), Run: run}
 	}
 	sources := make([]string, len(b.config.Sources))
@@ -45,8 +45,8 @@ func (b *Backend) Capabilities(ctx context.Context) ([]*call.Capability, error) 
 		tool("get_policy", "Read a policy", "Returns the text of a policy, by its name.",
 			`{"type":"object","properties":{"name":{"type":"string","minLength":1,"maxLength":200,"description":"Name of the policy."},`+cursor+`},"required":["name"],"additionalProperties":false}`,
 			partSchema, "kb:policy", b.getPolicy),
-		{Kind: call.Resource, Template: documentPrefix + "{source}/{id}", Name: "document", Title: "Document", Description: "A document of the knowledge base.", Scopes: []string{"kb:read"}, Effect: call.Read, Owner: b.config.Owner, Origin: origin, Run: b.readDocument, Suggest: b.suggestDocument},
-		{Kind: call.Resource, Template: policyPrefix + "{name}", Name: "policy", Title: "Policy", Description: "A policy, by its name.", Scopes: []string{"kb:policy"}, Effect: call.Read, Owner: b.config.Owner, Origin: origin, Run: b.readPolicy, Suggest: b.suggestPolicy},
+		{Kind: call.Resource, Template: documentPrefix + "{source}/{id}", Name: "document", Title: "Document", Description: "A document of the knowledge base.", Scopes: []string{"kb:read"}, Effect: call.Read, Depends: call.OnArguments, Owner: b.config.Owner, Origin: origin, Run: b.readDocument, Suggest: b.suggestDocument},
+		{Kind: call.Resource, Template: policyPrefix + "{name}", Name: "policy", Title: "Policy", Description: "A policy, by its name.", Scopes: []string{"kb:policy"}, Effect: call.Read, Depends: call.OnArguments, Reads: everything, Owner: b.config.Owner, Origin: origin, Run: b.readPolicy, Suggest: b.suggestPolicy},
 		{Kind: call.Prompt, Name: "answer_from_kb", Title: "Answer from the knowledge base", Description: "Answer a question from the documents, with sources.", Effect: call.Read, Owner: b.config.Owner, Origin: origin,
 			Arguments: []call.Argument{{Name: "question", Description: "What to answer.", Required: true}, {Name: "source", Description: "Look in this source only.", Enum: sources}},
 			Run:       b.prompt, Suggest: func(_ context.Context, q *call.Completion) ([]string, int, error) {
@@ -61,7 +61,7 @@ func (b *Backend) Capabilities(ctx context.Context) ([]*call.Capability, error) 
 		return nil, err
 	}
 	for rows.Next() {
-		c := &call.Capability{Kind: call.Resource, Scopes: []string{"kb:read"}, Effect: call.Read, Owner: b.config.Owner, Origin: origin, Run: b.readDocument}
+		c := &call.Capability{Kind: call.Resource, Scopes: []string{"kb:read"}, Effect: call.Read, Depends: call.OnArguments, Owner: b.config.Owner, Origin: origin, Run: b.readDocument}
 		var source, id string
 		if err := rows.Scan(&source, &id, &c.Name, &c.MIME, &c.Size); err != nil {
 			return nil, errors.Join(err, rows.Close())
@@ -379,6 +379,7 @@ func (b *Backend) contents(ctx context.Context, c *call.Call, where string, with
 	out := call.AppendString(jsontext.Value(`[{"uri":`), c.Name)
 	out = call.AppendString(append(out, `,"mimeType":`...), mime)
 	out = call.AppendString(append(out, `,"text":`...), p.Text)
+	out = call.AppendETag(out, []byte(p.Text))
 	return &call.Result{Content: append(out, "}]"...), TTL: b.config.Refresh}, nil
 }
 

@@ -46,9 +46,9 @@ type Config struct {
 	StartTimeout       time.Duration `yaml:"start_timeout" default:"30s" doc:"Longest start of a process with its first handshake."`
 	ListTimeout        time.Duration `yaml:"list_timeout" default:"5s" doc:"How long the start of the gateway waits for this server's lists; they come later then."`
 	CallTimeout        time.Duration `yaml:"call_timeout" doc:"Longest call of this server; default: the gateway's own."`
-	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for when it does not tell of changes."`
+	RefreshInterval    time.Duration `yaml:"refresh_interval" default:"5m" doc:"How often its lists are asked for; sooner if it does not tell of changes and its ttlMs is shorter."`
 	MaxMessageBytes    int           `yaml:"max_message_bytes" default:"16777216" doc:"Largest message it may send, in bytes."`
-	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" default:"64" doc:"Most calls it gets at once."`
+	MaxConcurrentCalls int           `yaml:"max_concurrent_calls" doc:"Most calls it gets at once; default: as resilience says."`
 	MaxProcesses       int           `yaml:"max_processes" default:"8" doc:"Most processes of a command, or streams of a server that speaks HTTP+SSE."`
 	MaxProcessMemory   int64         `yaml:"max_process_memory" doc:"Most private memory of each process of a command, in bytes; default: no cap. Programs that reserve much and use little, such as Node.js, need room."`
 	MaxProcessCPU      time.Duration `yaml:"max_process_cpu" doc:"Most processor time of each process over its life, at least 1s; default: no cap."`
@@ -122,7 +122,6 @@ func (c *Config) setDefaults() {
 	c.ListTimeout = cmp.Or(c.ListTimeout, 5*time.Second)
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, 5*time.Minute)
 	c.MaxMessageBytes = cmp.Or(c.MaxMessageBytes, 16<<20)
-	c.MaxConcurrentCalls = cmp.Or(c.MaxConcurrentCalls, 64)
 	c.MaxProcesses = cmp.Or(c.MaxProcesses, 8)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 5*time.Minute)
 	c.StopTimeout = cmp.Or(c.StopTimeout, 2*time.Second)

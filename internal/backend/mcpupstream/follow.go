@@ -151,7 +151,10 @@ func (u *Upstream) stream(ctx context.Context, s *session, uris []string) error 
 	for _, uri := range uris {
 		p := newObject()
 		p.str("uri", uri)
-		if _, err := s.request(ctx, &request{id: s.ids.Add(1), method: "resources/subscribe", params: p.end()}, u.heard); err != nil {
+		limited, stop := context.WithTimeout(ctx, u.config.ListTimeout) // an answer, not a stream
+		_, err := s.request(limited, &request{id: s.ids.Add(1), method: "resources/subscribe", params: p.end()}, u.heard)
+		stop()
+		if err != nil {
 			return err
 		}
 	}

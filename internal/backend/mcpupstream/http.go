@@ -3,6 +3,7 @@ package mcpupstream
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -62,7 +63,8 @@ func newEndpoint(o *Config, env module.Env, where func(string) string) (*endpoin
 		allow = append(allow[:len(allow):len(allow)], prefix)
 	}
 	transport := egress.Transport(egress.Options{Allow: allow, Timeout: o.ConnectTimeout, TLS: shown})
-	transport.MaxIdleConns, transport.MaxIdleConnsPerHost, transport.IdleConnTimeout = o.MaxConcurrentCalls, o.MaxConcurrentCalls, 90*time.Second
+	idle := cmp.Or(o.MaxConcurrentCalls, 64)
+	transport.MaxIdleConns, transport.MaxIdleConnsPerHost, transport.IdleConnTimeout = idle, idle, 90*time.Second
 	var trip http.RoundTripper = transport
 	if o.Access != nil {
 		trip = o.Access(trip)

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -84,12 +86,13 @@ func (u *Upstream) list(ctx context.Context) (caps []*call.Capability, missing [
 	defer done()
 	missing = missing[:0]
 	var problems []error
+	var fresh time.Duration
 	for _, k := range listKinds {
 		if !k.has(&s.server) {
 			continue
 		}
 		var of []*call.Capability
-		err := u.pages(ctx, s, k.method, k.items, func(def jsontext.Value) {
+		ttl, err := u.pages(ctx, s, k.method, k.items, func(def jsontext.Value) {
 			c, err := u.capability(s, k.method, def)
 			if err != nil {
 				u.log.LogAttrs(ctx, slog.LevelWarn, "a definition is left out", slog.String("list", k.method), slog.String("error", err.Error()))
@@ -107,12 +110,24 @@ func (u *Upstream) list(ctx context.Context) (caps []*call.Capability, missing [
 			continue
 		}
 		caps = append(caps, of...)
+		if fresh == 0 || ttl != 0 && ttl < fresh {
+			fresh = ttl
+		}
 	}
+	u.mu.Lock()
+	if u.fresh = 0; !tells(&s.server) {
+		u.fresh = fresh
+	}
+	u.mu.Unlock()
 	return caps, missing, errors.Join(problems...)
 }
 
-// pages reads one list to its end. A list without end is an error, not an endless wait.
-func (u *Upstream) pages(ctx context.Context, s *session, method string, items func(*result) jsontext.Value, add func(jsontext.Value)) error {
+// leastFresh bounds how soon a server can have its lists read again.
+const leastFresh = time.Second
+
+// pages reads one list to its end, and returns for how long it is good; 0: the server says nothing. A
+// list without end is an error, not an endless wait.
+func (u *Upstream) pages(ctx context.Context, s *session, method string, items func(*result) jsontext.Value, add func(jsontext.Value)) (fresh time.Duration, err error) {
 	cursor, total := "", 0
 	seen := map[string]bool{}
 	for range maxPages {
@@ -126,9 +141,15 @@ func (u *Upstream) pages(ctx context.Context, s *session, method string, items f
 		m, err := s.request(ctx, &request{id: s.ids.Add(1), method: method, params: p.end()}, u.heard)
 		switch {
 		case err != nil:
-			return err
+			return 0, err
 		case m.Error != nil:
-			return m.Error
+			return 0, m.Error
+		}
+		if ms, err := strconv.ParseInt(string(m.Result.TTL), 10, 64); err == nil && ms > 0 {
+			ttl := max(time.Duration(min(ms, maxTTL.Milliseconds()))*time.Millisecond, leastFresh)
+			if fresh == 0 || ttl < fresh {
+				fresh = ttl
+			}
 		}
 		err = call.EachElement(items(m.Result), func(v jsontext.Value) {
 			if total++; total <= maxDefinitions {
@@ -137,18 +158,18 @@ func (u *Upstream) pages(ctx context.Context, s *session, method string, items f
 		})
 		switch {
 		case err != nil:
-			return fmt.Errorf("%w: the list is missing or of the wrong form", errGarbage)
+			return 0, fmt.Errorf("%w: the list is missing or of the wrong form", errGarbage)
 		case total > maxDefinitions:
-			return fmt.Errorf("more than %d definitions", maxDefinitions)
+			return 0, fmt.Errorf("more than %d definitions", maxDefinitions)
 		case m.Result.Next == "":
-			return nil
+			return fresh, nil
 		case seen[m.Result.Next]:
-			return errors.New("the list has no end: a cursor came back")
+			return 0, errors.New("the list has no end: a cursor came back")
 		}
 		cursor = m.Result.Next
 		seen[cursor] = true
 	}
-	return fmt.Errorf("the list has more than %d pages", maxPages)
+	return 0, fmt.Errorf("the list has more than %d pages", maxPages)
 }
 
 // definition is what of a listed definition the gateway looks at.
@@ -180,6 +201,9 @@ func (u *Upstream) capability(s *session, method string, def jsontext.Value) (*c
 	c := &call.Capability{
 		Name: d.Name, Title: d.Title, Description: d.Description, MIME: d.MIME, Owner: u.name,
 		Origin: "server " + u.name, Effect: call.Read, MaxResultBytes: 0,
+	}
+	if !u.config.PerUser {
+		c.Depends = call.OnRequest // what the house does not know of a request is passed on
 	}
 	t := &target{u: u, name: d.Name, read: true}
 	c.Run = t.run

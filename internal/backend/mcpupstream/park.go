@@ -113,7 +113,7 @@ func (t *target) ride(ctx context.Context, c *call.Call, f *flight) (*call.Resul
 			case end.m.Error != nil:
 				return nil, end.m.Error
 			}
-			return t.result(end.m.Result)
+			return t.result(end.m.Result, false)
 		case <-ctx.Done():
 			f.abandon()
 			return nil, ctx.Err()

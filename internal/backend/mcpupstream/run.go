@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/failsafe-go/failsafe-go/bulkhead"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 	"go.opentelemetry.io/otel/trace"
@@ -35,17 +34,7 @@ const maxRounds = 16
 
 // run implements call.Handler.
 func (t *target) run(ctx context.Context, c *call.Call) (*call.Result, error) {
-	if d := t.u.config.CallTimeout; d > 0 {
-		var stop context.CancelFunc
-		ctx, stop = context.WithTimeout(ctx, d)
-		defer stop()
-	}
-	leave, err := t.u.enter(ctx)
-	if err != nil {
-		return nil, err
-	}
 	r, err := t.dispatch(ctx, c)
-	leave(err)
 	return r, t.outcome(ctx, err)
 }
 
@@ -79,48 +68,6 @@ func (t *target) dispatch(ctx context.Context, c *call.Call) (*call.Result, erro
 	return r, err
 }
 
-// enter takes a place among the calls of this upstream. leave records how it went.
-func (u *Upstream) enter(ctx context.Context) (leave func(error), err error) {
-	if !u.breaker.TryAcquirePermit() {
-		e := call.Errorf(call.Unavailable, "the server %q behind this is failing; it is tried again in a moment", u.name)
-		e.RetryAfter = max(u.breaker.RemainingDelay(), time.Second)
-		return nil, e
-	}
-	const longestWait = time.Second
-	if err := u.calls.AcquirePermitWithMaxWait(ctx, longestWait); err != nil {
-		u.breaker.RecordSuccess() // it was not asked
-		if errors.Is(err, bulkhead.ErrFull) {
-			e := call.Errorf(call.Exhausted, "the server %q behind this has as many calls as it may have; try again in a moment", u.name)
-			e.RetryAfter = time.Second
-			return nil, e
-		}
-		return nil, err
-	}
-	return func(err error) {
-		u.calls.ReleasePermit()
-		if u.isFailure(err) {
-			u.breaker.RecordFailure()
-		} else {
-			u.breaker.RecordSuccess()
-		}
-	}, nil
-}
-
-// isFailure reports whether an error is the fault of the server or of the way to it.
-func (u *Upstream) isFailure(err error) bool {
-	var rpc *rpcError
-	var own *call.Error
-	var ask *call.InputRequired
-	var status *statusError
-	switch {
-	case err == nil, errors.As(err, &ask), errors.As(err, &rpc), errors.As(err, &own), errors.Is(err, context.Canceled), errors.Is(err, errTooLarge):
-		return false
-	case errors.As(err, &status):
-		return status.status >= 500
-	}
-	return true
-}
-
 // outcome turns what went wrong into what the caller is told.
 func (t *target) outcome(ctx context.Context, err error) error {
 	var own *call.Error
@@ -148,9 +95,7 @@ func (t *target) outcome(ctx context.Context, err error) error {
 		return call.Errorf(call.Failed, "the server %q behind this gave an answer that is not valid", name).Because(err)
 	}
 	if t.read {
-		e := call.Errorf(call.Failed, "the connection to the server %q was lost before its answer came", name).Because(err)
-		e.Retryable = true
-		return e
+		return call.Errorf(call.Unavailable, "the connection to the server %q was lost before its answer came", name).Because(err)
 	}
 	return call.Errorf(call.OutcomeUnknown, "the connection to the server %q was lost before its answer came; whether it did what was asked is not known", name).Because(err)
 }
@@ -169,8 +114,8 @@ func (t *target) statusOutcome(name string, s *statusError, err error) error {
 		e = call.Errorf(call.Failed, "the server %q behind this gave an answer that is not valid", name)
 	case s.status >= 500 && !t.read: // whoever says so may have sent it on
 		e = call.Errorf(call.OutcomeUnknown, "the server %q behind this failed with HTTP status %d; whether it did what was asked is not known", name, s.status)
-	case s.status == http.StatusServiceUnavailable || s.status == http.StatusBadGateway:
-		e = call.Errorf(call.Unavailable, "the server %q behind this is not available", name)
+	case s.status >= 500: // it only reads: nothing was done
+		e = call.Errorf(call.Unavailable, "the server %q behind this failed with HTTP status %d", name, s.status)
 	case s.status >= 300 && s.status < 400:
 		e = call.Errorf(call.Unavailable, "the server %q behind this redirects; its final address has to be configured", name)
 		e.Retryable = false
@@ -370,7 +315,7 @@ func (t *target) stateless(ctx context.Context, c *call.Call, s *session) (*call
 		case m.Result.Type == "task" && t.takesTask(c):
 			return elsewhere(m.Result)
 		case m.Result.Type != "input_required":
-			return t.result(m.Result)
+			return t.result(m.Result, true)
 		}
 		if before, err = questions(m.Result); err != nil {
 			return nil, err
@@ -429,8 +374,11 @@ func (u *Upstream) forget(s *session) {
 	s.broken.Store(true)
 }
 
+// maxTTL bounds how long a server's word counts.
+const maxTTL = 24 * time.Hour
+
 // result passes a result on. Which member is its content depends on the method.
-func (t *target) result(r *result) (*call.Result, error) {
+func (t *target) result(r *result, stateless bool) (*call.Result, error) {
 	if r.Type != "" && r.Type != "complete" {
 		return nil, fmt.Errorf("%w: a result of type %.40q was not negotiated", errGarbage, r.Type)
 	}
@@ -442,8 +390,13 @@ func (t *target) result(r *result) (*call.Result, error) {
 		if out.Content = r.Contents; out.Content == nil {
 			return nil, fmt.Errorf("%w: contents is missing", errGarbage)
 		}
-		if ms, err := strconv.ParseInt(string(r.TTL), 10, 64); err == nil && ms > 0 {
-			out.TTL = min(time.Duration(ms)*time.Millisecond, 24*time.Hour)
+		// Only the stateless revision has words for it: there what is not said is private (SEP-2549).
+		out.Private = stateless && !out.Public
+		if ms, err := strconv.ParseInt(string(r.TTL), 10, 64); err == nil {
+			out.TTL = time.Duration(min(ms, maxTTL.Milliseconds())) * time.Millisecond
+			if ms <= 0 {
+				out.TTL = -1
+			}
 		}
 	case call.Prompt:
 		if out.Content = r.Messages; out.Content == nil {
@@ -486,12 +439,7 @@ func notify(ctx context.Context, sink call.Sink, m *message) {
 // suggester completes arguments of a prompt or variables of a template at the server.
 func (t *target) suggester(refType, member string) func(context.Context, *call.Completion) ([]string, int, error) {
 	return func(ctx context.Context, q *call.Completion) ([]string, int, error) {
-		leave, err := t.u.enter(ctx)
-		if err != nil {
-			return nil, 0, err
-		}
 		values, total, err := t.suggest(ctx, q, refType, member)
-		leave(err)
 		return values, total, t.outcome(ctx, err)
 	}
 }

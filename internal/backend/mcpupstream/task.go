@@ -1,6 +1,7 @@
 package mcpupstream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -149,7 +150,7 @@ func (t *target) standing(ctx context.Context, c *call.Call, m *result) (v *upst
 		if err := json.Unmarshal(v.Result, &r); err != nil {
 			return nil, nil, fmt.Errorf("%w: the result of a task: %w", errGarbage, err)
 		}
-		out, err := t.result(&r)
+		out, err := t.result(&r, true)
 		return nil, out, err
 	case "cancelled":
 		return nil, nil, call.Errorf(call.Failed, "the server %q behind this cancelled the task", t.u.name)
@@ -164,16 +165,8 @@ func (t *target) standing(ctx context.Context, c *call.Call, m *result) (v *upst
 
 // about sends a request about the task that the call left at the server.
 func (t *target) about(ctx context.Context, c *call.Call, method string, answers jsontext.Value) (*message, error) {
-	leave, err := t.u.enter(ctx)
-	if err != nil {
-		return nil, err
-	}
-	m, err := t.askAbout(ctx, c, method, answers)
-	leave(err)
-	return m, err
-}
-
-func (t *target) askAbout(ctx context.Context, c *call.Call, method string, answers jsontext.Value) (*message, error) {
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(t.u.config.CallTimeout, aboutTimeout))
+	defer cancel()
 	s, release, err := t.u.lease(ctx, c)
 	if err != nil {
 		return nil, unsentError{err}
@@ -197,6 +190,9 @@ func (t *target) askAbout(ctx context.Context, c *call.Call, method string, answ
 	}
 	return m, nil
 }
+
+// aboutTimeout bounds one request about a task: the task itself may take hours.
+const aboutTimeout = 30 * time.Second
 
 // leaveTime bounds how long a server is told that a task is not wanted.
 const leaveTime = 5 * time.Second

@@ -8,9 +8,8 @@
 //
 // It terminates the protocol on this side too, and changes nothing in between: arguments, results,
 // definitions and errors are raw JSON from hop to hop, unknown members included. It refuses answers
-// over their bound, to other requests, and to questions that the caller's side cannot answer. When
-// a server is away its calls fail with Unavailable at once (circuit breaker), those of others do
-// not; its last known lists stay published.
+// over their bound, to other requests, and to questions that the caller's side cannot answer. While a
+// server is away its last known lists stay published; what becomes of calls is decided on the path.
 package mcpupstream
 
 import (
@@ -23,8 +22,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/failsafe-go/failsafe-go/bulkhead"
-	"github.com/failsafe-go/failsafe-go/circuitbreaker"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/call"
@@ -46,8 +43,6 @@ type Upstream struct {
 	ids        atomic.Int64
 	pool       pool
 	parked     parking
-	calls      bulkhead.Bulkhead[any]
-	breaker    circuitbreaker.CircuitBreaker[any]
 	life       context.Context // ends with Close
 	end        context.CancelFunc
 	background sync.WaitGroup
@@ -56,18 +51,13 @@ type Upstream struct {
 
 	mu        sync.Mutex // guards what is below
 	published []*call.Capability
-	listed    bool   // its lists came at least once
-	problem   string // why they did not, last time
+	listed    bool          // its lists came at least once
+	problem   string        // why they did not, last time
+	fresh     time.Duration // how long the lists are good, as a server says that does not tell of changes; 0: it says nothing
 	followed  map[string]struct{}
 	refollow  chan struct{} // closed and replaced when followed grows
 	updated   func(uri string)
 }
-
-// The breaker opens after this many failures in a row, for this long.
-const (
-	breakerFailures = 5
-	breakerDelay    = 5 * time.Second
-)
 
 // New checks the configuration and returns the upstream; nothing is dialled or started.
 func New(name string, c Config, env module.Env) (*Upstream, error) {
@@ -82,8 +72,6 @@ func New(name string, c Config, env module.Env) (*Upstream, error) {
 	u := &Upstream{
 		name: name, config: c, log: env.Logger, where: at,
 		clientInfo: jsontext.Value(`{"name":"newel-gateway","version":"1"}`),
-		calls:      bulkhead.New[any](uint(c.MaxConcurrentCalls)), //nolint:gosec // checked: above zero
-		breaker:    circuitbreaker.NewBuilder[any]().WithFailureThreshold(breakerFailures).WithDelay(breakerDelay).Build(),
 		changed:    make(chan struct{}, 1),
 		followed:   map[string]struct{}{},
 		refollow:   make(chan struct{}),
@@ -203,7 +191,6 @@ type Status struct {
 	Revision string `json:"revision,omitzero"` // "" until it was reached
 	Listed   bool   `json:"listed"`            // its lists are published, maybe older ones
 	Problem  string `json:"problem,omitzero"`  // why the last attempt to list failed
-	Breaker  string `json:"breaker"`
 	Parked   int    `json:"parked"`
 }
 
@@ -211,11 +198,16 @@ type Status struct {
 func (u *Upstream) Status() Status {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	s := Status{Name: u.name, Listed: u.listed, Problem: u.problem, Breaker: u.breaker.State().String(), Parked: u.parked.len()}
+	s := Status{Name: u.name, Listed: u.listed, Problem: u.problem, Parked: u.parked.len()}
 	if era := u.era.Load(); era != nil {
 		s.Revision = *era
 	}
 	return s
+}
+
+// Bounds are how many calls the server gets at once, and how long one may take; 0: as long as any.
+func (u *Upstream) Bounds() (calls int, timeout time.Duration) {
+	return u.config.MaxConcurrentCalls, u.config.CallTimeout
 }
 
 // Capabilities implements call.Backend. The first time it waits for the server's lists, at most
@@ -271,8 +263,11 @@ func (u *Upstream) keepListed(ctx context.Context, changed func(kinds ...call.Ki
 	for {
 		u.mu.Lock()
 		failed := u.problem != ""
-		u.mu.Unlock()
 		next := u.config.RefreshInterval
+		if u.fresh != 0 {
+			next = min(next, u.fresh)
+		}
+		u.mu.Unlock()
 		if failed {
 			next, pause = pause, min(pause*2, time.Minute)
 		} else {

@@ -224,7 +224,7 @@ func (b *Backend) declare(ctx context.Context, c *Config, t *Tool) (capability *
 	}
 	capability = &call.Capability{
 		Kind: call.Tool, Name: t.Name, Title: t.Title, Description: t.Description,
-		Effect: effect, Scopes: t.Scopes, Owner: t.Owner, Tags: t.Tags,
+		Effect: effect, Depends: call.OnArguments, Scopes: t.Scopes, Owner: t.Owner, Tags: t.Tags,
 		Input: s.inputSchema(), Output: s.outputSchema(d), Run: s.run,
 	}
 	return capability, "", nil

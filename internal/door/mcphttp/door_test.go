@@ -304,7 +304,7 @@ func TestListen(t *testing.T) {
 	for got == "" {
 		select {
 		case <-tick.C:
-			w.hub.ListChanged(call.ListPrompts) // not asked for
+			w.hub.ListChanged(call.ListPrompts, false) // not asked for
 			w.hub.Updated("kb://naïve")
 		case got = <-heard:
 		}

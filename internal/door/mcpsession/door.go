@@ -47,6 +47,8 @@ type Options struct {
 	Has      mcpwire.Has                                 // what is served
 	Tasks    *task.Server                                // nil: there are none
 	Readable func(ctx context.Context, uri string) error // whether a resource may be subscribed to; nil: any
+	// Shown returns a digest of what a caller is shown of a list; "": it is not told. Nil: all hear of all changes.
+	Shown func(kind call.Kind, who *call.Principal) string
 
 	// Identified says that the door in front knows whose request it is (mcpwire.PrincipalOf), and
 	// that others are refused: a session is its user's alone (2025-11-25, security best practices).
@@ -57,6 +59,8 @@ type Options struct {
 	Cluster *cluster.Cluster
 	Events  mcp.EventStore
 	Scope   string
+
+	Crowded func() bool // while it says so no session begins; nil: it never does
 
 	MaxSessions          int           // [10,000]
 	MaxStreamsPerSession int           // open requests of one session [64]
@@ -73,6 +77,7 @@ type Door struct {
 	handler http.Handler
 	current atomic.Pointer[Generation]
 	tasks   *followed
+	shown   shown
 
 	mu          sync.Mutex             // guards what is below
 	streams     map[string]int         // open requests per session
@@ -111,6 +116,7 @@ func New(o Options) (*Door, error) {
 	d := &Door{
 		o: o, streams: map[string]int{}, running: map[string]int{}, generations: map[string]*Generation{},
 		kept: map[string]*kept{}, adopted: map[string]*adopted{}, leaving: make(chan struct{}), tasks: newFollowed(o.Tasks),
+		shown: shown{sessions: map[*mcp.ServerSession]map[string]*view{}},
 	}
 	first, err := d.Next(o)
 	if err != nil {
@@ -226,6 +232,7 @@ func (d *Door) takeOver(next mcp.MethodHandler) mcp.MethodHandler {
 			d.hold(extra.Header.Get(headerKey))
 			defer d.release(extra.Header.Get(headerKey))
 		}
+		d.shows(req, c)
 		r, err := d.of(req.GetExtra()).o.Path(ctx, c)
 		if err != nil {
 			if c.Kind == call.Tool {
@@ -402,6 +409,9 @@ func (d *Door) Run(ctx context.Context) error {
 	}
 	everything := &call.Filter{ToolsChanged: true, ResourcesChanged: true, PromptsChanged: true}
 	return d.o.Hub.ListenAll(ctx, everything, func(n call.Notification) error {
+		if n.Anew {
+			d.shown.forget(n.Method)
+		}
 		for _, server := range d.all() {
 			d.announce(ctx, server.Server, n)
 		}

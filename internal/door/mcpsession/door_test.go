@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -219,9 +220,9 @@ func TestChanges(t *testing.T) {
 		t.Errorf("subscribing to what is not there: %v", err)
 	}
 	for want, change := range map[string]func(){
-		"tools":     func() { w.hub.ListChanged(call.ListTools) },
-		"prompts":   func() { w.hub.ListChanged(call.ListPrompts) },
-		"resources": func() { w.hub.ListChanged(call.ListResources) },
+		"tools":     func() { w.hub.ListChanged(call.ListTools, false) },
+		"prompts":   func() { w.hub.ListChanged(call.ListPrompts, false) },
+		"resources": func() { w.hub.ListChanged(call.ListResources, false) },
 		"kb://a":    func() { w.hub.Updated("kb://a") },
 	} {
 		// The client opens its stream in the background: repeat until it hears.
@@ -386,6 +387,26 @@ func TestQuotas(t *testing.T) {
 	if w.streams[s.id] != 0 {
 		t.Error("finished requests still count")
 	}
+}
+
+// Short of memory, no session begins; those that are there go on.
+func TestCrowded(t *testing.T) {
+	var crowded atomic.Bool
+	w := newWorld(t, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("x"), nil }, func(o *Options) { o.Crowded = crowded.Load })
+	s := w.raw(t, "2025-11-25", `{}`)
+	crowded.Store(true)
+	second := (&raw{url: w.url}).send(t, "POST", `{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"x","version":"1"}}}`)
+	second.Body.Close()
+	if second.StatusCode != 503 || second.Header.Get("Retry-After") == "" {
+		t.Errorf("a second session: %d", second.StatusCode)
+	}
+	still := s.send(t, "POST", `{"jsonrpc":"2.0","id":3,"method":"tools/call","params":{"name":"x"}}`)
+	still.Body.Close()
+	if still.StatusCode != 200 {
+		t.Errorf("a call of the first session: %d", still.StatusCode)
+	}
+	crowded.Store(false)
+	w.raw(t, "2025-11-25", `{}`)
 }
 
 // Two requests with one id in one session: the second is refused as long as the first runs, even

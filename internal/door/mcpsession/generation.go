@@ -109,6 +109,7 @@ func (d *Door) serverFor(a about) (*server, error) {
 		return nil, err
 	}
 	s.AddReceivingMiddleware(d.takeOver)
+	s.AddSendingMiddleware(d.onlyNews)
 	d.servers = append(d.servers, s)
 	return s, nil
 }

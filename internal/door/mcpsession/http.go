@@ -140,6 +140,9 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 }
 
 func (g *Generation) full() bool {
+	if g.o.Crowded != nil && g.o.Crowded() {
+		return true
+	}
 	n := 0
 	for _, server := range g.door.all() {
 		for range server.Sessions() {

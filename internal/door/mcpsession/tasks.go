@@ -356,7 +356,7 @@ func (d *Door) tell(session string, message []byte) {
 	}
 }
 
-// dropLost forgets tasks of sessions that are gone.
+// dropLost forgets tasks of sessions that are gone, and what those were shown.
 func (d *Door) dropLost() {
 	there := map[*mcp.ServerSession]bool{}
 	for _, server := range d.all() {
@@ -364,6 +364,7 @@ func (d *Door) dropLost() {
 			there[s] = true
 		}
 	}
+	d.shown.drop(there)
 	d.tasks.mu.Lock()
 	defer d.tasks.mu.Unlock()
 	for id, o := range d.tasks.owners {

@@ -30,11 +30,15 @@ type Options struct {
 	MaxStreams        int           // open subscriptions [10,000]
 	MaxStreamsPerPeer int           // open subscriptions of one client address [1,000]
 
-	// MaxMemory is what the process may have, in bytes; near it calls are refused. 0: nobody looks.
+	// MaxMemory is what the process may have, in bytes; near it streams are refused, then calls.
+	// 0: nobody looks.
 	MaxMemory   int64
 	NotCritical []string      // names of tools that are refused first when memory or the queue runs out
 	Memory      func() uint64 // what the process has; default: as the Go runtime says
 }
+
+// DefaultConcurrent is how many calls run at once if nobody says otherwise.
+const DefaultConcurrent = 256
 
 // A Gate admits calls. It is safe for concurrent use.
 type Gate struct {
@@ -66,7 +70,7 @@ func New(o Options) (*Gate, error) {
 	if problems != nil {
 		return nil, errors.Join(problems...)
 	}
-	o.MaxConcurrent = or(o.MaxConcurrent, 256)
+	o.MaxConcurrent = or(o.MaxConcurrent, DefaultConcurrent)
 	o.MaxQueued = or(o.MaxQueued, 1024)
 	o.QueueTimeout = or(o.QueueTimeout, 5*time.Second)
 	o.CallTimeout = or(o.CallTimeout, time.Minute)
@@ -115,10 +119,7 @@ func (g *Gate) Guard(next call.Handler) call.Handler {
 
 // shed refuses what there may be no room for: doing less in time is better than doing all too late.
 func (g *Gate) shed(c *call.Call) error {
-	share := 0.0
-	if g.o.MaxMemory > 0 {
-		share = float64(g.memory.now()) / float64(g.o.MaxMemory)
-	}
+	share := g.share()
 	if share >= shedAll && c.Kind != call.Discover {
 		return busy("the server is near its limit of memory")
 	}
@@ -127,6 +128,32 @@ func (g *Gate) shed(c *call.Call) error {
 		return busy("the server is busy and does what is more important first")
 	}
 	return nil
+}
+
+// share is how much of the memory is used.
+func (g *Gate) share() float64 {
+	if g.o.MaxMemory <= 0 {
+		return 0
+	}
+	return float64(g.memory.now()) / float64(g.o.MaxMemory)
+}
+
+// Crowded reports whether nothing new may come that stays for long: streams are refused, and doors
+// open no sessions.
+func (g *Gate) Crowded() bool { return g.share() >= shedNew }
+
+// Overload is how much is refused to save memory: 0 nothing, 1 what would stay for long, 2 tools
+// that are not critical too, 3 all calls.
+func (g *Gate) Overload() int64 {
+	switch share := g.share(); {
+	case share >= shedAll:
+		return 3
+	case share >= shedSome:
+		return 2
+	case share >= shedNew:
+		return 1
+	}
+	return 0
 }
 
 // ended says why a call that failed after its context had ended did so. What a driver or a remote
@@ -180,8 +207,12 @@ func (g *Gate) openStream(c *call.Call) (leave func(), err error) {
 	if host, _, err := net.SplitHostPort(peer); err == nil {
 		peer = host
 	}
+	crowded := g.Crowded()
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if crowded {
+		return nil, busy("the server runs out of memory and opens no more subscriptions")
+	}
 	if g.streams >= g.o.MaxStreams {
 		return nil, busy("the server is at its limit of subscriptions")
 	}

@@ -378,12 +378,13 @@ func TestShedding(t *testing.T) {
 			return err == nil
 		}
 		for _, tt := range []struct {
-			used              uint64
-			needed, nice, all bool
-		}{{500, true, true, true}, {900, true, false, true}, {950, false, false, false}, {100, true, true, true}} {
+			used                      uint64
+			needed, nice, all, stream bool
+			level                     int64
+		}{{500, true, true, true, true, 0}, {850, true, true, true, false, 1}, {900, true, false, true, false, 2}, {950, false, false, false, false, 3}, {100, true, true, true, true, 0}} {
 			used = tt.used
 			time.Sleep(readEvery) // of the bubble's clock
-			if got := [3]bool{try(call.Tool, "needed"), try(call.Tool, "nice_to_have"), try(call.ListTools, "")}; got != [3]bool{tt.needed, tt.nice, tt.all} {
+			if got := [4]bool{try(call.Tool, "needed"), try(call.Tool, "nice_to_have"), try(call.ListTools, ""), try(call.Subscribe, "")}; got != [4]bool{tt.needed, tt.nice, tt.all, tt.stream} || g.Overload() != tt.level || g.Crowded() == tt.stream {
 				t.Errorf("%d bytes: %v", tt.used, got)
 			}
 			if !try(call.Discover, "") {

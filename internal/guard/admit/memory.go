@@ -6,9 +6,10 @@ import (
 	"time"
 )
 
-// Shares of the memory at which calls are refused: first those of tools that are not critical, then
-// all. What runs may need what is left.
+// Shares of the memory at which something is refused: first what would stay for long, then calls of
+// tools that are not critical, then all. What runs may need what is left.
 const (
+	shedNew  = 0.85
 	shedSome = 0.90
 	shedAll  = 0.95
 	// shedQueue is the share of the queue from which tools that are not critical wait no more.

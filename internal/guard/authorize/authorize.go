@@ -47,7 +47,13 @@ func (g *Authorizer) Guard(next call.Handler) call.Handler {
 		if err := g.refuse(ctx, c, c.Target, g.check(ctx, c)); err != nil {
 			return nil, err
 		}
-		return next(ctx, c)
+		r, err := next(ctx, c)
+		if err == nil && r != nil && r.Public && c.Principal != nil {
+			mine := *r // whoever caches it on the way would not ask the policy about others
+			mine.Public = false
+			return &mine, nil
+		}
+		return r, err
 	}
 }
 
@@ -143,17 +149,17 @@ func (g *Authorizer) check(ctx context.Context, c *call.Call) error {
 	return g.decide(ctx, c, c.Target, c.Args, now)
 }
 
-// visible is what the caller may see: the same for all of one tenant with the same scopes and
-// roles, if nothing else is asked for.
+// Shown is what a caller may see now.
+func (g *Authorizer) Shown(ctx context.Context, p *call.Principal) *call.Visible {
+	return g.visible(ctx, p, time.Now())
+}
+
+// visible is what the caller may see: the same for all of whom the policy reads the same.
 func (g *Authorizer) visible(ctx context.Context, p *call.Principal, now time.Time) *call.Visible {
-	v := &call.Visible{Shows: func(t *call.Capability) bool { return g.o.Policy.Visible(context.WithoutCancel(ctx), p, t, now) }}
-	if g.o.Policy.ReadsOnlyIdentity() {
-		v.Key = "-"
-		if p != nil {
-			v.Key = strings.Join([]string{p.Tenant, strings.Join(p.Scopes, " "), strings.Join(p.Roles, "\x00")}, "\x01")
-		}
+	return &call.Visible{
+		Key:   g.o.Policy.ViewKey(p),
+		Shows: func(t *call.Capability) bool { return g.o.Policy.Visible(context.WithoutCancel(ctx), p, t, now) },
 	}
-	return v
 }
 
 // decide asks the policy about one capability.

@@ -1,24 +1,27 @@
 // Package cache answers calls that only read from what was answered before, where the operator says
 // so.
 //
-// Start reading at [Cache.Guard]. It stands behind policy and audit: whoever asks is asked for anew,
-// and every call is recorded. A result is kept for whom the rule says, by default for the caller who
-// got it alone; callers who ask the same at the same time wait for one answer.
+// Start reading at [Cache.Guard]; key.go says when two calls are the same, entries.go keeps what is
+// good, shared.go is what nodes have in common. It stands behind policy and audit: whoever asks is
+// asked for anew, and every call is recorded. A result is kept for whom the rule says, by default for
+// the caller who got it alone, and never for more people than it can be good for: see
+// [call.Dependence] and [call.Result.Private]. Callers who ask the same at the same time wait for one
+// answer.
 //
 // Refuses: nothing. Needs: memory, of which it takes a bounded part; the least recently used goes
-// first. Fails: never; an error of the first caller is that of all who wait with it. Records: that a
-// call was answered from here. Costs: a hash of the arguments.
+// first. Fails: never; an error of the first caller is that of all who wait with it, and without what
+// nodes share a node goes by itself. Records: that a call was answered from here. Costs: a hash of the
+// arguments, and one question to Redis where nodes share.
 package cache
 
 import (
 	"container/list"
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -39,7 +42,7 @@ type Rule struct {
 	Names     []string      // of tools, or URIs; * stands for any text
 	TTL       time.Duration // for how long; a result that says less is kept for less
 	For       string        // Caller, Tenant or Everybody [Caller]
-	RefreshOn []string      // names of tools whose calls make what is kept old; * stands for any text
+	RefreshOn []string      // names of tools whose calls, and URIs of resources whose updates, make what is kept old; * stands for any text
 }
 
 // Options configure a Cache. Zero means the default in brackets.
@@ -47,7 +50,17 @@ type Options struct {
 	Rules    []Rule
 	MaxBytes int              // of all results [64 MiB]
 	MaxEntry int              // of one result; larger ones are not kept [1 MiB]
+	Shared   *Shared          // what nodes share; nil: nothing is
+	Stats    *Stats           // what counts, for caches that follow each other; nil: one of its own
 	Now      func() time.Time // default: time.Now
+}
+
+// Stats count what caches of one process did. The zero Stats is ready to use.
+type Stats struct {
+	Hits      atomic.Int64 // answered from here, or together with another call
+	Misses    atomic.Int64 // asked the backend
+	Evictions atomic.Int64 // results that went for room
+	Refreshes atomic.Int64 // results of a rule, or of a resource, were made old
 }
 
 // A Cache keeps results. It is safe for concurrent use.
@@ -56,34 +69,34 @@ type Cache struct {
 
 	mu      sync.Mutex
 	entries map[key]*list.Element
-	used    *list.List // of *entry, the most recently used first
+	named   map[string]map[key]struct{} // of entries: those of each resource
+	used    *list.List                  // of *entry, the most recently used first
 	bytes   int
 	flights map[key]*flight
-	old     []uint64 // by rule: how often its results were made old
+	old     []uint64           // by rule: how often its results were made old
+	rounds  []string           // by rule: as of which round of all nodes they are
+	sources map[string]*source // by prefix: resources of which answers of tools are made
 }
 
-type key [sha256.Size]byte
-
-type entry struct {
-	key    key
-	rule   int
-	round  uint64 // of old, when it was asked for
-	result *call.Result
-	tokens int
-	bytes  int
-	until  time.Time
+// source is resources with one prefix.
+type source struct {
+	changes uint64
+	rules   map[int]struct{} // that keep answers made of them
 }
 
 // flight is one call that others wait for.
 type flight struct {
-	done   chan struct{}
-	result *call.Result
-	event  call.Event
-	err    error
+	done    chan struct{}
+	name    string // of the resource
+	stale   bool   // it was updated meanwhile; guarded by Cache.mu
+	private bool   // the answer is for one caller alone
+	result  *call.Result
+	event   call.Event
+	err     error
 }
 
-// overhead is what an entry takes beside its result, in bytes.
-const overhead = 512
+// maxFlights bounds how many answers are waited for at once; more calls are made for themselves.
+const maxFlights = 4096
 
 // New checks the options.
 func New(o Options) (*Cache, error) {
@@ -95,6 +108,9 @@ func New(o Options) (*Cache, error) {
 	}
 	if o.Now == nil {
 		o.Now = time.Now
+	}
+	if o.Stats == nil {
+		o.Stats = &Stats{}
 	}
 	if o.MaxBytes < 0 || o.MaxEntry < 0 {
 		return nil, errors.New("cache: sizes must not be below zero")
@@ -108,7 +124,13 @@ func New(o Options) (*Cache, error) {
 			return nil, fmt.Errorf("cache: rule %d: %w", i+1, err)
 		}
 	}
-	return &Cache{o: o, entries: map[key]*list.Element{}, used: list.New(), flights: map[key]*flight{}, old: make([]uint64, len(o.Rules))}, nil
+	if err := o.Shared.begin(o.Rules); err != nil {
+		return nil, err
+	}
+	return &Cache{
+		o: o, entries: map[key]*list.Element{}, named: map[string]map[key]struct{}{}, used: list.New(),
+		flights: map[key]*flight{}, old: make([]uint64, len(o.Rules)), rounds: make([]string, len(o.Rules)), sources: map[string]*source{},
+	}, nil
 }
 
 // Check reports what about a rule makes no sense.
@@ -124,6 +146,9 @@ func (r *Rule) Check() error {
 	return pattern.Check(slices.Concat(r.Names, r.RefreshOn)...)
 }
 
+// Stats returns what counts.
+func (c *Cache) Stats() *Stats { return c.o.Stats }
+
 // Guard returns the guard for one server.
 func (c *Cache) Guard(server string) call.Guard {
 	return func(next call.Handler) call.Handler {
@@ -132,94 +157,161 @@ func (c *Cache) Guard(server string) call.Guard {
 				return next(ctx, cl)
 			}
 			if cl.Kind == call.Tool && cl.Target.Effect != call.Read {
-				defer c.refresh(cl.Name) // also if it fails: it may have done something
+				defer c.called(ctx, cl.Name) // also if it fails: it may have done something
 				return next(ctx, cl)
 			}
 			i := slices.IndexFunc(c.o.Rules, func(r Rule) bool { return pattern.Any(r.Names, cl.Name) })
-			if i < 0 || cl.Resume != "" {
+			if i < 0 || cl.Resume != "" || cl.TaskID != "" {
 				return next(ctx, cl)
 			}
-			k, ok := c.key(server, i, cl)
+			q, ok := c.question(server, i, cl)
 			if !ok {
 				return next(ctx, cl)
 			}
-			return c.answer(ctx, cl, k, i, next)
+			return c.answer(ctx, cl, q, next)
 		}
 	}
-}
-
-// key is what makes two calls the same. Parts cannot be mistaken for others.
-func (c *Cache) key(server string, rule int, cl *call.Call) (key, bool) {
-	args := jsontext.Value("{}")
-	if len(cl.Args) > 0 {
-		args = slices.Clone(cl.Args)
-		if args.Canonicalize(jsontext.CanonicalizeRawInts(false), jsontext.CanonicalizeRawFloats(false)) != nil {
-			return key{}, false
-		}
-	}
-	p := cl.Principal
-	if p == nil {
-		p = &call.Principal{}
-	}
-	who := []string{p.Tenant, p.ID}
-	switch c.o.Rules[rule].For {
-	case Tenant:
-		who = who[:1]
-	case Everybody:
-		who = nil
-	}
-	h := sha256.New()
-	for _, part := range append([]string{server, cl.Kind.String(), cl.Name, string(args), string(cl.Target.Input)}, who...) {
-		h.Write(binary.AppendUvarint(nil, uint64(len(part))))
-		h.Write([]byte(part))
-	}
-	return key(h.Sum(nil)), true
 }
 
 // answer returns what is kept, waits for a call that is the same, or makes it.
-func (c *Cache) answer(ctx context.Context, cl *call.Call, k key, rule int, next call.Handler) (*call.Result, error) {
-	c.mu.Lock()
-	if e := c.find(k); e != nil {
-		r, tokens := *e.result, e.tokens
-		if r.TTL > 0 {
-			r.TTL = min(r.TTL, e.until.Sub(c.o.Now()))
+func (c *Cache) answer(ctx context.Context, cl *call.Call, q *question, next call.Handler) (*call.Result, error) {
+	from, round := c.begin(ctx, q)
+	k := q.wide
+	for {
+		c.mu.Lock()
+		if e := c.find(k); e != nil {
+			if e.result == nil { // what is asked is answered for each caller alone
+				c.mu.Unlock()
+				k = q.own
+				continue
+			}
+			r, tokens := c.given(e)
+			c.mu.Unlock()
+			c.hit(cl, r, tokens)
+			return r, nil
 		}
-		c.mu.Unlock()
-		cl.Event.Cached, cl.Event.ResultBytes, cl.Event.Tokens = true, size(&r), tokens
-		return &r, nil
-	}
-	if f := c.flights[k]; f != nil {
+		f := c.flights[k]
+		if f == nil {
+			break
+		}
 		c.mu.Unlock()
 		select {
 		case <-f.done:
 		case <-ctx.Done():
 			return nil, call.AsError(ctx.Err())
 		}
-		if f.result == nil && f.err == nil { // who was first went away, or asked its caller something
+		switch {
+		case f.private && k != q.own:
+			k = q.own
+			continue
+		case f.result == nil && f.err == nil: // who was first went away, or asked its caller something
+			c.o.Stats.Misses.Add(1)
 			return next(ctx, cl)
 		}
+		c.o.Stats.Hits.Add(1)
 		cl.Event.Cached, cl.Event.ResultBytes, cl.Event.Tokens, cl.Event.Paged = true, f.event.ResultBytes, f.event.Tokens, f.event.Paged
 		return f.result, f.err
 	}
-	f := &flight{done: make(chan struct{})}
+	if len(c.flights) >= maxFlights {
+		c.mu.Unlock()
+		c.o.Stats.Misses.Add(1)
+		return next(ctx, cl)
+	}
+	f := &flight{done: make(chan struct{}), name: q.resource}
 	c.flights[k] = f
-	round := c.old[rule]
 	c.mu.Unlock()
 	defer func() { // also if it panics: then the others ask themselves
 		c.mu.Lock()
-		delete(c.flights, k)
+		if c.flights[k] == f {
+			delete(c.flights, k)
+		}
 		c.mu.Unlock()
 		close(f.done)
 	}()
+	if e := c.fetch(ctx, q.rule, k, round); e != nil {
+		if e.from, e.resource, e.reads = from, q.resource, q.reads; c.keep(f, e) {
+			r, tokens := c.given(e)
+			c.hit(cl, r, tokens)
+			f.result, f.event = r, cl.Event
+			return r, nil
+		}
+	}
+	c.o.Stats.Misses.Add(1)
+	asker := &listener{Asker: cl.Asker}
+	cl.Asker = asker
+	defer func() { cl.Asker = asker.Asker }()
 	r, err := next(ctx, cl)
-	private := cl.Event.Paged && c.o.Rules[rule].For != Caller // it links to what only this caller may read
-	if share(err) && !private {
+	if asker.asked.Load() {
+		return r, err // it is made of what this caller answered
+	}
+	// A paged one links to what only this caller may read.
+	f.private = k != q.own && (cl.Event.Paged || r != nil && r.Private)
+	if share(err) && !f.private {
 		f.result, f.err, f.event = r, err, cl.Event
 	}
-	if err == nil && r != nil && !r.IsError && !private {
-		c.keep(cl, k, rule, round, r)
+	if err == nil && r != nil && !r.IsError {
+		c.put(ctx, f, q, k, from, round, cl, r)
 	}
 	return r, err
+}
+
+// begin returns as of when the answer to a question is, here and for other nodes. What is made old
+// after that makes the answer old.
+func (c *Cache) begin(ctx context.Context, q *question) (from moment, round string) {
+	other := false
+	for range 3 { // what another node made old meanwhile is older than the question
+		c.mu.Lock()
+		from = c.since(q)
+		c.mu.Unlock()
+		if round, other = c.round(ctx, q.rule); !other {
+			break
+		}
+	}
+	return from, round
+}
+
+// hit records that a call was answered from here.
+func (c *Cache) hit(cl *call.Call, r *call.Result, tokens int) {
+	c.o.Stats.Hits.Add(1)
+	cl.Event.Cached, cl.Event.ResultBytes, cl.Event.Tokens = true, size(r), tokens
+}
+
+// put keeps what was answered, here and for other nodes. What turned out to be for one caller alone
+// is kept for that one, and a mark for all others that they have to ask for themselves.
+func (c *Cache) put(ctx context.Context, f *flight, q *question, k key, from moment, round string, cl *call.Call, r *call.Result) {
+	ttl := c.o.Rules[q.rule].TTL
+	if r.TTL < 0 {
+		return // good for this moment only
+	}
+	if r.TTL > 0 {
+		ttl = min(ttl, r.TTL)
+	}
+	now := c.o.Now()
+	e := &entry{key: k, from: from, resource: q.resource, reads: q.reads, result: r, tokens: cl.Event.Tokens, until: now.Add(ttl)}
+	if size(r) > c.o.MaxEntry {
+		return
+	}
+	if f.private {
+		mark := *e
+		mark.result, mark.tokens = nil, 0
+		c.keep(f, &mark)
+		e.key = q.own
+	}
+	if c.keep(f, e) {
+		c.offer(ctx, e, round, ttl)
+	}
+}
+
+// listener is an asker that knows whether anything was asked.
+type listener struct {
+	call.Asker
+	asked atomic.Bool
+}
+
+// Ask implements call.Asker.
+func (l *listener) Ask(ctx context.Context, questions ...call.Question) (map[string]jsontext.Value, error) {
+	l.asked.Store(true)
+	return l.Asker.Ask(ctx, questions...)
 }
 
 // share reports whether an outcome is that of all who ask the same: not if it is about who asked.
@@ -234,67 +326,3 @@ func share(err error) bool {
 	code := call.AsError(err).Code
 	return code != call.Canceled && code != call.Timeout && code != call.Internal
 }
-
-// find returns what is kept and still good. mu is held.
-func (c *Cache) find(k key) *entry {
-	el := c.entries[k]
-	if el == nil {
-		return nil
-	}
-	e, _ := el.Value.(*entry)
-	if !c.o.Now().Before(e.until) || e.round != c.old[e.rule] {
-		c.drop(el)
-		return nil
-	}
-	c.used.MoveToFront(el)
-	return e
-}
-
-func (c *Cache) drop(el *list.Element) {
-	e, _ := c.used.Remove(el).(*entry)
-	delete(c.entries, e.key)
-	c.bytes -= e.bytes
-}
-
-func (c *Cache) keep(cl *call.Call, k key, rule int, round uint64, r *call.Result) {
-	ttl := c.o.Rules[rule].TTL
-	if r.TTL > 0 {
-		ttl = min(ttl, r.TTL)
-	}
-	e := &entry{key: k, rule: rule, round: round, result: r, tokens: cl.Event.Tokens, bytes: size(r) + overhead, until: c.o.Now().Add(ttl)}
-	if e.bytes > c.o.MaxEntry+overhead {
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if round != c.old[rule] {
-		return // something was written while it was read
-	}
-	if el := c.entries[k]; el != nil {
-		c.drop(el)
-	}
-	c.entries[k] = c.used.PushFront(e)
-	for c.bytes += e.bytes; c.bytes > c.o.MaxBytes; {
-		c.drop(c.used.Back())
-	}
-}
-
-// refresh makes old what a call of a tool may have changed.
-func (c *Cache) refresh(tool string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i := range c.o.Rules {
-		if pattern.Any(c.o.Rules[i].RefreshOn, tool) {
-			c.old[i]++
-		}
-	}
-}
-
-// Size returns how many bytes are kept.
-func (c *Cache) Size() int64 {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return int64(c.bytes)
-}
-
-func size(r *call.Result) int { return len(r.Content) + len(r.Structured) + len(r.Extra) }

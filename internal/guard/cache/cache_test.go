@@ -17,10 +17,18 @@ import (
 )
 
 var (
-	search = &call.Capability{Kind: call.Tool, Name: "search_orders", Effect: call.Read}
+	search = &call.Capability{Kind: call.Tool, Name: "search_orders", Effect: call.Read, Depends: call.OnArguments}
 	update = &call.Capability{Kind: call.Tool, Name: "update_order", Effect: call.Write}
-	page   = &call.Capability{Kind: call.Resource, URI: "kb://page/one"}
+	page   = &call.Capability{Kind: call.Resource, URI: "kb://page/one", Depends: call.OnArguments}
 )
+
+// answering is a caller who says yes.
+type answering struct{}
+
+// Ask implements call.Asker.
+func (answering) Ask(_ context.Context, q ...call.Question) (map[string]jsontext.Value, error) {
+	return map[string]jsontext.Value{q[0].Key: jsontext.Value(`{"action":"accept"}`)}, nil
+}
 
 // world is a cache in front of a handler that counts.
 type world struct {
@@ -53,7 +61,7 @@ func by(who, tenant string, target *call.Capability, args string) *call.Call {
 	if target.URI != "" {
 		name = target.URI
 	}
-	return &call.Call{Kind: target.Kind, Name: name, Target: target, Args: jsontext.Value(args), Principal: &call.Principal{ID: who, Tenant: tenant}}
+	return &call.Call{Kind: target.Kind, Name: name, Target: target, Args: jsontext.Value(args), Asker: answering{}, Principal: &call.Principal{ID: who, Tenant: tenant}}
 }
 
 // send makes a call and reports whether it was answered from the cache.
@@ -95,9 +103,12 @@ func TestWhatIsNotKept(t *testing.T) {
 			return &call.Result{IsError: true, Content: call.TextContent("no")}, nil
 		},
 		"too large": func(*call.Call) (*call.Result, error) { return call.Text(strings.Repeat("x", 200)), nil },
-		"links to what is the caller's alone": func(c *call.Call) (*call.Result, error) {
-			c.Event.Paged = true
-			return call.Text("see"), nil
+		"good for this moment": func(*call.Call) (*call.Result, error) {
+			return &call.Result{Content: call.TextContent("now"), TTL: -1}, nil
+		},
+		"made of what the caller answered": func(c *call.Call) (*call.Result, error) {
+			_, err := c.Asker.Ask(t.Context(), call.Question{Key: "k", Method: call.MethodElicit})
+			return call.Text("yes"), err
 		},
 	} {
 		w.next = next

@@ -56,8 +56,16 @@ type Options struct {
 	Confirm []call.Effect
 	Rules   []Rule // what the operator says of tools; the first that fits counts
 	// Redact takes secrets out of arguments before the audit log gets them; nil: what always is one.
-	Redact *redact.Redactor
-	Logger *slog.Logger
+	Redact  *redact.Redactor
+	Breaker Breaker // nil: nobody is asked
+	Logger  *slog.Logger
+}
+
+// A Breaker knows what is away.
+type Breaker interface {
+	// Ready returns the error that the call would end with because what it goes to is known to be
+	// away, or nil. It takes no place and returns at once.
+	Ready(c *call.Call) error
 }
 
 // A Rule is what an operator says of tools.
@@ -157,6 +165,12 @@ func (e *Effects) rule(t *call.Capability) Rule {
 	return own
 }
 
+// Safe reports whether running a tool twice does no harm.
+func (e *Effects) Safe(t *call.Capability) bool {
+	r := e.rule(t)
+	return r.Recovery == call.RecoverSafe
+}
+
 // hasEffect reports whether a call goes through the store: tools of any class but read, and what a
 // person has to approve. A class that nobody stated counts as the worst.
 func hasEffect(c *call.Call) bool {
@@ -201,11 +215,16 @@ type operation struct {
 	find   func(name string) *call.Capability
 	next   call.Handler
 
+	claimed  time.Time // just before its intent was committed
+	answers  bool      // it has no key and answers what was asked: it is done once, and not replayed
 	approval *Approval
 	args     jsontext.Value // as the audit log has them; nil: not redacted yet
 	asked    string         // the operation that asked, of a call without a key that goes on
 	resume   string         // what the handler goes on from
 }
+
+// remembered is how long it is known that answers were used, at least: longer than a sealed state lives.
+const remembered = 20 * time.Minute
 
 // begin checks the key and says what is to be claimed.
 func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
@@ -231,6 +250,10 @@ func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
 		o.res.Retain, o.res.Forget = o.rule.Once, true
 	case c.TaskID != "":
 		o.res.Scope = scopeOf(c, server, "task "+c.TaskID)
+	case c.Asked != "" && !namesAsked(c.Resume):
+		// Whoever has the sealed state could send it as often as they like: what it leads to is done once.
+		o.res.Scope, o.answers = scopeOf(c, server, "asked "+c.Asked), true
+		o.res.Retain = max(remembered, e.o.Retention)
 	}
 	if o.res.Scope == nil {
 		o.res.Retain = 0 // nobody can ask for it again; the audit log has it
@@ -286,6 +309,9 @@ func (o *operation) once(ctx context.Context) (*call.Result, error) {
 	} else if err := o.goOn(ctx); err != nil {
 		return nil, err
 	}
+	if err := o.ready(); err != nil {
+		return nil, err
+	}
 	op, held, err := o.dispatch(ctx)
 	if err != nil {
 		return nil, err
@@ -299,6 +325,14 @@ func (o *operation) once(ctx context.Context) (*call.Result, error) {
 	return o.run(ctx, ctx, op)
 }
 
+// ready refuses what would only be written down twice: that it is sent, and that it could not be.
+func (o *operation) ready() error {
+	if o.o.Breaker == nil {
+		return nil
+	}
+	return o.o.Breaker.Ready(o.c)
+}
+
 // goOn makes the reservation one of the operation that asked.
 func (o *operation) goOn(ctx context.Context) error {
 	op, err := o.store.Operation(ctx, o.asked)
@@ -306,7 +340,7 @@ func (o *operation) goOn(ctx context.Context) error {
 	case err != nil:
 		return away(ctx, err)
 	case op.State == Unknown:
-		return unknown(nil)
+		return o.unknown(nil)
 	case op.State != Waiting || op.Scope != nil || !bytes.Equal(op.Round, o.res.Resume) || !bytes.Equal(op.Fingerprint, o.res.Fingerprint),
 		op.Tenant != o.res.Tenant || op.Principal != o.res.Principal || op.Server != o.res.Server:
 		return answered()
@@ -322,6 +356,12 @@ func answered() error {
 
 // asking is a state that names the operation which asked, for calls that have no other name.
 func asking(operation, state string) string { return operation + ":" + state }
+
+// namesAsked reports whether a state does that: then its operation goes on, and says what was used.
+func namesAsked(state string) bool {
+	operation, _ := parseAsked(state)
+	return operation != ""
+}
 
 func parseAsked(state string) (operation, rest string) {
 	operation, rest, ok := strings.Cut(state, ":")
@@ -361,6 +401,7 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 	if o.approval != nil {
 		o.approval.Now = time.Now()
 	}
+	o.claimed = time.Now()
 	op, held, err = o.store.Dispatch(ctx, &Intent{Reservation: o.res, Approval: o.approval, Entry: entry})
 	if errors.Is(err, call.ErrUnapproved) {
 		return op, false, call.Errorf(call.Denied, "a person has to approve this call first").Because(err)

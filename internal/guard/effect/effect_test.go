@@ -641,6 +641,217 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
+// away is a breaker that is open.
+type away struct{ open atomic.Bool }
+
+func (a *away) Ready(*call.Call) error {
+	if a.open.Load() {
+		return call.Errorf(call.Unavailable, "it is failing")
+	}
+	return nil
+}
+
+// While what a call goes to is away nothing is written of it, and what was answered before is
+// answered again.
+func TestOpenBreaker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		breaker := &away{}
+		b := newBench(t, effect.Options{Breaker: breaker}, func(_ context.Context, c *call.Call) (*call.Result, error) {
+			if string(c.Args) == `{"lost":1}` {
+				return nil, call.Errorf(call.OutcomeUnknown, "lost")
+			}
+			return call.Text("paid"), nil
+		})
+		if _, err := b.do(b.call("before", `{}`)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.do(b.call("lost", `{"lost":1}`)); codeOf(err) != call.OutcomeUnknown {
+			t.Fatal(err)
+		}
+		written := len(b.log())
+		breaker.open.Store(true)
+		for _, key := range []string{"", "new"} {
+			if _, err := b.do(b.call(key, `{}`)); codeOf(err) != call.Unavailable || !strings.Contains(err.Error(), "failing") {
+				t.Errorf("key %q: %v", key, err)
+			}
+		}
+		c := b.call("before", `{}`)
+		if r, err := b.do(c); err != nil || !c.Event.Replayed || !strings.Contains(string(r.Content), "paid") {
+			t.Errorf("the replay: %v, %v", r, err)
+		}
+		if _, err := b.do(b.call("before", `{"other":1}`)); codeOf(err) != call.Failed {
+			t.Errorf("the key with other arguments: %v", err)
+		}
+		if _, err := b.do(b.call("lost", `{"lost":1}`)); codeOf(err) != call.OutcomeUnknown {
+			t.Errorf("what is not known: %v", err)
+		}
+		time.Sleep(25 * time.Hour) // the answer is not kept any more
+		if _, err := b.do(b.call("before", `{}`)); codeOf(err) != call.Unavailable {
+			t.Errorf("an old answer: %v", err)
+		}
+		b.ran(2)
+		if got := len(b.log()); got != written {
+			t.Errorf("%d records were written", got-written)
+		}
+		breaker.open.Store(false)
+		if _, err := b.do(b.call("new", `{}`)); err != nil {
+			t.Errorf("the refused one, again: %v", err)
+		}
+		b.ran(3)
+	})
+}
+
+// TestAnswersOnce is a call without a key that asks: what its answers lead to is done once, however often
+// they are sent, and for tools that read as often.
+func TestAnswersOnce(t *testing.T) {
+	var fail error
+	gate, begun := make(chan struct{}), make(chan struct{}, 10)
+	b := newBench(t, effect.Options{Wait: time.Millisecond, Retention: time.Millisecond}, func(ctx context.Context, c *call.Call) (*call.Result, error) {
+		switch {
+		case fail != nil:
+			return nil, fail
+		case c.Asked == "" || c.Trace.Correlation == "more":
+			return nil, &call.InputRequired{Questions: []call.Question{{Key: "sure", Method: call.MethodElicit}}}
+		case c.Trace.Correlation == "slow":
+			begun <- struct{}{}
+			select {
+			case <-gate:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+		return call.Text("done"), nil
+	})
+	try := func(ctx context.Context, asked, how string) error {
+		c := b.call("", "{}")
+		c.Asked, c.Trace.Correlation = asked, how
+		_, err := b.step(ctx, c)
+		return err
+	}
+	ctx := t.Context()
+	var ask *call.InputRequired
+	if err := try(ctx, "", ""); !errors.As(err, &ask) {
+		t.Fatal(err)
+	}
+	fail = call.Errorf(call.Unavailable, "not now")
+	if err := try(ctx, "a", ""); codeOf(err) != call.Unavailable {
+		t.Fatal(err)
+	}
+	fail = nil
+	for range 2 { // nothing was done: the answers are still good, also to be asked once more
+		if err := try(ctx, "a", "more"); !errors.As(err, &ask) {
+			t.Fatal(err)
+		}
+	}
+	before := b.runs.Load()
+	if err := try(ctx, "a", ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := try(ctx, "a", ""); codeOf(err) != call.Conflict || call.AsError(err).Retryable || !strings.Contains(string(call.AsError(err).Data), "state_used") {
+		t.Errorf("answers sent again: %v", err)
+	}
+	b.ran(before + 1)
+	if err := try(ctx, "b", ""); err != nil {
+		t.Errorf("answers to another question: %v", err)
+	}
+
+	var all sync.WaitGroup
+	short, cancel := context.WithCancel(ctx)
+	all.Go(func() {
+		if err := try(short, "c", "slow"); codeOf(err) != call.OutcomeUnknown {
+			t.Errorf("its caller went away: %v", err)
+		}
+	})
+	<-begun
+	if err := try(ctx, "c", "slow"); codeOf(err) != call.Conflict || !call.AsError(err).Retryable {
+		t.Errorf("the same answers at once: %v", err)
+	}
+	cancel() // without a key it is not finished for somebody who comes back
+	all.Wait()
+	before = b.runs.Load()
+	if err := try(ctx, "c", ""); codeOf(err) != call.OutcomeUnknown {
+		t.Errorf("answers of a call of which nobody knows: %v", err)
+	}
+	b.ran(before)
+
+	b.tool.Effect = call.Read
+	for range 2 {
+		if err := try(ctx, "a", ""); err != nil {
+			t.Errorf("a tool that reads: %v", err)
+		}
+	}
+}
+
+// slow is a store that takes long to say that an intent is durable.
+type slow struct {
+	*inmem.DB
+	by time.Duration
+}
+
+func (s *slow) Dispatch(ctx context.Context, i *effect.Intent) (effect.Operation, bool, error) {
+	op, held, err := s.DB.Dispatch(ctx, i)
+	time.Sleep(s.by)
+	return op, held, err
+}
+
+// TestAsleep is a process that sleeps between the intent and the first byte: nothing is sent any more, whether
+// somebody took the call over or not.
+func TestAsleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{DB: inmem.New()}
+		b := newBench(t, effect.Options{Store: store, Wait: time.Millisecond}, func(context.Context, *call.Call) (*call.Result, error) { return call.Text("ok"), nil })
+		b.store = store.DB
+		for _, key := range []string{"", "k"} {
+			store.by = 10 * time.Second
+			if _, err := b.do(b.call(key, "{}")); codeOf(err) != call.Unavailable {
+				t.Errorf("asleep with the key %q: %v", key, err)
+			}
+			before := b.runs.Load()
+			store.by = 8 * time.Second
+			if _, err := b.do(b.call(key, "{}")); err != nil {
+				t.Errorf("awake with the key %q: %v", key, err)
+			}
+			b.ran(before + 1)
+		}
+		b.wantLog("intent", "outcome failed_not_executed unavailable", "intent", "outcome completed", "intent", "outcome failed_not_executed unavailable", "intent", "outcome completed")
+
+		store.by = 2 * time.Minute // longer than the lease: somebody else settles it
+		slept := make(chan error)
+		go func() {
+			_, err := b.do(b.call("l", "{}"))
+			slept <- err
+		}()
+		time.Sleep(100 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		all.Go(func() { _ = b.Run(ctx) })
+		synctest.Wait()
+		if err := <-slept; codeOf(err) != call.Conflict || !call.AsError(err).Retryable {
+			t.Errorf("taken over: %v", err)
+		}
+		cancel()
+		all.Wait()
+		b.ran(2)
+	})
+}
+
+// TestUnknownAgain is that a call of which nobody knows may be sent again where that finds out what became of it.
+func TestUnknownAgain(t *testing.T) {
+	for _, c := range []struct {
+		key      string
+		recovery call.Recovery
+		want     bool
+	}{{"k", call.RecoverNone, false}, {"k", call.RecoverResend, true}, {"", call.RecoverResend, false}} {
+		b := newBench(t, effect.Options{Rules: []effect.Rule{{Tool: "pay", Recovery: c.recovery}}}, func(context.Context, *call.Call) (*call.Result, error) {
+			return nil, call.Errorf(call.Timeout, "too long")
+		})
+		_, err := b.do(b.call(c.key, "{}"))
+		if e := call.AsError(err); codeOf(err) != call.OutcomeUnknown || e.Retryable != c.want || strings.Contains(e.Message, "again with the same key") != c.want {
+			t.Errorf("with the key %q and the recovery %v: %v", c.key, c.recovery, err)
+		}
+	}
+}
+
 // values opens what the audit log keeps of its newest record of an act.
 func (b *bench) values(act string) (rec *audit.Record, values []audit.Value) {
 	b.t.Helper()

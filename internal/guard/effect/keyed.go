@@ -24,6 +24,9 @@ func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
 	patience := time.Now().Add(o.o.Wait)
 	pause := firstPause
 	for {
+		if err := o.ready(); err != nil {
+			return o.meanwhile(ctx, err)
+		}
 		// The first attempt claims a new operation. The others claim the one that stands, by the
 		// number that was seen: whoever comes between wins.
 		op, held, err := o.dispatch(ctx)
@@ -55,6 +58,24 @@ func (o *operation) keyed(ctx context.Context) (*call.Result, error) {
 			return nil, err
 		}
 	}
+}
+
+// meanwhile answers a call whose backend is away (refused says so): with what is stored, if that is
+// its answer. It writes nothing.
+func (o *operation) meanwhile(ctx context.Context, refused error) (*call.Result, error) {
+	op, err := o.store.Find(ctx, o.res.Scope)
+	if err != nil {
+		return nil, away(ctx, err)
+	}
+	switch {
+	case op.ID == "", op.Past:
+		return nil, refused
+	case op.State == Completed, op.State == Waiting, op.State == Unknown && o.rule.Recovery == call.RecoverNone && !o.res.Forget, !bytes.Equal(op.Fingerprint, o.res.Fingerprint):
+		if r, err, decided := o.standing(ctx, &op); decided {
+			return r, err
+		}
+	}
+	return nil, refused
 }
 
 // Pauses between two looks at an operation that somebody else holds.
@@ -110,6 +131,9 @@ func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result
 	}
 	switch op.State {
 	case Completed:
+		if o.answers {
+			return nil, used(), true
+		}
 		r, err := o.replay(op)
 		return r, err, true
 	case NotExecuted:
@@ -134,8 +158,15 @@ func (o *operation) standing(ctx context.Context, op *Operation) (_ *call.Result
 
 // busy is what a second caller gets while the first one runs.
 func busy() error {
-	e := call.Errorf(call.Conflict, "a call with this idempotency key is running; try again in a moment, with the same key")
+	e := call.Errorf(call.Conflict, "a call with this idempotency key, or with these answers, is running; try again in a moment, with the same key")
 	e.Retryable, e.RetryAfter = true, time.Second
+	return e
+}
+
+// used is what a caller gets that sends answers again without a key, after what they led to was done.
+func used() error {
+	e := call.Errorf(call.Conflict, "this requestState was used already, and the call that it belongs to was done; it is not done again. Start a new call without requestState if you mean one; with an idempotency key a call that is sent again gets its answer")
+	e.Data = jsontext.Value(`{"code":"conflict","retryable":false,"idempotency":{"reason":"state_used"}}`)
 	return e
 }
 
@@ -154,11 +185,11 @@ func (o *operation) recover(ctx context.Context, op *Operation, claim func(bool)
 			return nil, away(ctx, err), true
 		}
 	}
-	return nil, unknown(nil), true
+	return nil, o.unknown(nil), true
 }
 
 // unknown is what a caller gets whose call may or may not have run.
-func unknown(cause error) error {
+func (o *operation) unknown(cause error) error {
 	why := "it is not known whether this call was done"
 	if cause != nil {
 		switch e := call.AsError(cause); e.Code {
@@ -171,6 +202,10 @@ func unknown(cause error) error {
 		}
 	}
 	e := call.Errorf(call.OutcomeUnknown, "%s; it is not done again: look at what it should have changed before you call again, with a new key", why)
+	if o.res.Scope != nil && !o.answers && o.rule.Recovery != call.RecoverNone {
+		e = call.Errorf(call.OutcomeUnknown, "%s; try again with the same key: the tool has a way to find out, or to do it once", why)
+		e.Retryable = true
+	}
 	if cause != nil {
 		e = e.Because(errors.New(cause.Error())) // not the error itself: a deadline behind it would look like a plain time-out
 	}
@@ -216,8 +251,9 @@ func (o *operation) askAgain(op *Operation) (*call.Result, error) {
 // runToEnd runs a dispatched call with a key. It does not stop when its caller goes away: what is
 // done is stored, and told when the caller comes back.
 func (o *operation) runToEnd(ctx context.Context, op Operation) (*call.Result, error) {
-	if o.c.TaskID != "" {
-		return o.run(ctx, ctx, op) // its worker waits for it, and ends it when the task is cancelled
+	if o.c.TaskID != "" || o.answers {
+		// Its worker waits for it, and ends it when the task is cancelled; without a key nobody hears of it later.
+		return o.run(ctx, ctx, op)
 	}
 	run, cancel := context.WithTimeout(context.WithoutCancel(ctx), o.limit(ctx))
 	defer cancel()
@@ -240,10 +276,33 @@ func (o *operation) run(ctx, run context.Context, op Operation) (*call.Result, e
 		}
 	}()
 	faultpoint.Reached(faultpoint.Dispatched)
+	if time.Since(o.claimed) > asleep {
+		returned = true
+		return nil, o.late(ctx, &op)
+	}
 	r, err := o.next(run, o.c)
 	returned = true
 	faultpoint.Reached(faultpoint.Answered)
 	return o.conclude(ctx, &op, r, err)
+}
+
+// asleep is how long after its intent a call may begin. It is shorter than any lease, and than the silence
+// after which other nodes take over.
+const asleep = 9 * time.Second
+
+// late gives back a call that was held up between its intent and its first byte: the process slept, and
+// somebody else may have taken it over. Nothing was sent.
+func (o *operation) late(ctx context.Context, op *Operation) error {
+	_, err := o.end(ctx, op, NotExecuted, nil, nil, call.Unavailable.String())
+	if errors.Is(err, ErrFenced) {
+		return busy()
+	}
+	if err != nil {
+		return away(ctx, err)
+	}
+	e := call.Errorf(call.Unavailable, "this server was held up, and another one may have taken over; nothing was done here, try again in a moment, with the same key")
+	e.RetryAfter = time.Second
+	return e
 }
 
 // conclude stores how a call ended, and returns what its caller is told: nothing else than what is
@@ -280,7 +339,7 @@ func (o *operation) conclude(ctx context.Context, op *Operation, r *call.Result,
 	}
 	faultpoint.Reached(faultpoint.Concluded)
 	if state == Unknown {
-		return nil, unknown(err)
+		return nil, o.unknown(err)
 	}
 	return r, err
 }
@@ -341,7 +400,7 @@ const taskWaiting = 8 * 24 * time.Hour
 // else later would be worse.
 func (o *operation) unstored(ctx context.Context, op *Operation, cause error) error {
 	o.log.LogAttrs(ctx, slog.LevelError, "an outcome could not be stored", slog.String("operation", op.ID), slog.String("error", cause.Error()))
-	return unknown(cause)
+	return o.unknown(cause)
 }
 
 // name is what the operation is called behind this server. It says nothing of caller or key.
@@ -371,7 +430,7 @@ type Finding struct {
 func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, error) {
 	tool := o.find(o.rule.Lookup)
 	if tool == nil || tool.Kind != call.Tool || tool.Effect != call.Read {
-		return nil, unknown(errors.New("the lookup tool " + o.rule.Lookup + " is not there, or does not only read"))
+		return nil, o.unknown(errors.New("the lookup tool " + o.rule.Lookup + " is not there, or does not only read"))
 	}
 	o.res.ID, o.res.Expect, o.res.Recover, o.res.Lease = op.ID, op.Fence, true, o.limit(ctx)+leeway
 	mine, held, err := o.store.Reserve(ctx, &o.res)
@@ -386,7 +445,7 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 		if _, failed := o.end(ctx, &mine, Unknown, nil, nil, call.OutcomeUnknown.String()); failed != nil {
 			return nil, o.unstored(ctx, op, failed)
 		}
-		return nil, unknown(err)
+		return nil, o.unknown(err)
 	}
 	if found {
 		return o.conclude(ctx, &mine, looked, nil)

@@ -57,6 +57,7 @@ type Operation struct {
 
 	// Lease is how long it is still held by somebody, 0 if it is not; set by the engine on reading.
 	Lease time.Duration
+	Past  bool // its retention is over; set by the engine on reading
 }
 
 // A Reservation claims an operation: a new one, or, with Expect, one that the caller has seen.
@@ -219,12 +220,13 @@ func (op *Operation) Expired(now int64, forget bool) bool {
 	return op.State.Ended() && (op.State != Unknown || forget || op.Scope == nil) && now-op.Ended > op.Retain
 }
 
-// At sets Lease for a reader at time now.
+// At sets Lease and Past for a reader at time now.
 func (op *Operation) At(now int64) Operation {
 	out := *op
 	out.Lease = max(0, time.Duration(op.Until-now)*time.Microsecond)
 	if op.State.Ended() {
 		out.Lease = 0
 	}
+	out.Past = op.Expired(now, false)
 	return out
 }

@@ -86,6 +86,37 @@ func (o *Observer) Gauge(name, description string, read func() int64) error {
 	return err
 }
 
+// Counter publishes a number that somebody else counts up. read is called whenever metrics are
+// collected; it must be quick and safe for concurrent use.
+func (o *Observer) Counter(name, description string, read func() int64) error {
+	_, err := o.metrics.meter.Int64ObservableCounter(name, metric.WithDescription(description),
+		metric.WithInt64Callback(func(_ context.Context, out metric.Int64Observer) error {
+			out.Observe(read())
+			return nil
+		}))
+	return err
+}
+
+// GaugeOf is Gauge for a number each of several things has: read yields the value of label, which is
+// one of few, and the number.
+func (o *Observer) GaugeOf(name, description, label string, read func(yield func(of string, n int64))) error {
+	_, err := o.metrics.meter.Int64ObservableGauge(name, metric.WithDescription(description), metric.WithInt64Callback(observed(label, read)))
+	return err
+}
+
+// CounterOf is GaugeOf for numbers that only grow.
+func (o *Observer) CounterOf(name, description, label string, read func(yield func(of string, n int64))) error {
+	_, err := o.metrics.meter.Int64ObservableCounter(name, metric.WithDescription(description), metric.WithInt64Callback(observed(label, read)))
+	return err
+}
+
+func observed(label string, read func(yield func(of string, n int64))) metric.Int64Callback {
+	return func(_ context.Context, out metric.Int64Observer) error {
+		read(func(of string, n int64) { out.Observe(n, metric.WithAttributes(attribute.String(label, of))) })
+		return nil
+	}
+}
+
 // Decided counts an approval that was decided.
 func (o *Observer) Decided(ctx context.Context, outcome string) {
 	o.metrics.decided.Add(ctx, 1, metric.WithAttributes(attribute.String("newel.outcome", outcome)))

@@ -53,7 +53,7 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 	if !o.log.Enabled(ctx, level) {
 		return
 	}
-	var buf [24]slog.Attr
+	var buf [28]slog.Attr
 	a := append(buf[:0],
 		slog.String("door", c.Door),
 		slog.String("correlation", c.Event.Correlation),
@@ -79,6 +79,9 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 	a = optional(a, "rule", c.Event.Rule)
 	if c.Event.QueueTime > 0 {
 		a = append(a, slog.Int64("queued_us", c.Event.QueueTime.Microseconds()))
+	}
+	if c.Event.Attempts > 0 {
+		a = append(a, slog.Int("attempts", c.Event.Attempts))
 	}
 	a = optional(a, "operation", c.Event.Operation)
 	a = optional(a, "approval", c.Event.Approval)

@@ -104,6 +104,9 @@ func (o *Observer) endSpan(span trace.Span, c *call.Call, err error) {
 	optional("newel.outcome", c.Event.Outcome)
 	optional("newel.step", c.Event.Step)
 	attrs = append(attrs, attribute.Int("newel.result.size", c.Event.ResultBytes))
+	if c.Event.Attempts > 0 {
+		attrs = append(attrs, attribute.Int("newel.attempts", c.Event.Attempts))
+	}
 	if how := o.failure(c); how != nil {
 		attrs = append(attrs, how...)
 		span.SetStatus(codes.Error, status(c, err))

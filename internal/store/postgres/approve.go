@@ -31,6 +31,8 @@ func scanApproval(row pgx.CollectableRow) (a approve.Approval, err error) {
 
 // approvals returns those of a condition, with what the database's clock says of their time.
 func (db *DB) approvals(ctx context.Context, condition string, args ...any) (out []approve.Approval, err error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	var now int64
 	q := &pgx.Batch{}
 	q.Queue("SELECT " + clock).QueryRow(func(row pgx.Row) error { return row.Scan(&now) })

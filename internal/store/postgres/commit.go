@@ -298,6 +298,8 @@ func scan(row pgx.CollectableRow) (op effect.Operation, err error) {
 
 // find returns operations as they stand now.
 func (db *DB) find(ctx context.Context, condition string, args ...any) ([]effect.Operation, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	var now int64
 	var ops []effect.Operation
 	q := &pgx.Batch{}
@@ -384,6 +386,8 @@ func (l *Log) Close() error {
 
 // Head implements audit.Source.
 func (l *Log) Head(ctx context.Context) (audit.Edge, error) {
+	ctx, cancel := context.WithTimeout(ctx, logTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	var size int64
 	var edge []byte
 	if err := l.pool.QueryRow(ctx, "SELECT size, edge FROM newel_head WHERE id = 1").Scan(&size, &edge); err != nil {
@@ -394,6 +398,8 @@ func (l *Log) Head(ctx context.Context) (audit.Edge, error) {
 
 // Read implements audit.Source.
 func (l *Log) Read(ctx context.Context, from int64, limit int) ([]audit.Row, error) {
+	ctx, cancel := context.WithTimeout(ctx, logTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	rows, err := l.pool.Query(ctx, "SELECT idx, record, hashes, private FROM newel_audit WHERE idx >= $1 ORDER BY idx LIMIT $2", from, limit)
 	if err != nil {
 		return nil, err

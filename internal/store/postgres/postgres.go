@@ -47,7 +47,9 @@ var (
 
 const (
 	openTimeout   = 10 * time.Second
-	commitTimeout = 10 * time.Second
+	commitTimeout = 10 * time.Second // and of reading
+	logTimeout    = time.Minute      // of a piece of the audit log
+	pruneTimeout  = time.Minute
 	beatEvery     = 3 * time.Second
 	silent        = 15 * time.Second // a node that says nothing for so long is gone
 	pruneEvery    = 10 * time.Minute
@@ -201,8 +203,25 @@ func (db *DB) Close() error {
 func (db *DB) Run(ctx context.Context) error {
 	beat := time.NewTicker(beatEvery)
 	defer beat.Stop()
-	prune := time.NewTicker(pruneEvery)
-	defer prune.Stop()
+	pruning := make(chan struct{})
+	defer func() { <-pruning }()
+	go func() { // by itself: a node whose beat waits for it is taken for gone
+		defer close(pruning)
+		prune := time.NewTicker(pruneEvery)
+		defer prune.Stop()
+		for { // at once, too: nodes that live for less than the interval would never do it
+			limited, cancel := context.WithTimeout(ctx, pruneTimeout)
+			_, _ = db.Prune(limited) // the next one does what is left
+			cancel()
+			select {
+			case <-ctx.Done():
+				return
+			case <-db.Failed():
+				return
+			case <-prune.C:
+			}
+		}
+	}()
 	for {
 		select {
 		case <-ctx.Done():
@@ -211,8 +230,6 @@ func (db *DB) Run(ctx context.Context) error {
 			return fmt.Errorf("the state in PostgreSQL: %w", db.Fatal())
 		case <-beat.C:
 			_ = db.beat(ctx) // what this means, others say: they take over
-		case <-prune.C:
-			_, _ = db.Prune(ctx) // the next one does it
 		}
 	}
 }

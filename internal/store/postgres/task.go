@@ -44,6 +44,8 @@ func scanTask(row pgx.CollectableRow) (r task.Record, err error) {
 
 // tasks returns the tasks that a condition chooses, as they stand now, without those that are gone.
 func (db *DB) tasks(ctx context.Context, condition string, args ...any) ([]task.Record, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	var now int64
 	var found []task.Record
 	q := &pgx.Batch{}
@@ -83,6 +85,8 @@ func (db *DB) TasksOf(ctx context.Context, owner []byte, before string, limit in
 
 // TaskVersions implements task.Store.
 func (db *DB) TaskVersions(ctx context.Context, ids []string) (map[string]int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	rows, err := db.pool.Query(ctx, "SELECT id, version FROM newel_tasks WHERE id = ANY($1)", ids)
 	if err != nil {
 		return nil, err
@@ -105,6 +109,8 @@ func (db *DB) DueTasks(ctx context.Context, limit int) ([]task.Record, error) {
 
 // CountTasks implements task.Store.
 func (db *DB) CountTasks(ctx context.Context) (task.Counts, error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	var n task.Counts
 	var oldest sql.NullInt64
 	err := db.pool.QueryRow(ctx, "SELECT count(*) FILTER (WHERE state = 1), count(*) FILTER (WHERE state = 2), count(*) FILTER (WHERE state = 3), min(created) FILTER (WHERE state = 1) FROM newel_tasks WHERE state < 4").
@@ -117,6 +123,8 @@ func (db *DB) CountTasks(ctx context.Context) (task.Counts, error) {
 
 // OpenTasks implements task.Store.
 func (db *DB) OpenTasks(ctx context.Context, owner []byte, limit int) (n int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout) // a connection that says nothing does not end by itself
+	defer cancel()
 	err = db.pool.QueryRow(ctx, "SELECT count(*) FROM (SELECT 1 FROM newel_tasks WHERE owner = $1 AND state < 4 LIMIT $2) AS mine", owner, limit).Scan(&n)
 	return n, err
 }

@@ -24,6 +24,7 @@ import (
 	"newel.dev/newel/internal/guard/bound"
 	"newel.dev/newel/internal/guard/effect"
 	"newel.dev/newel/internal/guard/observe"
+	"newel.dev/newel/internal/guard/resilience"
 	"newel.dev/newel/internal/guard/resolve"
 	"newel.dev/newel/internal/guard/validate"
 	"newel.dev/newel/internal/mcpwire"
@@ -119,6 +120,10 @@ func guards(who *assembly.Identities, rules *policy.Policy) (guard.Set, error) {
 	if err != nil {
 		return guard.Set{}, err
 	}
+	backends, err := resilience.New(resilience.Options{Backends: []resilience.Backend{{Name: "bench"}}}, nil)
+	if err != nil {
+		return guard.Set{}, err
+	}
 	tasks, err := task.New(task.Options{Store: store, Key: secret.RandomKey(), Path: func(string) call.Handler { return nil }}) // nothing is worked on
 	if err != nil {
 		return guard.Set{}, err
@@ -126,6 +131,6 @@ func guards(who *assembly.Identities, rules *policy.Policy) (guard.Set, error) {
 	return guard.Set{
 		Observe: observer.Guard, Authenticate: authenticate.New(who), Admit: admission.Guard,
 		Resolve: resolve.New(current, access.See, nil), Validate: validate.Guard, Authorize: access.Guard,
-		Task: tasks.Guard("/mcp", effects.Check), Effect: effects.Guard("/mcp", nil), Bound: bounds.Guard,
+		Task: tasks.Guard("/mcp", effects.Check), Effect: effects.Guard("/mcp", nil), Bound: bounds.Guard, Resilience: backends.Guard,
 	}, nil
 }
