@@ -64,7 +64,7 @@ bench-peers: ## the same against other SDKs and gateways, from npm and PyPI (ten
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
 
-faults: ## crash a real server 500 times, at every moment of a call, on both engines, and check what is left; then attack it (Linux; needs postgresql; six minutes)
+faults: ## crash a real server 500 times, at every moment of a call, on both engines, and break all around it; then attack it (Linux; needs postgresql, redis and the history; ten minutes)
 	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults $(FAULTSFLAGS)
 	@go build -o dist/hostile ./test/hostile && dist/hostile $(HOSTILEFLAGS)
 

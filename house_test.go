@@ -18,7 +18,8 @@ const modulePath = "newel.dev/newel"
 // floors are the house from the ground up: a package imports only from floors below its own, never
 // from its own. A package that stands on none fails: a new idea gets a place here first.
 var floors = []string{
-	"call internal/faultpoint internal/strictjson internal/secret internal/nearest internal/pattern internal/egress internal/certs internal/identity/claim internal/identity/jws",
+	"internal/faultpoint",
+	"call internal/strictjson internal/secret internal/nearest internal/pattern internal/egress internal/certs internal/identity/claim internal/identity/jws",
 	"internal/module internal/catalog internal/process internal/policy internal/audit internal/redact internal/answer internal/identity/dpop",
 	"internal/identity/issuer internal/redact/*",
 	"internal/config internal/guard/* internal/task internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",

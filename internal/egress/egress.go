@@ -27,6 +27,8 @@ import (
 
 	"code.dny.dev/ssrf"
 	"golang.org/x/net/http/httpproxy"
+
+	"newel.dev/newel/internal/faultpoint"
 )
 
 // Options configure a client. The zero value reaches public addresses only.
@@ -78,7 +80,7 @@ const (
 func Transport(o Options) *http.Transport {
 	o.Timeout = cmp.Or(max(o.Timeout, 0), defaultTimeout)
 	out := &exit{
-		guarded: &net.Dialer{Timeout: o.Timeout, KeepAlive: 30 * time.Second, Control: Control(o)},
+		guarded: &net.Dialer{Timeout: o.Timeout, KeepAlive: 30 * time.Second, Control: Control(o), Resolver: faultpoint.Resolver()},
 		free:    &net.Dialer{Timeout: o.Timeout, KeepAlive: 30 * time.Second},
 		proxy:   httpproxy.FromEnvironment().ProxyFunc(),
 	}

@@ -5,7 +5,8 @@
 // hits the moment between two system calls about once in a thousand times. Everything that can be
 // hit from outside is (a request half sent, an answer half read): only moments that nobody outside
 // can see have a name here. A point is one line without arguments of its own, so that it changes
-// nothing of what it marks. on.go is the only code, test/faults the only user.
+// nothing of what it marks. Beside points there are Resolver, which asks a name server of the test,
+// and Now, by which keys of issuers grow old: the system's belong to the system. on.go is the only code, test/faults the only user.
 package faultpoint
 
 // A Point is a moment of one call with an effect, or of the upkeep of what is stored. The numbers

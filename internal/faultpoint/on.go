@@ -4,8 +4,12 @@ package faultpoint
 
 import (
 	"bytes"
+	"context"
+	"net"
 	"os"
+	"strings"
 	"syscall"
+	"time"
 )
 
 // On says that the program is built for these tests.
@@ -38,4 +42,33 @@ func Armed(p Point) bool { return is(p) }
 func is(p Point) bool {
 	b, err := os.ReadFile(os.Getenv(File))
 	return err == nil && string(bytes.TrimSpace(b)) == string(p)
+}
+
+// Names is the variable with the address of the name server of a test; without it the system's are
+// asked.
+const Names = "NEWEL_FAULTS_DNS"
+
+// Resolver returns one that asks the name server of the test.
+func Resolver() *net.Resolver {
+	at := os.Getenv(Names)
+	if at == "" {
+		return nil
+	}
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "udp", at)
+	}}
+}
+
+// Now returns the time, later by as much as stands in the file beside that of the points.
+func Now() time.Time {
+	now := time.Now()
+	b, err := os.ReadFile(os.Getenv(File) + ".clock")
+	if err != nil {
+		return now
+	}
+	later, err := time.ParseDuration(strings.TrimSpace(string(b)))
+	if err != nil {
+		return now
+	}
+	return now.Add(later)
 }

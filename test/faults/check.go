@@ -22,6 +22,7 @@ const (
 	outage   = "outage"   // from Time until Until nothing could be written down
 	gaveUp   = "gave up"  // Op did not come to an end in time
 	expected = "expected" // what should have happened did not: Detail says what
+	measured = "measured" // Detail is a figure of the scenario at Point
 )
 
 // Outcomes of one attempt, as its caller saw them.
@@ -92,7 +93,8 @@ type Line struct {
 type Verdict struct {
 	Lines      map[string]*Line
 	Violations []Violation
-	Unknown    int // calls that ended so
+	Measures   []string // figures of scenarios, with their points
+	Unknown    int      // calls that ended so
 	Calls      int
 }
 
@@ -106,7 +108,7 @@ func mayBeUnknown(point string) bool {
 		return false
 	}
 	switch point {
-	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E16", "MRTR":
+	case "K0", "K1", "K2 before", "K3", "K9 after", "K10", "K11", "K12", "K14 schema", "K14 prune", "K14 head", "E2 full", "E10", "E14 names", "E16", "MRTR":
 		return false
 	}
 	return true
@@ -145,6 +147,8 @@ func check(e *Evidence) *Verdict {
 			outages = append(outages, ev)
 		case expected:
 			v.add(nil, "", ev.Point, "%s", ev.Detail)
+		case measured:
+			v.Measures = append(v.Measures, fmt.Sprintf("%-12s %s", ev.Point, ev.Detail))
 		case faulted:
 			if ev.Cycle {
 				v.line(ev.Point).Cycles++
@@ -291,7 +295,8 @@ func (v *Verdict) call(h *history, outages []Event) {
 	}
 }
 
-// byAnother reports whether another attempt was under way at a time: it may have done it.
+// byAnother reports whether another attempt may have done it at a time: it was under way, or it ended
+// without anybody knowing what became of what it had sent.
 func (h *history) byAnother(attempt int, at int64) bool {
 	from, to := map[int]int64{}, map[int]int64{}
 	for _, e := range h.events {
@@ -299,7 +304,9 @@ func (h *history) byAnother(attempt int, at int64) bool {
 		case invoked:
 			from[e.Attempt], to[e.Attempt] = e.Time, math.MaxInt64
 		case returned:
-			to[e.Attempt] = e.Time
+			if e.Outcome != unknown && e.Outcome != lost {
+				to[e.Attempt] = e.Time
+			}
 		}
 	}
 	for other := range from {

@@ -62,6 +62,14 @@ func TestPlanted(t *testing.T) {
 			e.Events = append(e.Events, Event{Time: 80 * ms, Kind: returned, Op: "a", Attempt: 1, Outcome: unknown})
 			e.Events = slices.Delete(e.Events, 1, 2)
 		}, nil},
+		{"done late, after an attempt that nobody knows of, while another is told no", "E19", "resend", func(e *Evidence) {
+			e.Events = append([]Event{
+				{Time: 1 * ms, Kind: invoked, Op: "a", Attempt: 9, Tool: "resend", Nonce: "n"},
+				{Time: 5 * ms, Kind: returned, Op: "a", Attempt: 9, Tool: "resend", Outcome: unknown},
+			}, e.Events...)
+			e.Audit[0].Time = 1 * ms
+			e.Events[3].Outcome = notExecuted
+		}, nil},
 		{"duplicate", "K6", "plain", func(e *Evidence) { e.Ledger = append(e.Ledger, Row{Time: 45 * ms, Op: "a"}) }, []string{"I1"}},
 		{"lost", "K6", "plain", func(e *Evidence) { e.Ledger = nil }, []string{"I2", "I2"}},
 		{"false failure", "K6", "plain", func(e *Evidence) { e.Events[1].Outcome = notExecuted }, []string{"I3"}},

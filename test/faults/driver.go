@@ -153,7 +153,7 @@ func understand(e *Event, status int, body []byte, o *operation) {
 		e.Outcome = unknown
 	case "conflict":
 		e.Outcome = busy
-	case "unavailable", "exhausted", "canceled":
+	case "unavailable", "exhausted", "canceled", "not_found", "timeout": // of a call that was not sent
 		e.Outcome = notExecuted
 	}
 	e.Detail = code + ": " + e.Detail

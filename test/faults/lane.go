@@ -29,16 +29,20 @@ import (
 
 // A lane is one ledger with one state behind it, and the node or nodes in between.
 type lane struct {
+	options *options
 	engine  string
 	dir     string
 	rand    *rand.Rand
 	journal *journal
 	nodes   []*node
 	ledger  *process
-	ledgers string // address
+	ledgers string     // address
+	others  []*process // that scenarios started
 	host    *host
 	server  *engines.Server
 	dsn     string
+	longest string           // call, in configurations of scenarios; "": 20s
+	token   string           // that operations are called with, or ""
 	report  func(cycles int) // progress
 
 	count    int
@@ -63,7 +67,7 @@ func (l *lane) patience() time.Duration { return l.lease() + 30*time.Second }
 
 // newLane starts a ledger and writes the configuration of nodes.
 func newLane(o *options, h *host, engine, name string, nodes int, server *engines.Server, dsn, extra string) (*lane, error) {
-	l := &lane{engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, report: func(int) {}}
+	l := &lane{options: o, engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, report: func(int) {}}
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -75,24 +79,14 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 	if l.ledgers, err = freeAddress(); err != nil {
 		return nil, err
 	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(self, "ledger", l.ledgers, l.ledgerFile())
-	cmd.Stderr = os.Stderr
-	if l.ledger, err = start(cmd); err != nil {
+	if l.ledger, err = part("ledger", l.ledgers, l.ledgerFile()); err != nil {
 		return nil, err
 	}
 	if err := l.ledger.until("the ledger", func() bool { return l.plan(plan{}) == nil }); err != nil {
 		return nil, err
 	}
 	for i := range nodes {
-		state := "{engine: sqlite, path: state.db, key_file: ../key, checkpoint: heads/checkpoint}"
-		if engine == "postgres" {
-			state = fmt.Sprintf("{engine: postgres, dsn: %q, key_file: ../key, checkpoint: heads/checkpoint}", "${env:NEWEL_FAULTS_DSN}")
-		}
-		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, state, extra)
+		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, l.state(), extra)
 		if err != nil {
 			return nil, err
 		}
@@ -100,6 +94,14 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 		l.nodes = append(l.nodes, n)
 	}
 	return l, nil
+}
+
+// state is that section of the configuration.
+func (l *lane) state() string {
+	if l.engine == "postgres" {
+		return fmt.Sprintf("{engine: postgres, dsn: %q, key_file: ../key, checkpoint: heads/checkpoint}", "${env:NEWEL_FAULTS_DSN}")
+	}
+	return "{engine: sqlite, path: state.db, key_file: ../key, checkpoint: heads/checkpoint}"
 }
 
 func hash(s string) uint64 {
@@ -121,6 +123,9 @@ func (l *lane) close() {
 		_ = n.log.Close()
 	}
 	l.ledger.kill()
+	for _, p := range l.others {
+		p.kill()
+	}
 	_ = l.journal.file.Close()
 }
 
@@ -144,7 +149,7 @@ func (l *lane) plan(p plan) error {
 func (l *lane) operation(tool string) *operation {
 	l.count++
 	id := fmt.Sprintf("%s-%d-%x", filepath.Base(l.dir), l.count, l.rand.Uint32())
-	o := &operation{ID: id, Key: "key of " + id, Tool: tool, Nonce: fmt.Sprintf("%x", l.rand.Uint64())}
+	o := &operation{ID: id, Token: l.token, Key: "key of " + id, Tool: tool, Nonce: fmt.Sprintf("%x", l.rand.Uint64())}
 	o.Args = arguments{Op: id, Nonce: o.Nonce}
 	return o
 }
@@ -161,6 +166,10 @@ func (l *lane) expect(point, format string, args ...any) {
 	l.journal.add(Event{Kind: expected, Point: point, Detail: fmt.Sprintf(format, args...)})
 }
 
+// breakerTime is longer than a breaker that opened in a fault stays open: until then nothing can be
+// looked up.
+const breakerTime = 10 * time.Second
+
 // settle tries a call until it has ended, then once more: the answer stays. It reports false if the
 // call is still held by a process that was killed.
 func (l *lane) settle(o *operation, addr string) bool {
@@ -174,7 +183,7 @@ func (l *lane) settle(o *operation, addr string) bool {
 			o.Ended = true
 			return true
 		case unknown:
-			if unknowns++; !recovers(o.Tool) && unknowns > 1 || unknowns > 10 {
+			if unknowns++; !recovers(o.Tool) && unknowns > 1 || unknowns > 10 && time.Since(o.Broken) > breakerTime {
 				o.Ended = true
 				return true
 			}

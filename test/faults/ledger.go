@@ -23,6 +23,9 @@ type Row struct {
 	Nonce string `json:"nonce"`
 	Tool  string `json:"tool"`
 	Seq   int    `json:"seq"`
+
+	Version string `json:"version,omitempty"` // as the caller wrote it
+	Mark    string `json:"mark,omitempty"`    // as a gateway added it
 }
 
 // A plan is what the ledger does in the next call: at a step it signals a process.
@@ -197,6 +200,9 @@ type arguments struct {
 	Pad   string `json:"pad,omitempty"`
 	Delay int    `json:"delay,omitempty"` // milliseconds before it is done
 	Size  int    `json:"size,omitempty"`  // of the answer
+
+	Version string `json:"version,omitempty"`
+	Mark    string `json:"mark,omitempty"`
 }
 
 // call runs a tool. safe and plain do not know a call again, resend does; ask wants an answer
@@ -232,7 +238,7 @@ func (l *ledger) call(tool string, args json.RawMessage, state, key string) (any
 	}
 	if row == nil {
 		var err error
-		if row, err = l.append(Row{Op: in.Op, Key: key, Nonce: in.Nonce, Tool: tool}); err != nil {
+		if row, err = l.append(Row{Op: in.Op, Key: key, Nonce: in.Nonce, Tool: tool, Version: in.Version, Mark: in.Mark}); err != nil {
 			return nil, err
 		}
 	}
@@ -288,7 +294,7 @@ func (l *ledger) append(r Row) (*Row, error) {
 func ledgerTools() []any {
 	text := map[string]any{"type": "string"}
 	number := map[string]any{"type": "integer"}
-	input := map[string]any{"type": "object", "required": []string{"op", "nonce"}, "properties": map[string]any{"op": text, "nonce": text, "pad": text, "delay": number, "size": number}}
+	input := map[string]any{"type": "object", "required": []string{"op", "nonce"}, "properties": map[string]any{"op": text, "nonce": text, "pad": text, "delay": number, "size": number, "version": text, "mark": text}}
 	var out []any
 	for _, name := range []string{"plain", "resend", "lookup", "ask"} {
 		out = append(out, map[string]any{"name": name, "description": "Write a row.", "inputSchema": input})

@@ -47,19 +47,30 @@ type options struct {
 	quiet   bool
 	resume  string // file that remembers what was done
 	mutant  string // part of the names of mutants
+
+	building *sync.Mutex // of the program before this one
+}
+
+// parts are the processes that this program is too; their arguments are an address and a file.
+var parts = map[string]func(addr, file string) error{
+	"ledger": serveLedger,
+	"issuer": serveIssuer,
+	"child":  serveChild,
 }
 
 func main() {
-	if len(os.Args) == 4 && os.Args[1] == "ledger" {
-		if err := serveLedger(os.Args[2], os.Args[3]); err != nil {
-			fmt.Fprintln(os.Stderr, "ledger:", err)
-			os.Exit(1)
+	if len(os.Args) == 4 {
+		if serve := parts[os.Args[1]]; serve != nil {
+			if err := serve(os.Args[2], os.Args[3]); err != nil {
+				fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
+				os.Exit(1)
+			}
+			return
 		}
-		return
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	o := options{}
+	o := options{building: &sync.Mutex{}}
 	var engine string
 	var mutants bool
 	flag.IntVar(&o.cycles, "cycles", 500, "crashes")
@@ -96,8 +107,9 @@ type result struct {
 	Bound      string `json:"bound_95"`
 	Seconds    int    `json:"seconds"`
 
-	lines map[string]map[string]*Line // by engine and point
-	found []Violation
+	lines    map[string]map[string]*Line // by engine and point
+	measures []string
+	found    []Violation
 }
 
 // suite runs everything once and prints the table.
@@ -190,6 +202,7 @@ func (r *result) sum(other *result) {
 	r.Violations += other.Violations
 	r.Seconds += other.Seconds
 	r.found = append(r.found, other.found...)
+	r.measures = append(r.measures, other.measures...)
 	r.bound()
 }
 
@@ -417,6 +430,7 @@ func (r *result) add(engine string, v *Verdict) {
 	r.Unknown += v.Unknown
 	r.Violations += len(v.Violations)
 	r.found = append(r.found, v.Violations...)
+	r.measures = append(r.measures, v.Measures...)
 }
 
 // print prints the table, what was found, and the last line.
@@ -437,6 +451,10 @@ func (r *result) print(out io.Writer) {
 				fmt.Fprintf(out, "%-24s %-9s %7d %9d %9d %8d %11d\n", p, engine, l.Cycles, l.Zero, l.One, l.Unknown, l.Violations)
 			}
 		}
+	}
+	slices.SortStableFunc(r.measures, byNumber)
+	for _, m := range r.measures {
+		fmt.Fprintln(out, "MEASURE", m)
 	}
 	for i, v := range r.found {
 		if i == 30 {

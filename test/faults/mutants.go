@@ -26,6 +26,7 @@ type edit struct{ file, old, new string }
 
 // mutants are the mistakes that would cost somebody money.
 func mutants() []mutant {
+	const upstream, keys = "internal/backend/mcpupstream/", "internal/identity/verify/"
 	const effect, store, lite, pg = "internal/guard/effect/", "internal/durable/durable.go", "internal/store/sqlite/", "internal/store/postgres/"
 	const tasks = "internal/task/"
 	return []mutant{
@@ -76,6 +77,33 @@ func mutants() []mutant {
 		}},
 		{"a clock that was set back is believed", "postgres", 0, "E9", []edit{
 			{pg + "postgres.go", "WHERE seen > clock_timestamp()\"", "WHERE false\""},
+		}},
+		{"the breaker never opens", "sqlite", 0, "E3", []edit{
+			{"internal/guard/resilience/breaker.go", "WithFailureThreshold(uint(failures)).", "WithFailureThreshold(uint(failures) + 1<<30)."},
+		}},
+		{"addresses are not checked when they are dialled", "sqlite", 0, "E14", []edit{
+			{"internal/egress/egress.go", "Control: Control(o), Resolver", "Resolver"},
+		}},
+		{"an answer that is none is a failure", "sqlite", 0, "E14", []edit{
+			{upstream + "run.go", "	case s.status < 300 && !t.read:", "	case false:"},
+		}},
+		{"old keys count for ever", "sqlite", 0, "E7", []edit{
+			{keys + "keys.go", "staleAfter   = 24 * time.Hour", "staleAfter   = 1 << 62"},
+		}},
+		{"every unknown key has the issuer be asked", "sqlite", 0, "E8", []edit{
+			{keys + "keys.go", "unknownEvery = 10 * time.Second", "unknownEvery = time.Nanosecond"},
+		}},
+		{"another key under an id that is known is not looked for", "sqlite", 0, "E8", []edit{
+			{keys + "verify.go", "len(newer) > 0 {", "len(newer) > 1<<20 {"},
+		}},
+		{"a reload changes the policy before the backends", "sqlite", 0, "E15", []edit{
+			{"internal/assembly/live.go", "	given := *o\n", "	given := *o\n	given.Backends = old.opts.Backends\n"},
+		}},
+		{"without Redis there is no quota", "postgres", 0, "E17", []edit{
+			{"internal/guard/quota/quota.go", "	return l.local.Take(ctx, now, claims)\n", "	return Outcome{Refused: -1}, nil\n"},
+		}},
+		{"without Redis every node grants the whole quota", "postgres", 0, "E17", []edit{
+			{"internal/guard/quota/quota.go", "	l := &Limiter{o: o,", "	o.Share = 1\n	l := &Limiter{o: o,"},
 		}},
 		{"an old head is vouched for", "sqlite", 0, "E16", []edit{
 			{"internal/audit/publish.go", "		return fmt.Errorf(\"audit: the published head cannot be read: %w\", err)\n	}\n	if err == nil {", "		return nil\n	}\n	if err == nil {"},

@@ -47,6 +47,17 @@ func start(cmd *exec.Cmd) (*process, error) {
 	return p, <-started
 }
 
+// part starts another process of this program.
+func part(name, addr, file string) (*process, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(self, name, addr, file)
+	cmd.Stderr = os.Stderr
+	return start(cmd)
+}
+
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
 // kill ends it and waits for that.
@@ -98,7 +109,8 @@ func freeAddress() (string, error) {
 // A node is one place for a newel process: its folder, address and what is armed in it.
 type node struct {
 	dir, addr, binary string
-	dsn               string // of its state, or ""
+	dsn               string   // of its state, or ""
+	env               []string // variables that the scenario adds
 	log               *os.File
 	*process
 }
@@ -142,6 +154,7 @@ backends:
 func (n *node) launch() error {
 	cmd := exec.Command(n.binary, "serve", "-c", filepath.Join(n.dir, "newel.yaml"))
 	cmd.Env = append(os.Environ(), "NEWEL_FAULTPOINT="+n.armed(), "NEWEL_FAULTS_DSN="+n.dsn)
+	cmd.Env = append(cmd.Env, n.env...)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	p, err := start(cmd)
 	if err != nil {
@@ -226,6 +239,7 @@ type operation struct {
 	ID, Key, Tool, Nonce string
 	Args                 arguments
 	State                string // requestState that it goes on with
+	Token                string // access token, where one is needed
 	Attempts             int
 	Broken               time.Time // last
 	Recoveries           int
@@ -281,6 +295,9 @@ func (o *operation) message(addr, key string) []byte {
 	fmt.Fprintf(&b, "POST /mcp HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Type: application/json\r\nAccept: application/json\r\nMcp-Protocol-Version: %s\r\nMcp-Method: tools/call\r\nMcp-Name: %s\r\n", addr, revision, o.Tool)
 	if key != "" {
 		fmt.Fprintf(&b, "Idempotency-Key: %s\r\n", strconv.Quote(key))
+	}
+	if o.Token != "" {
+		fmt.Fprintf(&b, "Authorization: Bearer %s\r\n", o.Token)
 	}
 	fmt.Fprintf(&b, "Content-Length: %d\r\n\r\n", len(body))
 	b.Write(body)

@@ -70,7 +70,7 @@ func TestHostileAnswers(t *testing.T) {
 		"HTML": {func(w http.ResponseWriter, _ *http.Request, _ json.RawMessage) {
 			w.Header().Set("Content-Type", "text/html")
 			io.WriteString(w, "<html>hello</html>")
-		}, "HTTP status 200"},
+		}, "whether it did what was asked is not known"},
 		"not JSON": {func(w http.ResponseWriter, _ *http.Request, _ json.RawMessage) { io.WriteString(w, "{nope") }, "an answer that is not valid"},
 		"another id": {func(w http.ResponseWriter, _ *http.Request, _ json.RawMessage) {
 			answer(w, json.RawMessage("424242"), "x")

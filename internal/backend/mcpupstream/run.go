@@ -115,6 +115,10 @@ func (t *target) statusOutcome(name string, s *statusError, err error) error {
 		e.Retryable = false
 	case s.status == http.StatusTooManyRequests:
 		e = call.Errorf(call.Exhausted, "the server %q behind this is at its limit", name)
+	case s.status < 300 && !t.read: // somebody took it, and what came back is no answer
+		e = call.Errorf(call.OutcomeUnknown, "the server %q behind this gave an answer that is not valid; whether it did what was asked is not known", name)
+	case s.status < 300:
+		e = call.Errorf(call.Failed, "the server %q behind this gave an answer that is not valid", name)
 	case s.status >= 500 && !t.read: // whoever says so may have sent it on
 		e = call.Errorf(call.OutcomeUnknown, "the server %q behind this failed with HTTP status %d; whether it did what was asked is not known", name, s.status)
 	case s.status >= 500: // it only reads: nothing was done

@@ -69,7 +69,7 @@ var errNoKey = errors.New("the issuer has no such key")
 
 // find returns the keys a signature may be of. An id nobody knows makes it ask the issuer, at most
 // once every ten seconds however many such tokens come: then it says to try again, because the
-// token may be good. A bad signature never makes it ask.
+// token may be good.
 func (k *keySet) find(ctx context.Context, id string) ([]jose.JSONWebKey, error) {
 	for {
 		k.mu.Lock()
@@ -112,6 +112,42 @@ func (k *keySet) find(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 			return nil, errNoKey
 		}
 		return found, nil
+	}
+}
+
+// again returns the keys that a signature may be of after it was of none of had: an issuer may have
+// another key under the same id now. It asks as find does, no more often, and returns nil if there is
+// nothing new.
+func (k *keySet) again(ctx context.Context, id string, had []jose.JSONWebKey) []jose.JSONWebKey {
+	for asked := false; ; asked = true {
+		k.mu.Lock()
+		now := k.now()
+		if found := k.byID(id); !slices.EqualFunc(found, had, func(a, b jose.JSONWebKey) bool { return sameKey(&a, &b) }) {
+			k.mu.Unlock()
+			return found
+		}
+		wait := k.flight
+		if asked || wait == nil && k.next.After(now) {
+			k.mu.Unlock()
+			return nil
+		}
+		if wait != nil {
+			k.mu.Unlock()
+			select {
+			case <-wait:
+				continue
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		done := make(chan struct{})
+		k.flight = done
+		k.mu.Unlock()
+		_ = k.fetch(ctx) // then there is nothing new
+		k.mu.Lock()
+		k.flight = nil
+		close(done)
+		k.mu.Unlock()
 	}
 }
 

@@ -29,6 +29,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/egress"
+	"newel.dev/newel/internal/faultpoint"
 	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/identity/jws"
 	"newel.dev/newel/internal/secret"
@@ -119,7 +120,7 @@ func New(o Options) (*Verifier, error) {
 		o.HTTP = egress.Client(egress.Options{Timeout: fetchTimeout, Allow: o.Private, Loopback: slices.ContainsFunc(o.Issuers, onLoopback)})
 	}
 	if o.Now == nil {
-		o.Now = time.Now
+		o.Now = faultpoint.Now
 	}
 	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, proofs: dpop.New(o.NonceKey), dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
 	var problems []error
@@ -393,7 +394,11 @@ func (is *issuer) open(ctx context.Context, token string, parts []string) (paylo
 		}
 		return nil, "", err
 	}
-	payload, err = jws.Check(token, head.Algorithm, keys)
+	if payload, err = jws.Check(token, head.Algorithm, keys); err != nil {
+		if newer := is.keys.again(ctx, head.KeyID, keys); len(newer) > 0 {
+			payload, err = jws.Check(token, head.Algorithm, newer)
+		}
+	}
 	return payload, head.Type, err
 }
 

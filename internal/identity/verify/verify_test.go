@@ -274,7 +274,40 @@ func TestBadTokens(t *testing.T) {
 		}
 	}
 	if n := w.fetches.Load(); n != 1 {
-		t.Errorf("%d fetches: a bad signature must not make the issuer be asked", n)
+		t.Errorf("%d fetches within ten seconds", n)
+	}
+}
+
+// An issuer may put another key under an id that it had before. Its tokens count from then on; the old
+// one's do not, and bad signatures do not make it be asked more often than anything else.
+func TestAnotherKeyUnderTheSameID(t *testing.T) {
+	for _, id := range []string{"k", ""} {
+		w := newWorld(t)
+		old := w.addKey(id, "ES256")
+		v := w.verifier(nil)
+		before := sign(t, old, "at+jwt", w.claimsOf(nil))
+		if _, err := v.Verify(t.Context(), before); err != nil {
+			t.Fatal(err)
+		}
+		forged := newKey(t, id, "ES256")
+		w.pass(10 * time.Second)
+		for range 50 {
+			if c := code(second(v.Verify(t.Context(), sign(t, forged, "at+jwt", w.claimsOf(nil))))); c != call.Unauthenticated {
+				t.Fatalf("id %q, a forged token: %v", id, c)
+			}
+		}
+		if n := w.fetches.Load(); n != 2 {
+			t.Errorf("id %q: %d fetches for 50 bad signatures", id, n)
+		}
+		w.set(func() { w.keys = nil })
+		next := w.addKey(id, "ES256")
+		w.pass(10 * time.Second)
+		if _, err := v.Verify(t.Context(), sign(t, next, "at+jwt", w.claimsOf(nil))); err != nil {
+			t.Errorf("id %q, a token of the new key: %v", id, err)
+		}
+		if c := code(second(v.Verify(t.Context(), before))); c != call.Unauthenticated {
+			t.Errorf("id %q, a token of the old key: %v", id, c)
+		}
 	}
 }
 
