@@ -39,6 +39,7 @@ type Claim struct {
 type Outcome struct {
 	Refused    int // index of the claim that there is no room for, or -1
 	RetryAfter time.Duration
+	Sums       []int64 // of budgets, if nothing was refused; by claim
 }
 
 // A Store counts. It is safe for concurrent use. Its errors mean that nobody knows: they are not
@@ -62,6 +63,7 @@ type Memory struct {
 type count struct {
 	at   time.Time // rate: theoretical arrival; budget: end of the window
 	sum  int64
+	base int64                // of sum: what another store knows of; the rest it has to be told
 	held map[string]time.Time // concurrent calls, until when
 }
 
@@ -89,10 +91,93 @@ func (m *Memory) Take(_ context.Context, now time.Time, claims []Claim) (Outcome
 			return Outcome{Refused: i, RetryAfter: wait}, nil
 		}
 	}
+	sums := make([]int64, len(claims))
 	for i := range claims {
-		m.add(now, &claims[i])
+		sums[i] = m.add(now, &claims[i])
 	}
-	return Outcome{Refused: -1}, nil
+	return Outcome{Refused: -1, Sums: sums}, nil
+}
+
+// The following are for a Memory that stands in for another store while that is away.
+
+// mirror remembers what the other store granted: budgets as they are there, and calls of this node
+// that run.
+func (m *Memory) mirror(now time.Time, claims []Claim, out *Outcome) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.sweep(now)
+	for i := range claims {
+		cl := &claims[i]
+		switch {
+		case len(m.counts) >= maxCounts: // the share of what is not known begins at nothing
+		case cl.Kind == KindConcurrent && out.Refused < 0:
+			m.add(now, cl)
+		case cl.Kind == KindBudget && out.Refused < 0:
+			m.saw(now, cl, out.Sums[i])
+		case cl.Kind == KindBudget && out.Refused == i:
+			m.saw(now, cl, cl.Limit)
+		}
+	}
+}
+
+// saw takes over the sum of a budget; what the other store has not been told is added.
+func (m *Memory) saw(now time.Time, cl *Claim, sum int64) {
+	c := m.counts[cl.Key]
+	if c == nil || !now.Before(c.at) {
+		c = &count{}
+		m.counts[cl.Key] = c
+	}
+	c.at, c.sum, c.base = cl.Until, sum+c.sum-c.base, sum
+}
+
+// untold returns what was used of budgets that the other store has not been told, and takes it for
+// told.
+func (m *Memory) untold(now time.Time, claims []Claim) []Claim {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var out []Claim
+	for i := range claims {
+		c := m.counts[claims[i].Key]
+		if claims[i].Kind != KindBudget || c == nil || !now.Before(c.at) || c.sum == c.base {
+			continue
+		}
+		cl := claims[i]
+		cl.Amount = c.sum - c.base
+		c.base = c.sum
+		out = append(out, cl)
+	}
+	return out
+}
+
+// keep has claims told again that could not be.
+func (m *Memory) keep(claims []Claim) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range claims {
+		if c := m.counts[claims[i].Key]; c != nil {
+			c.base -= claims[i].Amount
+		}
+	}
+}
+
+// share lowers limits to a share of what is left of them.
+func (m *Memory) share(now time.Time, claims []Claim, share float64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range claims {
+		cl := &claims[i]
+		cl.local = true
+		base := int64(0)
+		if c := m.counts[cl.Key]; c != nil && cl.Kind == KindBudget && now.Before(c.at) {
+			base = c.base
+		}
+		if left := cl.Limit - base; left > 0 {
+			cl.Limit = base + max(1, int64(float64(left)*share))
+		}
+		if cl.Kind == KindRate {
+			cl.Every = time.Duration(float64(cl.Every) / share)
+		}
+	}
 }
 
 // room reports whether a claim fits, and if not, when to try again.
@@ -144,7 +229,7 @@ func (m *Memory) add(now time.Time, cl *Claim) int64 {
 		c.held[cl.ID] = now.Add(cl.Every)
 	default:
 		if !now.Before(c.at) {
-			c.sum = 0
+			c.sum, c.base = 0, 0
 		}
 		c.at = cl.Until
 		c.sum += cl.Amount

@@ -127,7 +127,8 @@ type Alert struct {
 type Limiter struct {
 	o        Options
 	rules    []rule
-	local    *Memory // grants a share while the store is away
+	shared   bool    // others count in the store, too
+	local    *Memory // grants a share while the store is away; knows what was seen of it
 	awayTill atomic.Int64
 	alerted  *Memory // once a window
 	ids      atomic.Uint64
@@ -169,7 +170,8 @@ func New(o Options) (*Limiter, error) {
 	if o.StoreTimeout <= 0 {
 		o.StoreTimeout = 100 * time.Millisecond
 	}
-	l := &Limiter{o: o, local: NewMemory(), alerted: NewMemory()}
+	_, own := o.Store.(*Memory)
+	l := &Limiter{o: o, shared: !own, local: NewMemory(), alerted: NewMemory()}
 	names := map[string]bool{}
 	for i := range o.Rules {
 		r := rule{Rule: o.Rules[i], lease: holdLease}
@@ -361,26 +363,45 @@ func (l *Limiter) cost(c *call.Call) int64 {
 	return 1
 }
 
-// take asks the store, and while that is away the limits of this node.
+// take asks the store, and while that is away the limits of this node: a share of what was left when
+// the store was last seen.
 func (l *Limiter) take(ctx context.Context, now time.Time, claims []Claim) (Outcome, error) {
+	if !l.shared {
+		return l.o.Store.Take(ctx, now, claims)
+	}
 	if now.UnixNano() >= l.awayTill.Load() {
 		limited, cancel := context.WithTimeout(ctx, l.o.StoreTimeout)
-		out, err := l.o.Store.Take(limited, now, claims)
+		err := l.tell(limited, now, claims)
+		var out Outcome
+		if err == nil {
+			out, err = l.o.Store.Take(limited, now, claims)
+		}
 		cancel()
-		if err == nil || ctx.Err() != nil {
+		if err == nil {
+			l.local.mirror(now, claims, &out)
+			return out, nil
+		}
+		if ctx.Err() != nil {
 			return out, err
 		}
 		l.awayTill.Store(now.Add(awayFor).UnixNano())
 		l.o.Alert(ctx, Alert{What: "store", Err: err})
 	}
-	for i := range claims {
-		claims[i].local = true
-		claims[i].Limit = max(1, int64(float64(claims[i].Limit)*l.o.Share))
-		if claims[i].Kind == KindRate {
-			claims[i].Every = time.Duration(float64(claims[i].Every) / l.o.Share)
-		}
-	}
+	l.local.share(now, claims, l.o.Share)
 	return l.local.Take(ctx, now, claims)
+}
+
+// tell tells the store what was used while it was away.
+func (l *Limiter) tell(ctx context.Context, now time.Time, claims []Claim) error {
+	untold := l.local.untold(now, claims)
+	if len(untold) == 0 {
+		return nil
+	}
+	_, err := l.o.Store.Settle(ctx, now, untold)
+	if err != nil {
+		l.local.keep(untold)
+	}
+	return err
 }
 
 // settle gives back what was held, counts what was used, and tells of budgets that run out.
@@ -415,6 +436,9 @@ func (l *Limiter) settle(ctx context.Context, c *call.Call, claims []Claim, of [
 	limited, cancel := context.WithTimeout(ctx, l.o.StoreTimeout)
 	defer cancel()
 	sums, err := store.Settle(limited, now, used)
+	if l.shared && !used[0].local {
+		l.settleLocal(ctx, now, used, sums)
+	}
 	if err != nil {
 		l.awayTill.Store(now.Add(awayFor).UnixNano())
 		l.o.Alert(ctx, Alert{What: "store", Err: err})
@@ -428,6 +452,19 @@ func (l *Limiter) settle(ctx context.Context, c *call.Call, claims []Claim, of [
 		once := Claim{Key: cl.Key, Kind: KindBudget, Limit: 1, Amount: 1, Until: cl.Until}
 		if out, err := l.alerted.Take(ctx, now, []Claim{once}); err == nil && out.Refused < 0 {
 			l.o.Alert(ctx, Alert{Rule: rules[i].Name, Of: describe(cl.Key), What: cl.What, Used: sums[i], Limit: cl.whole})
+		}
+	}
+}
+
+// settleLocal has this node's own limits know what became of what the store granted. sums are nil if
+// the store does not answer: then it is told later.
+func (l *Limiter) settleLocal(ctx context.Context, now time.Time, used []Claim, sums []int64) {
+	for i := range used {
+		switch cl := &used[i]; {
+		case cl.Kind == KindConcurrent || sums == nil:
+			_, _ = l.local.Settle(ctx, now, used[i:i+1]) // memory does not fail
+		case cl.Kind == KindBudget:
+			l.local.mirror(now, used[i:i+1], &Outcome{Refused: -1, Sums: sums[i : i+1]})
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -199,9 +200,7 @@ func TestStoreAway(t *testing.T) {
 	}
 	s.away = false
 	now = now.Add(time.Second)
-	if err := send(by("acme", "ada", "x")); err != nil {
-		t.Errorf("the store is back: %v", err)
-	}
+	over(t, send(by("acme", "ada", "x")), "calls", 12*time.Hour) // it is told what was used without it
 	only := limiter(t, quota.Options{Store: &broken{away: true}, Share: 0.25, Rules: []quota.Rule{{Name: "rate", Rate: quota.Rate{Calls: 8, In: time.Hour}, Burst: 8}}})
 	for range 2 {
 		if err := only(by("acme", "ada", "x")); err != nil {
@@ -209,6 +208,85 @@ func TestStoreAway(t *testing.T) {
 		}
 	}
 	over(t, only(by("acme", "ada", "x")), "rate", time.Hour)
+}
+
+// What two nodes grant while the store is away is shares of what was left, not of the whole, and the
+// store is told of it when it is back.
+func TestBudgetOutlivesTheStore(t *testing.T) {
+	now := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+	memory := quota.NewMemory()
+	a, b := &broken{Store: memory}, &broken{Store: memory}
+	rules := []quota.Rule{{Name: "calls", Budget: quota.Budget{Calls: 10}}, {Name: "tokens", Budget: quota.Budget{Tokens: 1000}}}
+	node := func(s *broken) func(*call.Call) error {
+		return limiter(t, quota.Options{Store: s, Share: 0.5, Now: func() time.Time { return now }, Rules: rules})
+	}
+	sendA, sendB := node(a), node(b)
+	granted := 0
+	try := func(send func(*call.Call) error, times int) {
+		for range times {
+			if send(by("acme", "ada", "x")) == nil {
+				granted++
+			}
+		}
+	}
+	try(sendB, 1)
+	try(sendA, 5)
+	try(sendB, 1)
+	if granted != 7 {
+		t.Fatalf("%d granted", granted)
+	}
+	a.away, b.away = true, true
+	try(sendA, 10)
+	before := granted
+	try(sendB, 10)
+	if granted < 8 || granted > 10 {
+		t.Errorf("%d of 10 granted while the store was away", granted)
+	}
+	// A does not know what B used until B is asked again, and has told.
+	most := 10 + granted - before
+	a.away, b.away = false, false
+	now = now.Add(2 * time.Second)
+	try(sendA, 10)
+	try(sendB, 10)
+	if granted > most {
+		t.Errorf("%d of 10 granted in the end, and B used %d alone", granted, most-10)
+	}
+	before = granted
+	try(sendA, 10)
+	try(sendB, 10)
+	if granted != before {
+		t.Errorf("%d granted when nothing was left", granted-before)
+	}
+}
+
+// Calls that run when the store goes away count where they run.
+func TestRunningCallsOutliveTheStore(t *testing.T) {
+	s := &broken{Store: quota.NewMemory()}
+	l, err := quota.New(quota.Options{Store: s, Share: 0.5, Rules: []quota.Rule{{Name: "at once", Concurrent: 4}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	running, end := make(chan struct{}), make(chan struct{})
+	h := l.Guard(func(call.Kind, string) bool { return true })(func(context.Context, *call.Call) (*call.Result, error) {
+		running <- struct{}{}
+		<-end
+		return call.Text("ok"), nil
+	})
+	var all sync.WaitGroup
+	for range 2 {
+		all.Go(func() {
+			if _, err := h(t.Context(), by("acme", "ada", "x")); err != nil {
+				t.Error(err)
+			}
+		})
+		<-running
+	}
+	s.away = true
+	if _, err := h(t.Context(), by("acme", "ada", "x")); err == nil {
+		t.Error("two run, and the share of four is two: a third one was let in")
+	}
+	close(end)
+	all.Wait()
 }
 
 func TestRulesThatMakeNoSense(t *testing.T) {

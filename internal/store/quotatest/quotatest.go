@@ -95,7 +95,7 @@ func Run(t *testing.T, s quota.Store) {
 		c := func(amount int64) quota.Claim {
 			return quota.Claim{Key: t.Name(), Kind: quota.KindBudget, Limit: 10, Amount: amount, Until: now.Add(time.Hour)}
 		}
-		if out := take(t, c(7)); out.Refused != -1 {
+		if out := take(t, c(7)); out.Refused != -1 || len(out.Sums) != 1 || out.Sums[0] != 7 {
 			t.Fatalf("%+v", out)
 		}
 		if out := take(t, c(4)); out.Refused != 0 || out.RetryAfter <= 59*time.Minute || out.RetryAfter > time.Hour {

@@ -15,7 +15,7 @@ var _ quota.Store = (*DB)(nil)
 // take claims everything or nothing. Times are those of the server, in microseconds, so that the
 // clocks of nodes do not matter. Each claim is four arguments: kind, limit, every or the end of the
 // window, amount, and a fifth, the id of a concurrent call. It answers with the index of the claim
-// that there is no room for, or 0, and the time to wait.
+// that there is no room for and the time to wait, or with 0, 0 and the sums of budgets.
 var take = redis.NewScript(`
 local t = redis.call('TIME')
 local now = t[1] * 1000000 + t[2]
@@ -34,9 +34,11 @@ for i, key in ipairs(KEYS) do
 		if sum + math.max(amount, 1) > limit then return {i, every - now} end
 	end
 end
+local out = {0, 0}
 for i, key in ipairs(KEYS) do
 	local at = (i - 1) * 5
 	local kind, every, amount = ARGV[at+1], tonumber(ARGV[at+3]), tonumber(ARGV[at+4])
+	out[i+2] = 0
 	if kind == '0' then
 		local tat = math.max(tonumber(redis.call('GET', key) or now), now) + every * amount
 		redis.call('SET', key, string.format('%.0f', tat), 'PX', math.ceil((tat - now) / 1000) + 1)
@@ -44,11 +46,11 @@ for i, key in ipairs(KEYS) do
 		redis.call('ZADD', key, now + every, ARGV[at+5])
 		redis.call('PEXPIRE', key, math.ceil(every / 1000))
 	else
-		redis.call('INCRBY', key, amount)
+		out[i+2] = redis.call('INCRBY', key, amount)
 		redis.call('PEXPIREAT', key, math.ceil(every / 1000))
 	end
 end
-return {0, 0}
+return out
 `)
 
 // settle gives back and adds, with the same arguments, and answers with the sums.
@@ -94,10 +96,10 @@ func (db *DB) Take(ctx context.Context, _ time.Time, claims []quota.Claim) (quot
 	if err != nil {
 		return quota.Outcome{}, err
 	}
-	if len(out) != 2 {
+	if len(out) != 2 && len(out) != 2+len(claims) {
 		return quota.Outcome{}, fmt.Errorf("redis: an answer of %d numbers", len(out))
 	}
-	return quota.Outcome{Refused: int(out[0]) - 1, RetryAfter: time.Duration(out[1]) * time.Microsecond}, nil
+	return quota.Outcome{Refused: int(out[0]) - 1, RetryAfter: time.Duration(out[1]) * time.Microsecond, Sums: out[2:]}, nil
 }
 
 // Settle implements quota.Store.
