@@ -135,12 +135,11 @@ func (l *Log) String() string {
 
 // A Process is a program that runs. Its methods are safe for concurrent use.
 type Process struct {
-	Log *Log // what it says, if [Serve] started it
-
 	cmd  *exec.Cmd
 	told atomic.Bool   // to end
 	gone chan struct{} // closed when it has ended
 	err  error         // how, then
+	said string        // file with what it says, or ""
 }
 
 // Start starts a program. It does not outlive this one, where the system sees to that (Linux); its input,
@@ -174,19 +173,27 @@ func Start(cmd *exec.Cmd) (*Process, error) {
 // it does not end well then, or has ended by itself, fails the test.
 func Serve(tb testing.TB, cmd *exec.Cmd, ready func() bool) *Process {
 	tb.Helper()
-	log := &Log{}
-	cmd.Stdout, cmd.Stderr = log, log
+	// A file has what was said before an answer came; a pipe may hold it back.
+	said, err := os.Create(filepath.Join(tb.TempDir(), "said"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer said.Close()
+	cmd.Stderr = said
+	if cmd.Stdout == nil {
+		cmd.Stdout = said
+	}
 	p, err := Start(cmd)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	p.Log = log
+	p.said = said.Name()
 	tb.Cleanup(func() {
 		if err := p.End(endTime); err != nil {
 			tb.Errorf("%s did not end well: %v", cmd.Path, err)
 		}
 		if tb.Failed() {
-			tb.Logf("%s said:\n%.8000s", cmd.Path, log)
+			tb.Logf("%s said:\n%.8000s", cmd.Path, p.Said())
 		}
 	})
 	if err := p.Until(tb.Context(), "ready", ready); err != nil {
@@ -226,6 +233,16 @@ func (p *Process) Until(ctx context.Context, what string, so func() bool) error 
 		}
 	}
 	return nil
+}
+
+// Said is what a program that [Serve] started has said so far, without its output if the command sends
+// that elsewhere.
+func (p *Process) Said() string {
+	said, err := os.ReadFile(p.said)
+	if err != nil {
+		return err.Error()
+	}
+	return string(said)
 }
 
 // PID is the id of the process.

@@ -76,9 +76,15 @@ func TestBuilt(t *testing.T) {
 	}
 	addr := Address(t)
 	p := Serve(t, exec.Command(file, "-http="+addr), Ready("http://"+addr+"/ready"))
-	if p.PID() == 0 {
-		t.Error("no process")
+	p.Kill()
+	if p.Err() == nil || p.Until(t.Context(), "serving", func() bool { return false }) == nil {
+		t.Error("it serves")
 	}
+	p = Serve(t, exec.Command(file, "-no-such-flag"), func() bool { return true })
+	if !p.Ended(time.Minute) || !strings.Contains(p.Said(), "-no-such-flag") {
+		t.Errorf("it said %q", p.Said())
+	}
+	p.Kill() // that it ended by itself is right
 	if err := Build(t.Context(), file+"-none", Newel+"/none"); err == nil {
 		t.Error("built what is not there")
 	}
