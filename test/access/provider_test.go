@@ -61,7 +61,7 @@ func node(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
-func TestMain(m *testing.M) { program.Main(m) }
+func TestMain(m *testing.M) { os.Exit(program.Run(m)) }
 
 // serveNotes starts the real program with this part of a configuration, and notes to read and change.
 func serveNotes(t *testing.T, auth string, more ...string) *world {

@@ -175,7 +175,7 @@ func install(t *testing.T) {
 	}
 }
 
-func TestMain(m *testing.M) { program.Main(m) }
+func TestMain(m *testing.M) { os.Exit(program.Run(m)) }
 
 // serve starts the fixture on HTTP for one test and returns its URL. A server that ended by
 // itself fails the test, whatever the client made of it.

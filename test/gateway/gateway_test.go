@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 		outOfTurn() // this very program is a server over stdio
 		return
 	}
-	program.Main(m)
+	os.Exit(program.Run(m))
 }
 
 // startFixture starts the fixture over HTTP and returns its URL.

@@ -21,7 +21,7 @@ import (
 	"newel.dev/newel/test/program"
 )
 
-func TestMain(m *testing.M) { program.Main(m) }
+func TestMain(m *testing.M) { os.Exit(program.Run(m)) }
 
 // node is one process.
 type node struct {

@@ -64,7 +64,7 @@ var built struct {
 }
 
 // Built returns the path of a program, which is built when it is asked for first. The package's
-// TestMain calls [Main], which removes it.
+// TestMain calls [Run], which removes it.
 func Built(tb testing.TB, pkg string) string {
 	tb.Helper()
 	built.Lock()
@@ -86,11 +86,10 @@ func Built(tb testing.TB, pkg string) string {
 	return file
 }
 
-// Main runs the tests of a package, removes the programs that they had built, and exits.
-func Main(m *testing.M) {
-	code := m.Run()
-	_ = os.RemoveAll(built.dir) // a temporary folder: the system clears it too
-	os.Exit(code)
+// Run runs the tests of a package, removes the programs that they had built, and returns the exit code.
+func Run(m *testing.M) int {
+	defer func() { _ = os.RemoveAll(built.dir) }() // a temporary folder: the system clears it too
+	return m.Run()
 }
 
 // FreeAddress returns a loopback address that nobody listens on now.

@@ -13,7 +13,7 @@ import (
 func TestMain(m *testing.M) {
 	switch os.Getenv("PROGRAM_TEST_CHILD") {
 	case "":
-		Main(m)
+		os.Exit(Run(m))
 	case "waits":
 		fmt.Println("here")
 		_, _ = os.Stdin.Read(make([]byte, 1)) // until whoever started it has gone
