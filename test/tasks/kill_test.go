@@ -27,7 +27,7 @@ func start(t *testing.T, dsn, dir string, workers int) (url string, kill func())
 	p := program.Serve(t, cmd, func() bool {
 		line, _, ok := strings.Cut(out.String(), "\n")
 		url = "http://" + line
-		return ok && program.Ready(url + "/ready")()
+		return ok && program.Ready(url+"/ready")()
 	})
 	t.Cleanup(p.Kill)
 	return url + "/mcp", p.Kill
