@@ -22,13 +22,15 @@ import (
 	"newel.dev/newel/internal/identity/exchange"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
+	"newel.dev/newel/test/program"
 )
 
 // world is a server with the authorization server for development beside it.
 type world struct {
 	t    *testing.T
 	base string
-	log  string // file, of a server in a process of its own
+
+	process *program.Process // of a server in a process of its own
 }
 
 type tools []*call.Capability

@@ -23,6 +23,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"newel.dev/newel/internal/identity/exchange"
+	"newel.dev/newel/test/program"
 )
 
 // Attacks on who may call that worked on others, by the names under which they are known. None may
@@ -438,7 +439,7 @@ func insideAddresses(t *testing.T) {
 		if r := w.read(is.token(w, nil)); r.reads() || !r.later() && r.status != http.StatusUnauthorized {
 			t.Errorf("keys at %s: %+v", host, r)
 		}
-		if log := w.logged(); !strings.Contains(log, "may not be reached from here") {
+		if log := w.process.Said(); !strings.Contains(log, "may not be reached from here") {
 			t.Errorf("%s was dialled:\n%s", host, log)
 		}
 	}
@@ -510,7 +511,7 @@ func openToAll(t *testing.T) {
 				t.Fatal(err)
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-			cmd := exec.CommandContext(ctx, program(t), "serve", "--listen", listen)
+			cmd := exec.CommandContext(ctx, program.Built(t, program.Newel), "serve", "--listen", listen)
 			cmd.Dir = dir
 			var out bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &out

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/url"
@@ -17,23 +16,14 @@ import (
 	"strings"
 	"testing"
 	"time"
-)
 
-// freeAddress is one that nobody listens on now: the provider has to know it before the server starts.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
+	"newel.dev/newel/test/program"
+)
 
 // broker starts a server whose people log in at the provider, where it registers itself.
 func (p *idp) broker(more string) *world {
 	p.t.Helper()
-	address := freeAddress(p.t)
+	address := program.Address(p.t) // the provider has to know it before the server starts
 	base := "http://" + address
 	body := fmt.Sprintf(`{"application_type":"native","redirect_uris":["%s/oauth/callback"],"response_types":["code"],"grant_types":["authorization_code"],"token_endpoint_auth_method":"client_secret_basic"}`, base)
 	resp, err := http.Post(p.issuer+"/reg", "application/json", strings.NewReader(body))

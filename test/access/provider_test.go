@@ -18,11 +18,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"newel.dev/newel/test/program"
 )
 
 // nodeDir is where the parts are that run on Node.
@@ -60,91 +61,30 @@ func node(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// built is the program, built once for all tests.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir) // a temporary folder: the system clears it too
-	}
-	os.Exit(code)
-}
-
-// program returns the path of the built program.
-func program(t *testing.T) string {
-	t.Helper()
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "newel-access-"); built.err != nil {
-			return
-		}
-		if out, err := exec.Command("go", "build", "-o", built.dir, "../../cmd/newel").CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("%w\n%s", err, out)
-		}
-	})
-	if built.err != nil {
-		t.Fatalf("building newel: %v", built.err)
-	}
-	return filepath.Join(built.dir, "newel")
-}
+func TestMain(m *testing.M) { os.Exit(program.Run(m)) }
 
 // serveNotes starts the real program with this part of a configuration, and notes to read and change.
 func serveNotes(t *testing.T, auth string, more ...string) *world {
 	t.Helper()
-	binary, dir := program(t), t.TempDir()
+	dir := t.TempDir()
 	files := map[string]string{"schema.sql": notesSchema, "newel.yaml": auth + notesConfig}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	w := &world{t: t, log: filepath.Join(dir, "log")}
-	log, err := os.Create(w.log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(binary, append([]string{"serve", "--listen", "127.0.0.1:0"}, more...)...)
-	cmd.Dir, cmd.Env, cmd.Stderr = dir, append(os.Environ(), "IDP_SECRET="+machineSecret, "NO_COLOR=1"), log
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	lines := bufio.NewScanner(out)
-	for w.base == "" && lines.Scan() {
-		if _, at, ok := strings.Cut(lines.Text(), "Serving MCP at "); ok {
-			w.base = strings.TrimSuffix(strings.TrimSpace(at), "/mcp")
-		}
-	}
-	read := make(chan struct{})
-	go func() { defer close(read); _, _ = io.Copy(io.Discard, out) }() // until it ends
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // if it is gone, Wait says so
-		<-read
-		if err := errors.Join(cmd.Wait(), log.Close()); err != nil || t.Failed() {
-			t.Errorf("the server ended: %v\n%s", err, w.logged())
-		}
+	w := &world{t: t}
+	cmd := exec.Command(program.Built(t, program.Newel), append([]string{"serve", "--listen", "127.0.0.1:0"}, more...)...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "IDP_SECRET="+machineSecret, "NO_COLOR=1")
+	var out program.Log
+	cmd.Stdout = &out
+	w.process = program.Serve(t, cmd, func() bool {
+		_, at, _ := strings.Cut(out.String(), "Serving MCP at ")
+		line, _, ok := strings.Cut(at, "\n")
+		w.base = strings.TrimSuffix(strings.TrimSpace(line), "/mcp")
+		return ok
 	})
-	if w.base == "" {
-		t.Fatal("the server did not say where it is")
-	}
 	return w
-}
-
-// logged returns what a server in a process of its own logged.
-func (w *world) logged() string {
-	w.t.Helper()
-	raw, err := os.ReadFile(w.log)
-	if err != nil {
-		w.t.Error(err)
-	}
-	return string(raw)
 }
 
 // idp is oidc-provider in a process of its own.

@@ -4,7 +4,6 @@ package acme
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -38,27 +37,8 @@ import (
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/certs"
 	"newel.dev/newel/internal/egress"
+	"newel.dev/newel/test/program"
 )
-
-// buffer is a log that is read while it is written.
-type buffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (b *buffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-// String returns what was written so far.
-func (b *buffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
 
 // authority is Pebble, with a name server that knows every name at 127.0.0.1.
 type authority struct {
@@ -86,7 +66,7 @@ func startAuthority(t *testing.T, port int) *authority {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	said := log.New(io.Discard, "", 0)
-	names := freePort(t)
+	names := program.Address(t)
 	dns, err := challtestsrv.New(challtestsrv.Config{Log: said, DNSAddrs: []string{names}})
 	if err != nil {
 		t.Fatal(err)
@@ -117,17 +97,6 @@ func startAuthority(t *testing.T, port int) *authority {
 	return a
 }
 
-// freePort returns a local address that nothing listens on.
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 type nothing struct{}
 
 // Name implements call.Backend.
@@ -137,7 +106,7 @@ func (nothing) Name() string { return "nothing" }
 func (nothing) Capabilities(context.Context) ([]*call.Capability, error) { return nil, nil }
 
 // serve starts a house on l whose certificates come from the authority; stop ends it.
-func serve(t *testing.T, l net.Listener, a *authority, cache, clients string, said *buffer) (stop func()) {
+func serve(t *testing.T, l net.Listener, a *authority, cache, clients string, said *program.Log) (stop func()) {
 	t.Helper()
 	trust, err := certs.Client(certs.ClientOptions{CA: a.file})
 	if err != nil {
@@ -207,7 +176,7 @@ func TestACME(t *testing.T) {
 	addr := l.Addr().String()
 	a := startAuthority(t, l.Addr().(*net.TCPAddr).Port)
 	cache := filepath.Join(t.TempDir(), "cache")
-	said := &buffer{}
+	said := &program.Log{}
 	stop := serve(t, l, a, cache, "", said)
 	eventually(t, "a certificate is in the cache", func() bool { _, err := os.Stat(filepath.Join(cache, "mcp.example.com")); return err == nil })
 	trust := &tls.Config{RootCAs: a.roots, ServerName: "mcp.example.com", NextProtos: []string{"h2"}}
@@ -269,7 +238,7 @@ func TestChallengeIsNoWayIn(t *testing.T) {
 	if err := os.WriteFile(clients, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ours.Certificate[0]}), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	said := &buffer{}
+	said := &program.Log{}
 	serve(t, l, a, filepath.Join(t.TempDir(), "cache"), clients, said)
 	with := &tls.Config{RootCAs: a.roots, ServerName: "mcp.example.com", Certificates: []tls.Certificate{ours}}
 	eventually(t, "a certificate is shown", func() bool { _, err := leaf(addr, with); return err == nil })

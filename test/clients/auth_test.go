@@ -1,17 +1,16 @@
 package clients
 
 import (
-	"bytes"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/test/program"
 )
 
 // serveExample starts the configuration at the root, which asks who is calling, and returns its URL.
@@ -22,34 +21,15 @@ func serveExample(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	binary := filepath.Join(dir, "newel")
-	if out, err := exec.Command("go", "build", "-o", binary, "../../cmd/newel").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
 	for _, name := range []string{"newel.yaml", "examples", "docs"} {
 		if err := os.Symlink(filepath.Join(root, name), filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
-	var log bytes.Buffer
-	cmd := exec.Command(binary, "serve", "--listen", addr)
-	cmd.Dir, cmd.Stderr = dir, &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // if it is gone, Wait says so
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("the server did not end well: %v\n%s", err, log.Bytes())
-		}
-	})
-	waitReady(t, "http://"+addr+"/ready")
+	addr := program.Address(t)
+	cmd := exec.Command(program.Built(t, program.Newel), "serve", "--listen", addr)
+	cmd.Dir = dir
+	program.Serve(t, cmd, program.Ready("http://"+addr+"/ready"))
 	return "http://" + addr + "/mcp"
 }
 

@@ -4,19 +4,17 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/test/program"
 )
 
 // clientTimeout bounds one client: some wait a minute for an answer that does not come.
@@ -84,7 +82,7 @@ func TestWalk(t *testing.T) {
 			w.compare(t, wanted(tt.revision))
 		})
 		t.Run(tt.name+" over stdio", func(t *testing.T) {
-			w := take(t, append(tt.script, "stdio", fixture(t))...)
+			w := take(t, append(tt.script, "stdio", program.Built(t, program.Fixture))...)
 			want := wanted(tt.revision)
 			// These clients handle notifications a tick later than answers, and on a pipe both
 			// come in one piece: which reports they see says nothing about the server.
@@ -98,7 +96,7 @@ func TestWalk(t *testing.T) {
 			w.compare(t, wanted(revision))
 		})
 		t.Run("Go, "+revision+" over stdio", func(t *testing.T) {
-			w := takeGo(t, revision, overPipes(exec.Command(fixture(t))))
+			w := takeGo(t, revision, overPipes(exec.Command(program.Built(t, program.Fixture))))
 			w.compare(t, wanted(revision))
 		})
 	}
@@ -126,7 +124,7 @@ func TestInspector(t *testing.T) {
 			}
 		}
 		t.Run(name+" over HTTP", func(t *testing.T) { ask(t, serve(t)) })
-		t.Run(name+" over stdio", func(t *testing.T) { ask(t, fixture(t)) })
+		t.Run(name+" over stdio", func(t *testing.T) { ask(t, program.Built(t, program.Fixture)) })
 	}
 }
 
@@ -177,93 +175,13 @@ func install(t *testing.T) {
 	}
 }
 
-// built is the fixture, built once for all tests.
-var built struct {
-	once sync.Once
-	dir  string
-	err  error
-}
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if built.dir != "" {
-		_ = os.RemoveAll(built.dir) // a temporary folder: the system clears it too
-	}
-	os.Exit(code)
-}
-
-// fixture returns the path of the built fixture.
-func fixture(t *testing.T) string {
-	t.Helper()
-	built.once.Do(func() {
-		if built.dir, built.err = os.MkdirTemp("", "newel-clients-"); built.err != nil {
-			return
-		}
-		out, err := exec.Command("go", "build", "-o", built.dir, "../conformance/fixture").CombinedOutput()
-		if err != nil {
-			built.err = errors.Join(err, errors.New(string(out)))
-		}
-	})
-	if built.err != nil {
-		t.Fatalf("building the fixture: %v", built.err)
-	}
-	return filepath.Join(built.dir, "fixture")
-}
+func TestMain(m *testing.M) { os.Exit(program.Run(m)) }
 
 // serve starts the fixture on HTTP for one test and returns its URL. A server that ended by
 // itself fails the test, whatever the client made of it.
 func serve(t *testing.T) string {
 	t.Helper()
-	binary := fixture(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
-	var log bytes.Buffer
-	cmd := exec.Command(binary, "-http="+addr)
-	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	gone := make(chan error, 1)
-	go func() { gone <- cmd.Wait() }()
-	t.Cleanup(func() {
-		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-			t.Errorf("the server ended by itself: %v\n%s", <-gone, log.Bytes())
-			return
-		}
-		if err := <-gone; err != nil {
-			t.Errorf("the server did not end well: %v\n%s", err, log.Bytes())
-		}
-	})
-	waitReady(t, "http://"+addr+"/ready")
+	addr := program.Address(t)
+	program.Serve(t, exec.Command(program.Built(t, program.Fixture), "-http="+addr), program.Ready("http://"+addr+"/ready"))
 	return "http://" + addr + "/mcp"
-}
-
-// waitReady asks until the server is ready, for at most 10 s.
-func waitReady(t *testing.T, url string) {
-	t.Helper()
-	again := time.NewTicker(20 * time.Millisecond)
-	defer again.Stop()
-	limit := time.After(10 * time.Second)
-	client := &http.Client{Timeout: time.Second}
-	for {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if resp, err := client.Do(req); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return
-			}
-		}
-		select {
-		case <-again.C:
-		case <-limit:
-			t.Fatal("the server was not ready within 10 s")
-		}
-	}
 }

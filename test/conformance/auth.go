@@ -17,18 +17,18 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
+
+	"newel.dev/newel/test/program"
 )
 
 // authorization runs the suite's scenarios for authorization servers against the one for
 // development, and stands in for the person at the browser; then those for clients.
-func authorization(ctx context.Context, here, root, temp string, got Report) error {
+func authorization(ctx context.Context, here, temp string, got Report) error {
 	newel := filepath.Join(temp, "newel")
-	build := exec.CommandContext(ctx, "go", "build", "-o", newel, "./cmd/newel")
-	build.Dir, build.Stderr = root, os.Stderr
-	if err := build.Run(); err != nil {
-		return fmt.Errorf("building newel: %w", err)
+	if err := program.Build(ctx, newel, program.Newel); err != nil {
+		return err
 	}
-	addr, err := freeAddress()
+	addr, err := program.FreeAddress()
 	if err != nil {
 		return err
 	}
@@ -43,7 +43,7 @@ func authorization(ctx context.Context, here, root, temp string, got Report) err
 		return err
 	}
 	defer stop()
-	back, err := freeAddress()
+	back, err := program.FreeAddress()
 	if err != nil {
 		return err
 	}
@@ -88,7 +88,7 @@ func authorization(ctx context.Context, here, root, temp string, got Report) err
 	if err := got.Read("authorization-server", results); err != nil {
 		return fmt.Errorf("%w; the suite said: %s", err, log.String())
 	}
-	return upstreams(ctx, here, root, temp, newel, got)
+	return upstreams(ctx, here, temp, newel, got)
 }
 
 func registerClient(ctx context.Context, endpoint string, redirects ...string) (string, error) {

@@ -10,16 +10,16 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+
+	"newel.dev/newel/test/program"
 )
 
 // upstreams runs the suite's scenarios for clients that get access tokens, with the gateway as the
 // client: see [drive].
-func upstreams(ctx context.Context, here, root, temp, newel string, got Report) error {
+func upstreams(ctx context.Context, here, temp, newel string, got Report) error {
 	self := filepath.Join(temp, "drive")
-	build := exec.CommandContext(ctx, "go", "build", "-o", self, "./test/conformance")
-	build.Dir, build.Stderr = root, os.Stderr
-	if err := build.Run(); err != nil {
-		return fmt.Errorf("building the driver: %w", err)
+	if err := program.Build(ctx, self, "newel.dev/newel/test/conformance"); err != nil {
+		return err
 	}
 	list, err := clientScenarios(ctx, here)
 	if err != nil {

@@ -19,6 +19,8 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/goccy/go-yaml"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"newel.dev/newel/test/program"
 )
 
 // drive is what the suite starts as the client under test: it puts the gateway in front of the
@@ -36,27 +38,20 @@ func drive(ctx context.Context, newel, url string) error {
 	if err != nil {
 		return err
 	}
-	addr, err := freeAddress()
+	addr, err := program.FreeAddress()
 	if err != nil {
 		return err
 	}
-	gateway := exec.CommandContext(ctx, newel, "serve", "--config", config, "--listen", addr)
+	gateway := exec.Command(newel, "serve", "--config", config, "--listen", addr)
 	gateway.Env = env
 	heard := &ears{}
 	gateway.Stderr = io.MultiWriter(heard, os.Stderr)
-	if err := gateway.Start(); err != nil {
+	p, err := program.Start(gateway)
+	if err != nil {
 		return err
 	}
-	exited := make(chan struct{})
-	go func() {
-		defer close(exited)
-		_ = gateway.Wait() // its standard error is that of the driver
-	}()
-	defer func() {
-		_ = gateway.Process.Signal(os.Interrupt) // it may have ended
-		<-exited
-	}()
-	if err := ready(ctx, "http://"+addr+"/ready", exited); err != nil {
+	defer func() { _ = p.End(10 * time.Second) }() // its standard error is that of the driver
+	if err := p.Until(ctx, "the gateway", program.Ready("http://"+addr+"/ready")); err != nil {
 		return err
 	}
 	for logins := 0; ; logins++ {

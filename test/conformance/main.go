@@ -21,7 +21,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -74,9 +73,9 @@ func run(ctx context.Context, out io.Writer, update, gateway, auth bool) error {
 	got := Report{}
 	var subjects []subject
 	if auth {
-		err = authorization(ctx, here, root, temp, got)
+		err = authorization(ctx, here, temp, got)
 	} else {
-		subjects, err = subjectsOf(ctx, root, temp, gateway)
+		subjects, err = subjectsOf(ctx, temp, gateway)
 	}
 	if err != nil {
 		return err
@@ -138,16 +137,6 @@ func install(ctx context.Context, here string) error {
 		return fmt.Errorf("npm ci in test/conformance: %w; the suite needs npm and the network once", err)
 	}
 	return os.WriteFile(stamp, lock, 0o644)
-}
-
-// freeAddress picks a loopback address nobody listens on now.
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
 }
 
 // suite runs one requirement set. Its exit code is not asked: the results are.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -10,8 +9,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
+
+	"newel.dev/newel/test/program"
 )
 
 // A subject is what the suite talks to: a server, or a gateway in front of one.
@@ -27,17 +27,12 @@ type subject struct {
 const sdkServer = "github.com/modelcontextprotocol/go-sdk/conformance/everything-server"
 
 // subjectsOf builds what the suite talks to.
-func subjectsOf(ctx context.Context, root, temp string, gateway bool) ([]subject, error) {
+func subjectsOf(ctx context.Context, temp string, gateway bool) ([]subject, error) {
 	build := func(pkg, name string) (string, error) {
 		binary := filepath.Join(temp, name)
-		cmd := exec.CommandContext(ctx, "go", "build", "-o", binary, pkg)
-		cmd.Dir, cmd.Stderr = root, os.Stderr
-		if err := cmd.Run(); err != nil {
-			return "", fmt.Errorf("building %s: %w", pkg, err)
-		}
-		return binary, nil
+		return binary, program.Build(ctx, binary, pkg)
 	}
-	fixture, err := build("./test/conformance/fixture", "fixture")
+	fixture, err := build(program.Fixture, "fixture")
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +40,7 @@ func subjectsOf(ctx context.Context, root, temp string, gateway bool) ([]subject
 	if !gateway {
 		return []subject{direct}, nil
 	}
-	newel, err := build("./cmd/newel", "newel")
+	newel, err := build(program.Newel, "newel")
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +129,7 @@ func (s *subject) start(ctx context.Context, temp string) (url string, stop func
 	stop = func() {}
 	addr := ""
 	if s.server != nil {
-		if addr, err = freeAddress(); err != nil {
+		if addr, err = program.FreeAddress(); err != nil {
 			return "", nil, err
 		}
 		last := len(s.server) - 1
@@ -155,7 +150,7 @@ func (s *subject) start(ctx context.Context, temp string) (url string, stop func
 		stop()
 		return "", nil, err
 	}
-	front, err := freeAddress()
+	front, err := program.FreeAddress()
 	if err != nil {
 		stop()
 		return "", nil, err
@@ -171,57 +166,31 @@ func (s *subject) start(ctx context.Context, temp string) (url string, stop func
 
 // startServer starts a program and returns once its health address answers.
 func startServer(ctx context.Context, binary string, args []string, health string) (stop func(), err error) {
-	ctx, cancel := context.WithCancel(ctx)
-	server := exec.CommandContext(ctx, binary, args...)
-	server.Cancel = func() error { return server.Process.Signal(syscall.SIGTERM) }
-	server.WaitDelay = 10 * time.Second
+	server := exec.Command(binary, args...)
 	if os.Getenv("CONFORMANCE_LOG") != "" {
 		server.Stderr = os.Stderr
 	}
-	if err := server.Start(); err != nil {
-		cancel()
+	p, err := program.Start(server)
+	if err != nil {
 		return nil, err
 	}
-	exited := make(chan struct{})
-	go func() {
-		defer close(exited)
-		_ = server.Wait() // CONFORMANCE_LOG shows what it had to say
-	}()
-	stop = func() {
-		cancel()
-		<-exited
-	}
-	if err := ready(ctx, health, exited); err != nil {
+	stop = func() { _ = p.End(10 * time.Second) } // CONFORMANCE_LOG shows what it had to say
+	if err := p.Until(ctx, "the server", answers(ctx, health)); err != nil {
 		stop()
-		return nil, err
+		return nil, fmt.Errorf("%w; CONFORMANCE_LOG=1 shows what it says", err)
 	}
 	return stop, nil
 }
 
-// ready waits until the server answers, for at most 10 s.
-func ready(ctx context.Context, url string, exited <-chan struct{}) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	again := time.NewTicker(20 * time.Millisecond)
-	defer again.Stop()
+// answers asks whether a server answers, whatever it says but that it is not there yet.
+func answers(ctx context.Context, url string) func() bool {
 	client := &http.Client{Timeout: time.Second}
-	for {
+	return func() bool {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {
-			return err
+			return false
 		}
-		if resp, err := client.Do(req); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode != http.StatusServiceUnavailable {
-				return nil
-			}
-		}
-		select {
-		case <-exited:
-			return errors.New("the server ended before it was ready; CONFORMANCE_LOG=1 shows what it says")
-		case <-ctx.Done():
-			return fmt.Errorf("the server was not ready in time: %w", ctx.Err())
-		case <-again.C:
-		}
+		resp, err := client.Do(req)
+		return err == nil && resp.Body.Close() == nil && resp.StatusCode != http.StatusServiceUnavailable
 	}
 }

@@ -9,7 +9,6 @@
 package engines
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -31,6 +30,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"newel.dev/newel/test/program"
 )
 
 const (
@@ -65,7 +66,7 @@ type Server struct {
 	keep   io.Closer     // the server runs until this is closed
 	done   chan struct{} // closed when the server has ended
 	group  int           // process group, for the last resort
-	output *output
+	output *program.Log
 }
 
 // Start starts a server that stops at the end of tb.
@@ -296,7 +297,7 @@ func (s *Server) launch() error {
 	if err != nil {
 		return err
 	}
-	s.output = &output{}
+	s.output = &program.Log{}
 	args := []string{"-c", guardian("QUIT"), "sh", // immediate shutdown
 		filepath.Join(s.bin, "postgres"), "-D", s.data, "-p", strconv.Itoa(s.port),
 		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=50"}
@@ -357,24 +358,4 @@ func (s *Server) try(ctx context.Context) error {
 		return err
 	}
 	return conn.Close(ctx)
-}
-
-// output keeps what the server says, for the error.
-type output struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.Write(p)
-}
-
-// String implements fmt.Stringer.
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.b.String()
 }

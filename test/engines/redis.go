@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"newel.dev/newel/test/program"
 )
 
 // A RedisServer is a Redis server of one test. It keeps nothing on disk: a Restart finds it empty.
@@ -28,7 +30,7 @@ type RedisServer struct {
 
 	keep   io.Closer
 	done   chan struct{}
-	output *output
+	output *program.Log
 }
 
 // Redis starts a Redis (or Valkey) server that stops at the end of tb.
@@ -83,7 +85,7 @@ func (s *RedisServer) launch() error {
 	if err != nil {
 		return err
 	}
-	s.output = &output{}
+	s.output = &program.Log{}
 	cmd := exec.Command("/bin/sh", "-c", guardian("TERM"), "sh", s.bin, "--port", strconv.Itoa(s.port), "--bind", "127.0.0.1",
 		"--requirepass", s.password, "--save", "", "--appendonly", "no", "--dir", os.TempDir())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -254,7 +254,7 @@ func approvalPoints() []approvalPoint {
 			if err := l.approvedFirst(p, n, after == approved); err != nil {
 				return err
 			}
-			n.kill()
+			n.Kill()
 			return nil
 		}, after})
 	}
@@ -267,7 +267,7 @@ func approvalPoints() []approvalPoint {
 			point = "K6 done"
 		}
 		all = append(all, whileRun(point, func(l *lane, n *node) error {
-			return l.plan(plan{Step: step, PID: n.pid(), Signal: syscall.SIGKILL, Run: l.rand.IntN(2) == 0})
+			return l.plan(plan{Step: step, PID: n.PID(), Signal: syscall.SIGKILL, Run: l.rand.IntN(2) == 0})
 		}))
 	}
 	return all
@@ -386,7 +386,7 @@ func approvalsRunOut(l *lane) error {
 			}
 		}
 		if i < 2 {
-			n.kill()
+			n.Kill()
 		}
 		<-time.After(time.Until(p.expires) + 50*time.Millisecond)
 		if i >= 2 {

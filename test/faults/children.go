@@ -176,7 +176,7 @@ func childMisbehaves(l *lane) error {
 		deadline := time.Now().Add(10 * time.Second)
 		for {
 			var err error
-			alive, zombies, err = family(dir, n.pid())
+			alive, zombies, err = family(dir, n.PID())
 			if err == nil && alive <= want && zombies == 0 || time.Now().After(deadline) {
 				if err != nil || alive > want || zombies > 0 {
 					l.expect("E13", "%s: %d processes are left, of %d, and %d zombies (%v)", what, alive, want, zombies, err)
@@ -206,7 +206,7 @@ func childMisbehaves(l *lane) error {
 	unknowns := 0
 	for range 5 {
 		must("fork", "")
-		if alive, _, err := family(dir, n.pid()); err != nil || alive < 5 {
+		if alive, _, err := family(dir, n.PID()); err != nil || alive < 5 {
 			return fmt.Errorf("there are %d processes (%w): this shows nothing", alive, err)
 		}
 		if r := call("half"); r.code != unknown {
@@ -283,12 +283,12 @@ func childMisbehaves(l *lane) error {
 	must("ok", "")
 	// The server is told to end.
 	must("fork", "")
-	if err := n.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := n.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	if !n.ended(deathTime) {
+	if !n.Ended(deathTime) {
 		l.expect("E13", "it does not end, because of a child that does not")
-		n.kill()
+		n.Kill()
 	}
 	left, zombies := settled(0, "after the server ended")
 	l.incident("E13")

@@ -62,7 +62,7 @@ func (s *scene) disturbances() []disturbance {
 	power := s.r.IntN(2) == 0
 	var down int64
 	return []disturbance{
-		{name: "the upstream hangs", begin: stop(s.ledger.pid), end: goOn(s.ledger.pid)},
+		{name: "the upstream hangs", begin: stop(s.ledger.PID), end: goOn(s.ledger.PID)},
 		{name: "connections break", begin: func() error {
 			r := rand.New(rand.NewPCG(s.r.Uint64(), 19))
 			s.every(25*time.Millisecond, func() {
@@ -74,7 +74,7 @@ func (s *scene) disturbances() []disturbance {
 		}, end: func() error { s.proxy.plan("", false, 0); s.proxy.cut(); return nil }},
 		{name: "the upstream is away", begin: func() error { s.proxy.refuse(true); return nil }, end: func() error { s.proxy.refuse(false); return nil }},
 		{name: "Redis is away", begin: func() error { s.redis.Stop(); return nil }, end: func() error { s.redis.Restart(s.host); return nil }},
-		{name: "the identity provider hangs", begin: stop(s.authority.pid), end: goOn(s.authority.pid)},
+		{name: "the identity provider hangs", begin: stop(s.authority.PID), end: goOn(s.authority.PID)},
 		{name: "the database ends", engine: "postgres", begin: func() error {
 			s.server.Stop()
 			down = time.Now().UnixNano()
@@ -106,8 +106,8 @@ func (s *scene) disturbances() []disturbance {
 			})
 			return nil
 		}, end: nothing},
-		{name: "the process is stopped", begin: stop(victim.pid), end: goOn(victim.pid)},
-		{name: "the process is killed", begin: func() error { victim.kill(); return nil }, end: func() error {
+		{name: "the process is stopped", begin: stop(victim.PID), end: goOn(victim.PID)},
+		{name: "the process is killed", begin: func() error { victim.Kill(); return nil }, end: func() error {
 			return s.restart(victim, power)
 		}},
 		{name: "the disk is full", engine: "sqlite", begin: func() error { return victim.arm("disk full") }, end: func() error { victim.disarm(); return nil }},

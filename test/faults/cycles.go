@@ -90,7 +90,7 @@ func (l *lane) crowded(n *node) error {
 	most := time.Duration(20+l.rand.IntN(150)) * time.Millisecond
 	wait := l.crowd(8, "crowd", func() string { return n.addr }, stop)
 	<-time.After(most)
-	n.kill()
+	n.Kill()
 	close(stop)
 	wait()
 	l.journal.add(Event{Kind: faulted, Point: "crowd", Cycle: true})
@@ -122,7 +122,7 @@ func (l *lane) upkeep(count int) error {
 				}
 			}
 			<-time.After(60 * time.Millisecond) // retention is shorter
-			n.kill()
+			n.Kill()
 			if err := n.forget(); err != nil {
 				return err
 			}

@@ -10,13 +10,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"runtime"
 	"syscall"
 	"time"
 )
-
-// pin keeps a goroutine on its thread for good.
-func pin() { runtime.LockOSThread() }
 
 // A way is how an attempt is made: cut short, if it is.
 type way struct {

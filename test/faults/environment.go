@@ -57,13 +57,13 @@ func databaseGoes(l *lane) error {
 	if err := l.restart(n, false); err != nil {
 		return err
 	}
-	db, err := pgx.Connect(l.host.ctx, l.dsn)
+	db, err := pgx.Connect(l.host.Context(), l.dsn)
 	if err != nil {
 		return err
 	}
 	// The schema is not what this is about: on disk, it cannot be what is missing.
-	_, err = db.Exec(l.host.ctx, "CHECKPOINT")
-	if err := errors.Join(err, db.Close(l.host.ctx)); err != nil {
+	_, err = db.Exec(l.host.Context(), "CHECKPOINT")
+	if err := errors.Join(err, db.Close(l.host.Context())); err != nil {
 		return err
 	}
 	for i := range 6 {
@@ -145,9 +145,9 @@ func diskFails(l *lane) error {
 		if e := l.try(o, n.addr, way{}); e.Outcome == succeeded {
 			l.expect("E2 sync", "I9: a call was done that could not be synced")
 		}
-		if !n.ended(deathTime) {
+		if !n.Ended(deathTime) {
 			l.expect("E2 sync", "the process goes on after a sync failed")
-			n.kill()
+			n.Kill()
 		}
 		l.journal.add(Event{Kind: outage, Time: failing, Until: time.Now().UnixNano()})
 		if err := l.restart(n, l.rand.IntN(2) == 0); err != nil {
@@ -171,12 +171,12 @@ CREATE OR REPLACE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE
 // clockJumps has the database's clock jump while a call is held by a process that is gone.
 func clockJumps(l *lane) error {
 	n := l.nodes[0]
-	db, err := pgx.Connect(l.host.ctx, l.dsn)
+	db, err := pgx.Connect(l.host.Context(), l.dsn)
 	if err != nil {
 		return err
 	}
 	defer db.Close(context.Background())
-	if _, err := db.Exec(l.host.ctx, shadowClock); err != nil {
+	if _, err := db.Exec(l.host.Context(), shadowClock); err != nil {
 		return err
 	}
 	if err := l.restart(n, false); err != nil {
@@ -195,7 +195,7 @@ func clockJumps(l *lane) error {
 		if err := l.gone(n, "K4"); err != nil {
 			return err
 		}
-		if _, err := db.Exec(l.host.ctx, "UPDATE clock_offset SET by = by + $1::text::interval", by); err != nil {
+		if _, err := db.Exec(l.host.Context(), "UPDATE clock_offset SET by = by + $1::text::interval", by); err != nil {
 			return err
 		}
 		if err := l.restart(n, false); err != nil {
@@ -258,10 +258,10 @@ func headCannotBePublished(l *lane) error {
 		return err
 	}
 	do(succeeded) // the log itself goes on
-	if err := n.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := n.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	if !n.ended(deathTime) {
+	if !n.Ended(deathTime) {
 		return errors.New("it does not end")
 	}
 	if !strings.Contains(string(n.said()), "could not be published") {
@@ -271,9 +271,9 @@ func headCannotBePublished(l *lane) error {
 	if err := n.launch(); err != nil {
 		return err
 	}
-	if !n.ended(deathTime) {
+	if !n.Ended(deathTime) {
 		l.expect("E16", "I9: it serves without knowing what was published")
-		n.kill()
+		n.Kill()
 	}
 	l.incident("E16")
 	if err := errors.Join(os.Remove(heads), os.Rename(heads+".away", heads)); err != nil {
@@ -299,7 +299,7 @@ func finderDies(l *lane) error {
 	}
 	for i := range 2 * rounds {
 		o := l.operation("lookup")
-		first, then := plan{Step: "done", PID: n.pid(), Signal: syscall.SIGKILL}, "K9 before"
+		first, then := plan{Step: "done", PID: n.PID(), Signal: syscall.SIGKILL}, "K9 before"
 		if i%2 == 1 {
 			first.Step, then = "request", "K3"
 		}
@@ -343,7 +343,7 @@ func stateIsUsedAgain(l *lane) error {
 		l.touched(o, "MRTR")
 		l.try(o, n.addr, way{})
 		if i%2 == 1 { // another process goes on
-			n.kill()
+			n.Kill()
 			if err := l.restart(n, false); err != nil {
 				return err
 			}
@@ -404,7 +404,7 @@ func holderSleeps(l *lane) error {
 			go func() { at.back <- l.try(&first, a.addr, way{}) }()
 			o.Attempts = 100
 		}
-		if err := a.until("the point "+point, func() bool { _, err := os.Stat(a.armed()); return errors.Is(err, os.ErrNotExist) }); err != nil {
+		if err := a.Until(l.host.Context(), "the point "+point, func() bool { _, err := os.Stat(a.armed()); return errors.Is(err, os.ErrNotExist) }); err != nil {
 			return err
 		}
 		<-time.After(l.lease())
@@ -414,7 +414,7 @@ func holderSleeps(l *lane) error {
 			}
 		}
 		woken := time.Now().UnixNano()
-		if err := a.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		if err := a.Signal(syscall.SIGCONT); err != nil {
 			return err
 		}
 		for _, h := range held {

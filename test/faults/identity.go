@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"newel.dev/newel/test/program"
 )
 
 // An issuance is what the issuer of the test answers from now on.
@@ -93,7 +95,7 @@ func (spaces) Read(b []byte) (int, error) {
 
 // An authority is the issuer as its operator has it: its process and its private keys.
 type authority struct {
-	*process
+	*program.Process
 	url   string
 	state issuance
 	count atomic.Int64 // of tokens
@@ -101,16 +103,16 @@ type authority struct {
 
 // issuer starts an authority.
 func (l *lane) issuer() (*authority, error) {
-	addr, err := freeAddress()
+	addr, err := program.FreeAddress()
 	if err != nil {
 		return nil, err
 	}
 	a := &authority{url: "http://" + addr}
-	if a.process, err = part("issuer", addr, "-"); err != nil {
+	if a.Process, err = part("issuer", addr, "-"); err != nil {
 		return nil, err
 	}
-	l.others = append(l.others, a.process)
-	if err := a.until("the issuer", func() bool { _, err := a.control(nil); return err == nil }); err != nil {
+	l.others = append(l.others, a.Process)
+	if err := a.Until(l.host.Context(), "the issuer", func() bool { _, err := a.control(nil); return err == nil }); err != nil {
 		return nil, err
 	}
 	return a, nil
@@ -296,7 +298,7 @@ func providerGoes(l *lane) error {
 		l.expect("E7", "a token that has ended: %+v", r)
 	}
 	// Hanging is worse than refusing: whoever needs no answer of the provider does not wait for one.
-	if err := halt(a.pid()); err != nil {
+	if err := halt(a.PID()); err != nil {
 		return err
 	}
 	if err := n.later(time.Minute); err != nil {
@@ -311,7 +313,7 @@ func providerGoes(l *lane) error {
 	if longest > 5*time.Second {
 		l.expect("E7", "a call whose key is known waits %v for a provider that hangs", longest)
 	}
-	if err := syscall.Kill(a.pid(), syscall.SIGCONT); err != nil {
+	if err := syscall.Kill(a.PID(), syscall.SIGCONT); err != nil {
 		return err
 	}
 	<-waiting
@@ -523,7 +525,7 @@ func keysTurn(l *lane) error {
 		}
 		l.incident("E8")
 		// Ten megabytes.
-		memory, err := resident(n.pid())
+		memory, err := resident(n.PID())
 		if err != nil {
 			return err
 		}
@@ -535,7 +537,7 @@ func keysTurn(l *lane) error {
 			deny(forged(), "a forged token")
 		}
 		deny(first, "a token whose key is only in a key set that is too large")
-		after, err := resident(n.pid())
+		after, err := resident(n.PID())
 		if err != nil {
 			return err
 		}

@@ -25,6 +25,7 @@ import (
 	"newel.dev/newel/internal/store/postgres"
 	"newel.dev/newel/internal/store/sqlite"
 	"newel.dev/newel/test/engines"
+	"newel.dev/newel/test/program"
 )
 
 // A lane is one ledger with one state behind it, and the node or nodes in between.
@@ -35,9 +36,9 @@ type lane struct {
 	rand    *rand.Rand
 	journal *journal
 	nodes   []*node
-	ledger  *process
-	ledgers string     // address
-	others  []*process // that scenarios started
+	ledger  *program.Process
+	ledgers string             // address
+	others  []*program.Process // that scenarios started
 	host    *host
 	server  *engines.Server
 	dsn     string
@@ -76,13 +77,13 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 		return nil, err
 	}
 	l.journal = &journal{file: file}
-	if l.ledgers, err = freeAddress(); err != nil {
+	if l.ledgers, err = program.FreeAddress(); err != nil {
 		return nil, err
 	}
 	if l.ledger, err = part("ledger", l.ledgers, l.ledgerFile()); err != nil {
 		return nil, err
 	}
-	if err := l.ledger.until("the ledger", func() bool { return l.plan(plan{}) == nil }); err != nil {
+	if err := l.ledger.Until(l.host.Context(), "the ledger", func() bool { return l.plan(plan{}) == nil }); err != nil {
 		return nil, err
 	}
 	for i := range nodes {
@@ -117,14 +118,14 @@ func (l *lane) ledgerFile() string { return filepath.Join(l.dir, "ledger.log") }
 // close ends everything of the lane.
 func (l *lane) close() {
 	for _, n := range l.nodes {
-		if n.process != nil {
-			n.kill()
+		if n.Process != nil {
+			n.Kill()
 		}
 		_ = n.log.Close()
 	}
-	l.ledger.kill()
+	l.ledger.Kill()
 	for _, p := range l.others {
-		p.kill()
+		p.Kill()
 	}
 	_ = l.journal.file.Close()
 }
@@ -208,7 +209,7 @@ func (l *lane) settle(o *operation, addr string) bool {
 // over reports whether the process at an address has ended by itself: nobody will answer any more.
 func (l *lane) over(addr string) bool {
 	for _, n := range l.nodes {
-		if n.addr == addr && n.process != nil && n.ended(0) {
+		if n.addr == addr && n.Process != nil && n.Ended(0) {
 			return true
 		}
 	}

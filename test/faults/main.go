@@ -27,12 +27,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"testing"
 	"time"
 
 	"golang.org/x/term"
 
 	"newel.dev/newel/test/engines"
+	"newel.dev/newel/test/program"
 )
 
 type options struct {
@@ -228,61 +228,17 @@ func (o *options) prepare(ctx context.Context) (err error) {
 
 // build builds the program with the moments in it, and an overlay if there is one.
 func build(ctx context.Context, to, overlay string) error {
-	args := []string{"build", "-tags", "faults", "-o", to}
+	flags := []string{"-tags", "faults"}
 	if overlay != "" {
-		args = append(args, "-overlay", overlay)
+		flags = append(flags, "-overlay", overlay)
 	}
-	cmd := exec.CommandContext(ctx, "go", append(args, "./cmd/newel")...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if b, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("the program cannot be built: %w\n%s", err, b)
-	}
-	return nil
+	return program.Build(ctx, to, program.Newel, flags...)
 }
 
-// host runs database servers, as a test would.
+// A host runs database servers.
 type host struct {
-	testing.TB
-	ctx     context.Context
-	shared  *engines.Server // of its lanes
-	mu      sync.Mutex
-	cleanup []func()
-}
-
-type fatal string
-
-// The methods of testing.TB that servers use.
-func (h *host) Helper()                  {}
-func (h *host) Context() context.Context { return h.ctx }
-func (h *host) Fatal(args ...any)        { panic(fatal(fmt.Sprintln(args...))) }
-func (h *host) Fatalf(f string, a ...any) {
-	panic(fatal(fmt.Sprintf(f, a...)))
-}
-func (h *host) Errorf(f string, a ...any) { fmt.Fprintf(os.Stderr, f+"\n", a...) }
-func (h *host) Cleanup(f func()) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.cleanup = append(h.cleanup, f)
-}
-
-func (h *host) end() {
-	for _, f := range slices.Backward(h.cleanup) {
-		f()
-	}
-}
-
-// try runs f, which may end as tests do.
-func try(f func() error) (err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			said, ok := v.(fatal)
-			if !ok {
-				panic(v)
-			}
-			err = errors.New(string(said))
-		}
-	}()
-	return f()
+	*engines.Host
+	shared *engines.Server // of its lanes
 }
 
 // A task is one lane with what is done to it.
@@ -313,9 +269,8 @@ func run(ctx context.Context, o *options) (_ *result, err error) {
 		crashes, others := tasks(o, engine, share)
 		for _, lanes := range [][]task{crashes, others, o.chosen(variants(), engine)} {
 			all.Go(func() {
-				h := &host{ctx: ctx}
-				defer h.end()
-				failed := try(func() error {
+				failed := engines.Hosted(ctx, func(servers *engines.Host) error {
+					h := &host{Host: servers}
 					for _, t := range lanes {
 						v, err := t.run(ctx, o, h, bar)
 						if v != nil {
@@ -363,8 +318,8 @@ func (t *task) run(ctx context.Context, o *options, h *host, bar *bar) (*Verdict
 	l.report = bar.add
 	failed := t.do(l)
 	for _, n := range l.nodes {
-		if n.process != nil {
-			n.kill()
+		if n.Process != nil {
+			n.Kill()
 		}
 	}
 	e, err := l.evidence(ctx)

@@ -6,105 +6,30 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"sync"
-	"syscall"
 	"time"
+
+	"newel.dev/newel/test/program"
 )
 
-// A process is one that the driver started; it ends when the driver does.
-type process struct {
-	cmd  *exec.Cmd
-	in   io.Closer
-	gone chan struct{} // closed when it has ended
-	err  error         // how, then
-}
-
-func start(cmd *exec.Cmd) (*process, error) {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		return nil, err
-	}
-	p := &process{cmd: cmd, in: in, gone: make(chan struct{})}
-	started := make(chan error, 1)
-	go func() {
-		pin() // a process ends with the thread that started it
-		if err := cmd.Start(); err != nil {
-			started <- err
-			return
-		}
-		started <- nil
-		p.err = cmd.Wait()
-		close(p.gone)
-	}()
-	return p, <-started
-}
-
 // part starts another process of this program.
-func part(name, addr, file string) (*process, error) {
+func part(name, addr, file string) (*program.Process, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	cmd := exec.Command(self, name, addr, file)
 	cmd.Stderr = os.Stderr
-	return start(cmd)
+	return program.Start(cmd)
 }
 
-func (p *process) pid() int { return p.cmd.Process.Pid }
-
-// kill ends it and waits for that.
-func (p *process) kill() {
-	_ = p.cmd.Process.Signal(syscall.SIGKILL) // it may be gone
-	<-p.gone
-	_ = p.in.Close()
-}
-
-// ended waits for its end.
-func (p *process) ended(most time.Duration) bool {
-	t := time.NewTimer(most)
-	defer t.Stop()
-	select {
-	case <-p.gone:
-		return true
-	case <-t.C:
-		return false
-	}
-}
-
-// until asks ready again and again.
-func (p *process) until(what string, ready func() bool) error {
-	deadline := time.Now().Add(startTime)
-	for !ready() {
-		select {
-		case <-p.gone:
-			return fmt.Errorf("%s ended: %w", what, p.err)
-		case <-time.After(3 * time.Millisecond):
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("%s does not start", what)
-		}
-	}
-	return nil
-}
-
+// startTime is how long a process may take over what it does at a start.
 const startTime = 30 * time.Second
-
-// freeAddress returns a loopback address that nobody listens on now.
-func freeAddress() (string, error) {
-	l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
 
 // A node is one place for a newel process: its folder, address and what is armed in it.
 type node struct {
@@ -112,7 +37,7 @@ type node struct {
 	dsn               string   // of its state, or ""
 	env               []string // variables that the scenario adds
 	log               *os.File
-	*process
+	*program.Process
 }
 
 // newNode writes the configuration of a node. state is the section of that name.
@@ -120,7 +45,7 @@ func newNode(binary, dir, ledger, state string, extra string) (*node, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	addr, err := freeAddress()
+	addr, err := program.FreeAddress()
 	if err != nil {
 		return nil, err
 	}
@@ -156,11 +81,11 @@ func (n *node) launch() error {
 	cmd.Env = append(os.Environ(), "NEWEL_FAULTPOINT="+n.armed(), "NEWEL_FAULTS_DSN="+n.dsn)
 	cmd.Env = append(cmd.Env, n.env...)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
-	p, err := start(cmd)
+	p, err := program.Start(cmd)
 	if err != nil {
 		return err
 	}
-	n.process = p
+	n.Process = p
 	return nil
 }
 
@@ -173,13 +98,7 @@ func (n *node) up() error {
 }
 
 func (n *node) ready() error {
-	err := n.until("newel in "+n.dir, func() bool {
-		resp, err := client.Get("http://" + n.addr + "/ready")
-		if err != nil {
-			return false
-		}
-		return resp.Body.Close() == nil && resp.StatusCode == http.StatusOK
-	})
+	err := n.Until(context.Background(), "newel in "+n.dir, program.Ready("http://"+n.addr+"/ready"))
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, n.said())
 	}

@@ -20,13 +20,13 @@ const deathTime = 20 * time.Second
 
 // gone waits until the process is gone, or ends it and says that the point was not reached.
 func (l *lane) gone(n *node, p string) error {
-	if n.ended(deathTime) {
-		if !isGone(n.err) {
-			return fmt.Errorf("at %s the process ended by itself: %w\n%s", p, n.err, n.said())
+	if n.Ended(deathTime) {
+		if !isGone(n.Err()) {
+			return fmt.Errorf("at %s the process ended by itself: %w\n%s", p, n.Err(), n.said())
 		}
 		return nil
 	}
-	n.kill()
+	n.Kill()
 	return fmt.Errorf("the point %s was not reached", p)
 }
 
@@ -64,7 +64,7 @@ func outside(step string, prepare func(*lane, *operation)) func(*lane, *node, *o
 		if o.Tool == "ask" {
 			l.try(o, n.addr, way{})
 		}
-		p := plan{Step: step, PID: n.pid(), Signal: syscall.SIGKILL, Run: l.rand.IntN(2) == 0}
+		p := plan{Step: step, PID: n.PID(), Signal: syscall.SIGKILL, Run: l.rand.IntN(2) == 0}
 		if err := l.plan(p); err != nil {
 			return err
 		}
@@ -83,9 +83,9 @@ func byDriver(prepare func(*lane, *operation), w func(l *lane, n *node, o *opera
 			l.try(o, n.addr, way{})
 		}
 		cut := w(l, n, o)
-		cut.interrupt = n.kill
+		cut.interrupt = n.Kill
 		l.try(o, n.addr, cut)
-		n.kill()
+		n.Kill()
 		return nil
 	}
 }

@@ -28,7 +28,7 @@ type admission struct{ from, to time.Time }
 func quotaStoreGoes(l *lane) error {
 	a, b := l.nodes[0], l.nodes[1]
 	server := engines.Redis(l.host)
-	pid, err := processOf(l.host.ctx, server.URL)
+	pid, err := processOf(l.host.Context(), server.URL)
 	if err != nil {
 		return err
 	}
@@ -118,7 +118,7 @@ backends:
 			return err
 		}
 		server.Restart(l.host)
-		if pid, err = processOf(l.host.ctx, server.URL); err != nil {
+		if pid, err = processOf(l.host.Context(), server.URL); err != nil {
 			return err
 		}
 		if err := phase("as Redis comes back", 1, pass(1500*time.Millisecond)); err != nil {

@@ -103,17 +103,17 @@ func configurationChanges(l *lane) error {
 			}
 			switch i % 4 {
 			case 0, 1: // a signal says nothing: the next order tells
-				if err := n.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+				if err := n.Signal(syscall.SIGHUP); err != nil {
 					return err
 				}
 			}
 			if i%10 == 8 { // in the middle of it
-				order := n.reloadCommand(l.host.ctx)
+				order := n.reloadCommand(l.host.Context())
 				if err := order.Start(); err != nil {
 					return err
 				}
 				<-time.After(time.Duration(r.IntN(12)) * time.Millisecond)
-				n.kill()
+				n.Kill()
 				_ = order.Wait() // what it saw does not matter
 				kills.Add(1)
 				l.incident("E15")
@@ -145,13 +145,13 @@ func configurationChanges(l *lane) error {
 		return failed
 	}
 	// Half a file is no start either: it says so and serves nothing.
-	n.kill()
+	n.Kill()
 	if err := errors.Join(set(wrong[3]), n.launch()); err != nil {
 		return err
 	}
-	if !n.ended(deathTime) {
+	if !n.Ended(deathTime) {
 		l.expect("E15", "it starts with half a configuration")
-		n.kill()
+		n.Kill()
 	}
 	if err := set(versioned(l, "a", "")); err != nil {
 		return err

@@ -179,7 +179,7 @@ func (l *lane) tryAs(t *talker, o *operation) Event {
 // all revisions call; each operation may begin in one revision and go on in another. One tool is
 // denied, whoever asks and however.
 func programChanges(l *lane) error {
-	old, err := l.options.older(l.host.ctx)
+	old, err := l.options.older(l.host.Context())
 	if err != nil {
 		return err
 	}
@@ -210,11 +210,11 @@ backends:
 	probes := 0
 	change := func(n *node, to string, kill bool) error {
 		if kill {
-			n.kill()
-		} else if err := n.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			n.Kill()
+		} else if err := n.Signal(syscall.SIGTERM); err != nil {
 			return err
 		}
-		if !n.ended(deathTime) {
+		if !n.Ended(deathTime) {
 			return fmt.Errorf("it does not end:\n%s", n.said())
 		}
 		n.binary = to

@@ -245,7 +245,7 @@ func whenAsked(p string, do func(*lane, *errand, string) Event) func(*lane, *nod
 			return err
 		}
 		if p == "" {
-			n.kill()
+			n.Kill()
 			return nil
 		}
 		if err := n.arm(p); err != nil {
@@ -267,7 +267,7 @@ func behind(do func(*lane, *errand, string) Event) func(*lane, *node, *errand) e
 			do(l, e, n.addr)
 		}
 		<-time.After(time.Duration(l.rand.IntN(30)) * time.Millisecond)
-		n.kill()
+		n.Kill()
 		l.touchedBy(first, "task K6")
 		l.later = append(l.later, first)
 		return nil
@@ -286,7 +286,7 @@ func atLedger(step string) func(*lane, *node, *errand) error {
 		if step == "answer" {
 			largeAnswer(l, e.operation)
 		}
-		if err := l.plan(plan{Step: step, PID: n.pid(), Signal: syscall.SIGKILL, Run: l.rand.IntN(2) == 0}); err != nil {
+		if err := l.plan(plan{Step: step, PID: n.PID(), Signal: syscall.SIGKILL, Run: l.rand.IntN(2) == 0}); err != nil {
 			return err
 		}
 		l.begin(e, n.addr)
@@ -402,7 +402,7 @@ func workerDies(l *lane) error {
 			if err := l.gone(a, p); err != nil {
 				return err
 			}
-		} else if err := a.until("the point "+p, func() bool { _, err := os.Stat(a.armed()); return errors.Is(err, os.ErrNotExist) }); err != nil {
+		} else if err := a.Until(l.host.Context(), "the point "+p, func() bool { _, err := os.Stat(a.armed()); return errors.Is(err, os.ErrNotExist) }); err != nil {
 			return err
 		}
 		all := l.later
@@ -411,7 +411,7 @@ func workerDies(l *lane) error {
 		if p != "K8 stop" {
 			continue
 		}
-		if err := a.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		if err := a.Signal(syscall.SIGCONT); err != nil {
 			return err
 		}
 		<-time.After(time.Second) // for what it had begun to be refused
@@ -440,7 +440,7 @@ func answersComeAgain(l *lane) error {
 		}
 		l.tryAt(o, n)
 		if p == "K12" {
-			n.kill()
+			n.Kill()
 		} else if err := l.gone(n, p); err != nil {
 			return err
 		}

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"newel.dev/newel/test/program"
 )
 
 // rewrite writes another configuration for a node; sections are added to those that all have.
@@ -47,8 +49,8 @@ func backend(name, addr, more string) string {
 }
 
 // ledgerAt starts another ledger and returns its address and file.
-func (l *lane) ledgerAt(name string) (p *process, addr, file string, err error) {
-	if addr, err = freeAddress(); err != nil {
+func (l *lane) ledgerAt(name string) (p *program.Process, addr, file string, err error) {
+	if addr, err = program.FreeAddress(); err != nil {
 		return nil, "", "", err
 	}
 	file = filepath.Join(l.dir, name+".log")
@@ -56,7 +58,7 @@ func (l *lane) ledgerAt(name string) (p *process, addr, file string, err error) 
 		return nil, "", "", err
 	}
 	l.others = append(l.others, p)
-	err = p.until("the ledger "+name, func() bool {
+	err = p.Until(l.host.Context(), "the ledger "+name, func() bool {
 		resp, err := client.Get("http://" + addr + "/")
 		return err == nil && resp.Body.Close() == nil
 	})
@@ -206,8 +208,8 @@ func upstreamHangs(l *lane) error {
 	hung, calm := l.nodes[0], l.nodes[1]
 	l.nodes = l.nodes[:1] // the other has a log of its own, and reads
 	defer func() {
-		if calm.process != nil {
-			calm.kill()
+		if calm.Process != nil {
+			calm.Kill()
 		}
 	}()
 	_, good, _, err := l.ledgerAt("calm")
@@ -233,13 +235,13 @@ func upstreamHangs(l *lane) error {
 	if r := find(hung.addr, "find"); r.code != "" {
 		return fmt.Errorf("before the fault: %+v", r)
 	}
-	if err := halt(l.ledger.pid()); err != nil {
+	if err := halt(l.ledger.PID()); err != nil {
 		return err
 	}
 	stopped := true
 	defer func() {
 		if stopped {
-			_ = syscall.Kill(l.ledger.pid(), syscall.SIGCONT) // the run has failed
+			_ = syscall.Kill(l.ledger.PID(), syscall.SIGCONT) // the run has failed
 		}
 	}()
 	// What was sent: a read times out, an effect is not known.
@@ -289,7 +291,7 @@ func upstreamHangs(l *lane) error {
 		l.expect("E3", "a read with the breaker open does not say when to come again: %+v", r)
 	}
 	l.neighbour(hung, calm, find)
-	if err := syscall.Kill(l.ledger.pid(), syscall.SIGCONT); err != nil {
+	if err := syscall.Kill(l.ledger.PID(), syscall.SIGCONT); err != nil {
 		return err
 	}
 	stopped = false

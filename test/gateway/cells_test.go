@@ -11,6 +11,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"newel.dev/newel/internal/backend/mcpupstream"
+	"newel.dev/newel/test/program"
 )
 
 func logger(t *testing.T) *slog.Logger {
@@ -23,7 +24,7 @@ func logger(t *testing.T) *slog.Logger {
 
 // upstreams are the ways to reach the fixture, by era and transport.
 func upstreams(t *testing.T) map[string]mcpupstream.Config {
-	url := startFixture(t)
+	url, fixture := startFixture(t), program.Built(t, program.Fixture)
 	return map[string]mcpupstream.Config{
 		"stateless http":  {URL: url, Revision: "2026-07-28"},
 		"sessions http":   {URL: url, Revision: "2025-11-25"},

@@ -8,77 +8,34 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
-	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/backend/mcpupstream"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/test/program"
 )
-
-// fixture is the conformance fixture, built once.
-var fixture string
 
 func TestMain(m *testing.M) {
 	if os.Getenv("GATEWAY_TEST_CHILD") != "" {
 		outOfTurn() // this very program is a server over stdio
 		return
 	}
-	dir, err := os.MkdirTemp("", "newel-gateway-")
-	if err != nil {
-		panic(err)
-	}
-	fixture = filepath.Join(dir, "fixture")
-	build := exec.Command("go", "build", "-o", fixture, "../conformance/fixture")
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		panic(err)
-	}
-	code := m.Run()
-	os.RemoveAll(dir)
-	os.Exit(code)
+	os.Exit(program.Run(m))
 }
 
 // startFixture starts the fixture over HTTP and returns its URL.
 func startFixture(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
-	cmd := exec.Command(fixture, "-http="+addr)
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	deadline, again := time.After(10*time.Second), time.NewTicker(10*time.Millisecond)
-	defer again.Stop()
-	for {
-		resp, err := http.Get("http://" + addr + "/ready")
-		if err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return "http://" + addr + "/mcp"
-			}
-		}
-		select {
-		case <-deadline:
-			t.Fatal("the fixture is not ready: ", err)
-		case <-again.C:
-		}
-	}
+	addr := program.Address(t)
+	p := program.Serve(t, exec.Command(program.Built(t, program.Fixture), "-http="+addr), program.Ready("http://"+addr+"/ready"))
+	t.Cleanup(p.Kill)
+	return "http://" + addr + "/mcp"
 }
 
 // upstream is one server behind, with its name.
@@ -159,22 +116,4 @@ func plain(m map[string]string) map[string]secret.String {
 		out[k] = secret.New(v)
 	}
 	return out
-}
-
-// syncBuffer is a log that is written and read at once.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
 }

@@ -17,6 +17,7 @@ import (
 
 	"newel.dev/newel/internal/backend/mcpupstream"
 	"newel.dev/newel/internal/module"
+	"newel.dev/newel/test/program"
 )
 
 // good is a server of the stateless revision with the tool ok.
@@ -244,7 +245,7 @@ func TestEndlessLists(t *testing.T) {
 func TestCollision(t *testing.T) {
 	a := good(t, func(w http.ResponseWriter, _ *http.Request, id json.RawMessage) { answer(w, id, "a") })
 	b := good(t, func(w http.ResponseWriter, _ *http.Request, id json.RawMessage) { answer(w, id, "b") })
-	var log syncBuffer
+	var log program.Log
 	url := serveOrdered(t, &log, upstream{"first", mcpupstream.Config{URL: a.URL}}, upstream{"second", mcpupstream.Config{URL: b.URL}})
 	if got := callOK(t, url, "ok"); !strings.Contains(got, `"text":"a"`) {
 		t.Errorf("got %s", got)

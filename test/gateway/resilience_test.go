@@ -13,6 +13,7 @@ import (
 
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/backend/mcpupstream"
+	"newel.dev/newel/test/program"
 )
 
 // A server that hangs takes its share of the places, and the other one is as fast as before.
@@ -108,7 +109,7 @@ func TestRetriesAtServers(t *testing.T) {
 				}
 			}))
 			t.Cleanup(s.Close)
-			var log syncBuffer
+			var log program.Log
 			url := serveOrdered(t, &log, upstream{"up", mcpupstream.Config{URL: s.URL}})
 			got := callOK(t, url, "ok")
 			if !strings.Contains(got, tt.want) {

@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -18,43 +17,24 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"newel.dev/newel/internal/backend/mcpupstream"
+	"newel.dev/newel/test/program"
 )
-
-// freePort returns a port that nobody listens on.
-func freePort(t *testing.T) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
 
 // A server of revision 2024-11-05, which speaks HTTP+SSE only, serves clients of both eras.
 func TestHTTPWithSSE(t *testing.T) {
-	bin, port := installServers(t), freePort(t)
-	cmd := exec.Command(filepath.Join(bin, "node"), filepath.Join(bin, "mcp-server-everything"), "sse")
-	cmd.Env = append(os.Environ(), "PORT="+strconv.Itoa(port))
-	if err := cmd.Start(); err != nil {
+	bin := installServers(t)
+	_, port, err := net.SplitHostPort(program.Address(t))
+	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	deadline, again := time.After(20*time.Second), time.NewTicker(20*time.Millisecond)
-	defer again.Stop()
-	for {
-		c, err := net.Dial("tcp", fmt.Sprintf("localhost:%d", port))
-		if err == nil {
-			c.Close()
-			break
-		}
-		select {
-		case <-deadline:
-			t.Fatal("the server did not start: ", err)
-		case <-again.C:
-		}
-	}
-	url := serve(t, map[string]mcpupstream.Config{"old": {URL: fmt.Sprintf("http://localhost:%d/sse", port), Transport: "sse", ListTimeout: 20 * time.Second}})
+	cmd := exec.Command(filepath.Join(bin, "node"), filepath.Join(bin, "mcp-server-everything"), "sse")
+	cmd.Env = append(os.Environ(), "PORT="+port)
+	p := program.Serve(t, cmd, func() bool {
+		c, err := net.Dial("tcp", "localhost:"+port)
+		return err == nil && c.Close() == nil
+	})
+	t.Cleanup(p.Kill)
+	url := serve(t, map[string]mcpupstream.Config{"old": {URL: "http://localhost:" + port + "/sse", Transport: "sse", ListTimeout: 20 * time.Second}})
 	for _, revision := range []string{"2026-07-28", "2025-11-25"} {
 		t.Run(revision, func(t *testing.T) {
 			progress := make(chan float64, 100)

@@ -200,17 +200,17 @@ func (s *stage) drain(ctx context.Context, n int) error {
 		return err
 	}
 	at := time.Now()
-	if err := s.newel.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := s.newel.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	if !s.newel.ended(25 * time.Second) {
+	if !s.newel.Ended(25 * time.Second) {
 		s.wrong("it does not stop within 25 s with %d streams", n)
 		return nil
 	}
 	s.stopped = true
 	s.figure("stopping with streams open", time.Since(at).Seconds(), 16, "s")
-	if s.newel.err != nil {
-		s.wrong("it stops with %v", s.newel.err)
+	if s.newel.Err() != nil {
+		s.wrong("it stops with %v", s.newel.Err())
 	}
 	r, err := wait()
 	if err != nil {

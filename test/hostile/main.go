@@ -19,13 +19,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
+
+	"newel.dev/newel/test/program"
 )
 
 // budget is the memory that the process may have.
@@ -122,10 +123,8 @@ func run(ctx context.Context, o *options) (err error) {
 	}
 	if o.binary == "" {
 		o.binary = filepath.Join(o.dir, "newel")
-		build := exec.CommandContext(ctx, "go", "build", "-o", o.binary, "./cmd/newel")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			return fmt.Errorf("the program cannot be built: %w\n%s", err, out)
+		if err := program.Build(ctx, o.binary, program.Newel); err != nil {
+			return err
 		}
 	}
 	begun := time.Now()

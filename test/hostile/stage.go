@@ -9,17 +9,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"newel.dev/newel/test/program"
 )
 
 // A stage is where one scenario is played: a newel process, the servers behind it, and what was seen.
@@ -64,55 +64,24 @@ func (s *stage) figure(name string, value, most float64, unit string) {
 
 // A child is a process that ends with this one.
 type child struct {
-	cmd  *exec.Cmd
-	in   io.Closer
-	out  bytes.Buffer
-	gone chan struct{}
-	err  error
+	*program.Process
+	out bytes.Buffer
 }
 
 // spawn starts a process; nice is added to its priority.
 func spawn(log io.Writer, nice int, env []string, name string, args ...string) (*child, error) {
-	c := &child{cmd: exec.Command(name, args...), gone: make(chan struct{})}
-	c.cmd.Env = append(os.Environ(), env...)
-	c.cmd.Stdout, c.cmd.Stderr = &c.out, log
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	c := &child{}
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stdout, cmd.Stderr = &c.out, log
 	var err error
-	if c.in, err = c.cmd.StdinPipe(); err != nil {
+	if c.Process, err = program.Start(cmd); err != nil {
 		return nil, err
 	}
-	started := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // the process ends with the thread that started it
-		if err := c.cmd.Start(); err != nil {
-			started <- err
-			return
-		}
-		if nice > 0 {
-			_ = syscall.Setpriority(syscall.PRIO_PROCESS, c.cmd.Process.Pid, nice) // a courtesy
-		}
-		started <- nil
-		c.err = c.cmd.Wait()
-		close(c.gone)
-	}()
-	return c, <-started
-}
-
-func (c *child) kill() {
-	_ = c.cmd.Process.Kill() // it may be gone
-	<-c.gone
-	_ = c.in.Close()
-}
-
-func (c *child) ended(most time.Duration) bool {
-	t := time.NewTimer(most)
-	defer t.Stop()
-	select {
-	case <-c.gone:
-		return true
-	case <-t.C:
-		return false
+	if nice > 0 {
+		_ = syscall.Setpriority(syscall.PRIO_PROCESS, c.PID(), nice) // a courtesy
 	}
+	return c, nil
 }
 
 // setting is what the configuration of a scenario has beside the good server.
@@ -134,10 +103,10 @@ func (s *stage) open(ctx context.Context, c setting) (err error) {
 	if s.good, err = startGood(); err != nil {
 		return err
 	}
-	if s.addr, err = freeAddress(ctx); err != nil {
+	if s.addr, err = program.FreeAddress(); err != nil {
 		return err
 	}
-	if s.hostile, err = freeAddress(ctx); err != nil {
+	if s.hostile, err = program.FreeAddress(); err != nil {
 		return err
 	}
 	self, err := os.Executable()
@@ -147,7 +116,7 @@ func (s *stage) open(ctx context.Context, c setting) (err error) {
 	if s.upstream, err = spawn(os.Stderr, 19, nil, self, "upstream", s.hostile); err != nil {
 		return err
 	}
-	if err := await(10*time.Second, "the hostile server", func() bool { return answers("http://" + s.hostile + "/") }); err != nil {
+	if err := s.upstream.Until(ctx, "the hostile server", program.Ready("http://"+s.hostile+"/")); err != nil {
 		return err
 	}
 	config := fmt.Sprintf("server: {name: hostile}\nlisten: %s\ntelemetry: {prometheus: true, log_level: error}\n%slimits: {max_memory: %d%s}\nbackends:\n", s.addr, c.top, s.budget, c.limits)
@@ -167,14 +136,15 @@ func (s *stage) open(ctx context.Context, c setting) (err error) {
 	if s.newel, err = spawn(log, 0, nil, s.o.binary, "serve", "-c", file); err != nil {
 		return err
 	}
-	return await(60*time.Second, "newel", func() bool { return s.newel.ended(0) || answers("http://"+s.addr+"/ready") })
+	ready := program.Ready("http://" + s.addr + "/ready")
+	return s.newel.Until(ctx, "newel", func() bool { return s.newel.Ended(0) || ready() })
 }
 
 // end ends everything. That newel is not there any more is a violation of every scenario.
 func (s *stage) end() {
 	if s.newel != nil && !s.stopped {
-		if s.newel.ended(0) {
-			s.wrong("newel ended: %v", s.newel.err)
+		if s.newel.Ended(0) {
+			s.wrong("newel ended: %v", s.newel.Err())
 		} else if peak, err := s.peak(); err == nil {
 			s.figure("largest resident memory", float64(peak)/(1<<20), float64(s.budget>>20), "MiB")
 		} else {
@@ -182,11 +152,11 @@ func (s *stage) end() {
 		}
 	}
 	if s.newel != nil {
-		s.newel.kill()
+		s.newel.Kill()
 	}
 	for _, c := range append(s.others, s.upstream) {
 		if c != nil {
-			c.kill()
+			c.Kill()
 		}
 	}
 	if s.good != nil {
@@ -206,11 +176,11 @@ func (s *stage) attack(kind string, most time.Duration) (func() (map[string]floa
 	}
 	s.others = append(s.others, c)
 	return func() (map[string]float64, error) {
-		if !c.ended(most + 30*time.Second) {
+		if !c.Ended(most + 30*time.Second) {
 			return nil, fmt.Errorf("the attack %.20s does not end", kind)
 		}
-		if c.err != nil {
-			return nil, fmt.Errorf("the attack %.20s: %w", kind, c.err)
+		if c.Err() != nil {
+			return nil, fmt.Errorf("the attack %.20s: %w", kind, c.Err())
 		}
 		report := map[string]float64{}
 		return report, json.Unmarshal(c.out.Bytes(), &report)
@@ -234,27 +204,11 @@ func await(most time.Duration, what string, so func() bool) error {
 // plain is a client whose requests stand for themselves.
 var plain = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 
-func answers(url string) bool {
-	resp, err := plain.Get(url)
-	if err != nil {
-		return false
-	}
-	return resp.Body.Close() == nil && resp.StatusCode == http.StatusOK
-}
-
-func freeAddress(ctx context.Context) (string, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
-
 // peak is the most memory that newel had at any time.
 func (s *stage) peak() (int64, error) { return s.memory("VmHWM:") }
 
 func (s *stage) memory(line string) (int64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.newel.cmd.Process.Pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.newel.PID()))
 	if err != nil {
 		return 0, err
 	}
@@ -269,7 +223,7 @@ func (s *stage) memory(line string) (int64, error) {
 
 // cpu is the processor time that newel has had.
 func (s *stage) cpu() (time.Duration, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.newel.cmd.Process.Pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.newel.PID()))
 	if err != nil {
 		return 0, err
 	}

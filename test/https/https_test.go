@@ -36,6 +36,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/assembly"
 	"newel.dev/newel/internal/certs"
+	"newel.dev/newel/test/program"
 )
 
 // authority issues certificates.
@@ -159,27 +160,7 @@ func (a *authority) file() string {
 type site struct {
 	t    *testing.T
 	addr string
-	log  *buffer
-}
-
-// buffer is a log that is read while it is written.
-type buffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (b *buffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-// String returns what was written so far.
-func (b *buffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
+	log  *program.Log
 }
 
 type backend []*call.Capability
@@ -206,7 +187,7 @@ func echo() backend { return backend{tool("echo", func(context.Context) {})} }
 // serve starts a house with certificates.
 func serve(t *testing.T, o certs.ServerOptions, more assembly.Options) *site {
 	t.Helper()
-	s := &site{t: t, log: &buffer{}}
+	s := &site{t: t, log: &program.Log{}}
 	o.Logger = slog.New(slog.NewTextHandler(s.log, nil))
 	if o.Interval == 0 {
 		o.Interval = 5 * time.Millisecond

@@ -4,7 +4,6 @@ package live
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,29 +22,16 @@ import (
 	"syscall"
 	"testing"
 	"time"
-)
 
-// program is newel, built once.
-var program string
+	"newel.dev/newel/test/program"
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv("LIVE_TEST_CHILD") != "" {
 		upstream() // this very program is a server over stdio
 		return
 	}
-	dir, err := os.MkdirTemp("", "newel-live-")
-	if err != nil {
-		panic(err)
-	}
-	program = filepath.Join(dir, "newel")
-	build := exec.Command("go", "build", "-o", program, "../../cmd/newel")
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		panic(err)
-	}
-	code := m.Run()
-	os.RemoveAll(dir)
-	os.Exit(code)
+	os.Exit(program.Run(m))
 }
 
 // upstream is an MCP server of one tool, which says in which process it runs.
@@ -81,22 +67,8 @@ type server struct {
 	dir  string
 	url  string // without path
 	cmd  *exec.Cmd
-	mu   sync.Mutex
-	logs bytes.Buffer
+	log  program.Log
 	done chan error
-}
-
-// Write implements io.Writer for the logs.
-func (s *server) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.logs.Write(b)
-}
-
-func (s *server) log() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.logs.String()
 }
 
 // configure writes the configuration, as an editor does: aside, then in its place.
@@ -116,7 +88,7 @@ func start(t *testing.T, configuration string, change ...func(*exec.Cmd)) *serve
 	if err := errors.Join(os.Mkdir(filepath.Join(s.dir, "docs"), 0o700), os.WriteFile(filepath.Join(s.dir, "docs", "a.md"), []byte("# A\n"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	s.cmd = exec.Command(program, "serve", "--listen", "127.0.0.1:0")
+	s.cmd = exec.Command(program.Built(t, program.Newel), "serve", "--listen", "127.0.0.1:0")
 	s.cmd.Dir, s.cmd.Env = s.dir, append(os.Environ(), "LIVE_TEST_CHILD=")
 	out, in, err := os.Pipe()
 	if err != nil {
@@ -136,7 +108,7 @@ func start(t *testing.T, configuration string, change ...func(*exec.Cmd)) *serve
 	in.Close()
 	logsIn.Close()
 	var copied sync.WaitGroup
-	copied.Go(func() { _, _ = io.Copy(s, logs) })
+	copied.Go(func() { _, _ = io.Copy(&s.log, logs) })
 	go func() { s.done <- s.cmd.Wait() }()
 	t.Cleanup(func() {
 		_ = s.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
@@ -144,7 +116,7 @@ func start(t *testing.T, configuration string, change ...func(*exec.Cmd)) *serve
 		out.Close()
 		logs.Close()
 		if t.Failed() {
-			t.Logf("logs:\n%.8000s", s.log())
+			t.Logf("logs:\n%.8000s", s.log.String())
 		}
 	})
 	lines := bufio.NewScanner(out)
@@ -158,7 +130,7 @@ func start(t *testing.T, configuration string, change ...func(*exec.Cmd)) *serve
 			return s
 		}
 	}
-	t.Fatalf("it did not start: %s", s.log())
+	t.Fatalf("it did not start: %s", s.log.String())
 	return nil
 }
 
@@ -389,7 +361,7 @@ func TestSavedFilesAndSignal(t *testing.T) {
 	loaded := s.metric("newel_config_last_reload_success_timestamp_seconds")
 	s.configure("backends: [")
 	until(t, "the saved file is not seen", func() bool { return s.metric("newel_config_last_reload_successful") == 0 })
-	if !strings.Contains(s.log(), "newel.yaml:1:") {
+	if !strings.Contains(s.log.String(), "newel.yaml:1:") {
 		t.Error("the log names no place")
 	}
 	if s.metric("newel_config_last_reload_success_timestamp_seconds") != loaded {
@@ -448,7 +420,7 @@ func TestReloadWhileReloading(t *testing.T) {
 	if applied.Load() == 0 || refused.Load() != 0 {
 		t.Errorf("%d applied, %d refused", applied.Load(), refused.Load())
 	}
-	if n := strings.Count(s.log(), "the configuration was loaded"); n != 1 {
+	if n := strings.Count(s.log.String(), "the configuration was loaded"); n != 1 {
 		t.Errorf("one configuration was gone over to %d times", n)
 	}
 }
@@ -546,8 +518,8 @@ func TestHandOverRefused(t *testing.T) {
 	s := start(t, version(0))
 	s.configure("backends: [")
 	s.signal(syscall.SIGUSR2)
-	until(t, "nothing is said", func() bool { return strings.Contains(s.log(), "no other process took over") })
-	if !strings.Contains(s.log(), "newel.yaml:1:") {
+	until(t, "nothing is said", func() bool { return strings.Contains(s.log.String(), "no other process took over") })
+	if !strings.Contains(s.log.String(), "newel.yaml:1:") {
 		t.Error("it does not say why")
 	}
 	if text, _, err := call(http.DefaultClient, s.url, "which"); err != nil || !strings.Contains(text, "version") {
@@ -574,7 +546,7 @@ func TestSocketActivation(t *testing.T) {
 		return func(c *exec.Cmd) {
 			c.ExtraFiles = []*os.File{f}
 			// The shell has the process id that the program will have.
-			c.Args = []string{"sh", "-c", "LISTEN_PID=$$ LISTEN_FDS=" + count + " exec " + program + " serve --listen 127.0.0.1:1"}
+			c.Args = []string{"sh", "-c", "LISTEN_PID=$$ LISTEN_FDS=" + count + " exec " + program.Built(t, program.Newel) + " serve --listen 127.0.0.1:1"}
 			c.Path = "/bin/sh"
 		}
 	}

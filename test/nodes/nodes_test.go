@@ -8,65 +8,32 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"newel.dev/newel/test/engines"
+	"newel.dev/newel/test/program"
 )
 
-// program builds the command once.
-var program = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "newel-nodes-")
-	if err != nil {
-		return "", err
-	}
-	bin := filepath.Join(dir, "newel")
-	out, err := exec.Command("go", "build", "-o", bin, "newel.dev/newel/cmd/newel").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("%w\n%s", err, out)
-	}
-	return bin, nil
-})
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if bin, err := program(); err == nil {
-		_ = os.RemoveAll(filepath.Dir(bin))
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(program.Run(m)) }
 
 // node is one process.
 type node struct {
 	t    *testing.T
 	base string
-	cmd  *exec.Cmd
-	log  string
-	done chan struct{}
+	*program.Process
 }
 
 // start runs a node. All in dir share what is in it.
 func start(t *testing.T, dir, name, redis string) *node {
 	t.Helper()
-	bin, err := program()
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := program.Address(t)
 	config := filepath.Join(dir, name+".yaml")
 	text := fmt.Sprintf(`
 listen: %s
@@ -83,58 +50,22 @@ backends:
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n := &node{t: t, base: "http://" + addr, log: filepath.Join(dir, name+".log"), done: make(chan struct{})}
-	out, err := os.Create(n.log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.cmd = exec.Command(bin, "serve", "--config", config)
-	n.cmd.Dir, n.cmd.Stdout, n.cmd.Stderr = dir, out, out
-	n.cmd.Env = append(os.Environ(), "REDIS_URL="+redis)
-	if err := n.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		_ = n.cmd.Wait() // how it ended is the test's business
-		out.Close()
-		close(n.done)
-	}()
-	t.Cleanup(func() { n.end(syscall.SIGKILL) })
-	poll(t, 30*time.Second, "the node does not become ready", n, func() bool {
-		resp, err := http.Get(n.base + "/ready")
-		if err != nil {
-			return false
-		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusOK
-	})
+	cmd := exec.Command(program.Built(t, program.Newel), "serve", "--config", config)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "REDIS_URL="+redis)
+	n := &node{t: t, base: "http://" + addr}
+	n.Process = program.Serve(t, cmd, program.Ready(n.base+"/ready"))
+	t.Cleanup(n.Kill)
 	return n
 }
 
-func (n *node) end(s syscall.Signal) {
-	_ = n.cmd.Process.Signal(s) // it may have ended
-	<-n.done
-}
-
+// poll waits until it is so.
 func poll(t *testing.T, limit time.Duration, what string, n *node, ok func() bool) {
 	t.Helper()
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for until := time.Now().Add(limit); time.Now().Before(until); <-tick.C {
-		if ok() {
-			return
-		}
-		select {
-		case <-n.done:
-			limit = 0
-		default:
-		}
-		if limit == 0 {
-			break
-		}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	if err := n.Until(ctx, what, ok); err != nil {
+		t.Fatal(err)
 	}
-	log, _ := os.ReadFile(n.log)
-	t.Fatalf("%s\n%s", what, log)
 }
 
 type answer struct {
@@ -227,7 +158,7 @@ func TestSessionsOutliveTheirNode(t *testing.T) {
 	if r := b.send(session, `{"jsonrpc":"2.0","id":4,"method":"logging/setLevel","params":{"level":"error"}}`); r.status != http.StatusOK {
 		t.Fatalf("%+v", r)
 	}
-	a.end(syscall.SIGKILL)
+	a.Kill()
 	var r answer
 	poll(t, 20*time.Second, "the session does not go on", b, func() bool {
 		r = b.search(session, 5)
@@ -289,7 +220,9 @@ func TestRollingRestart(t *testing.T) {
 	for range 5 {
 		sessions = append(sessions, a.open())
 	}
-	a.end(syscall.SIGTERM)
+	if err := a.End(time.Minute); err != nil {
+		t.Error(err)
+	}
 	for i, s := range sessions {
 		if r := b.search(s, 10+i); !r.found() {
 			t.Errorf("%d: %+v", i, r)

@@ -3,10 +3,6 @@
 package opa
 
 import (
-	"bytes"
-	"context"
-	"io"
-	"net"
 	"net/http"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +15,7 @@ import (
 	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/policy/opa"
+	"newel.dev/newel/test/program"
 )
 
 // start builds and runs an agent with testdata/newel.rego, and returns its address.
@@ -28,41 +25,10 @@ func start(t *testing.T) (address string, stop func()) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "github.com/open-policy-agent/opa").CombinedOutput(); err != nil {
 		t.Fatalf("building the agent: %v\n%s", err, out)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, bin, "run", "--server", "--addr", addr, "--disable-telemetry", "testdata/newel.rego")
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stop = func() {
-		cancel()
-		_ = cmd.Wait() // it was killed
-	}
-	t.Cleanup(stop)
-	for begun := time.Now(); ; {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr+"/health", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err == nil {
-			_, _ = io.Copy(io.Discard, resp.Body)
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return "http://" + addr, stop
-			}
-		}
-		if time.Since(begun) > 30*time.Second {
-			t.Fatalf("the agent does not answer: %v\n%s", err, said.Bytes())
-		}
-	}
+	addr := program.Address(t)
+	p := program.Serve(t, exec.Command(bin, "run", "--server", "--addr", addr, "--disable-telemetry", "testdata/newel.rego"), program.Ready("http://"+addr+"/health"))
+	t.Cleanup(p.Kill)
+	return "http://" + addr, p.Kill
 }
 
 func agent(t *testing.T, o opa.Options) *opa.Agent {

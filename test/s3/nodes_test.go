@@ -2,11 +2,9 @@ package s3
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -14,17 +12,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"newel.dev/newel/test/program"
 )
 
 // node runs the daemon with a configuration of its own, in a folder that nodes share.
-func node(t *testing.T, newel, dir, name, endpoint string) (base string) {
+func node(t *testing.T, dir, name, endpoint string) (base string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := program.Address(t)
 	file := filepath.Join(dir, name+".yaml")
 	if err := os.WriteFile(file, fmt.Appendf(nil, `
 listen: %s
@@ -43,38 +38,19 @@ backends:
 `, addr, name, endpoint, bucket), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, newel, "serve", "--config", file)
+	cmd := exec.Command(program.Built(t, program.Newel), "serve", "--config", file)
 	cmd.Env = append(os.Environ(), "S3_ACCESS_KEY="+accessKey, "S3_SECRET_KEY="+secretKey)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = 20 * time.Second
-	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &said, &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	base = "http://" + addr
+	p := program.Serve(t, cmd, program.Ready(base+"/ready"))
 	t.Cleanup(func() {
-		cancel()
-		_ = cmd.Wait() // it was interrupted
-		if t.Failed() {
-			t.Logf("%s: %s", name, said.Bytes())
+		if err := p.End(30 * time.Second); err != nil {
+			t.Error(err)
 		}
-		if strings.Contains(said.String(), secretKey) {
+		if strings.Contains(p.Said(), secretKey) {
 			t.Error("the secret key is in the log")
 		}
 	})
-	base = "http://" + addr
-	for begun := time.Now(); ; {
-		if resp, err := http.Get(base + "/ready"); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return base
-			}
-		}
-		if time.Since(begun) > 30*time.Second {
-			t.Fatal("the node is not ready")
-		}
-	}
+	return base
 }
 
 // ask sends one request of revision 2026-07-28.
@@ -104,17 +80,11 @@ func ask(t *testing.T, base, method, name, params string) string {
 func TestNodes(t *testing.T) {
 	s := start(t)
 	dir := t.TempDir()
-	newel := filepath.Join(dir, "newel")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", newel, "./cmd/newel")
-	build.Dir = filepath.Join("..", "..")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("building: %v\n%s", err, out)
-	}
 	if err := os.WriteFile(filepath.Join(dir, "reports.db"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	one := node(t, newel, dir, "one", s.address)
-	two := node(t, newel, dir, "two", s.address)
+	one := node(t, dir, "one", s.address)
+	two := node(t, dir, "two", s.address)
 	answer := ask(t, one, "tools/call", "report", `"name":"report","arguments":{}`)
 	var reply struct {
 		Result struct {

@@ -25,6 +25,7 @@ import (
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/s3"
 	"newel.dev/newel/internal/store/shelftest"
+	"newel.dev/newel/test/program"
 )
 
 const (
@@ -50,14 +51,14 @@ func run(m *testing.M) int {
 		log.Printf("building the server: %v\n%s", err, out)
 		return 1
 	}
-	return m.Run()
+	return program.Run(m)
 }
 
 // A server keeps buckets as folders and objects as files.
 type server struct {
 	address string
 	dir     string // of the bucket
-	process *os.Process
+	process *program.Process
 }
 
 func start(t *testing.T) server {
@@ -70,35 +71,15 @@ func start(t *testing.T) server {
 			t.Fatal(err)
 		}
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	l.Close()
+	addr := program.Address(t)
 	s.address = "http://" + addr
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, binary, "--port", addr, "--access", accessKey, "--secret", secretKey, "--quiet", "posix", "--sidecar", side, filepath.Dir(s.dir))
-	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &said, &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	s.process = cmd.Process
-	t.Cleanup(func() {
-		cancel()
-		_ = cmd.Wait() // it was killed
-	})
-	for begun := time.Now(); ; {
+	cmd := exec.Command(binary, "--port", addr, "--access", accessKey, "--secret", secretKey, "--quiet", "posix", "--sidecar", side, filepath.Dir(s.dir))
+	s.process = program.Serve(t, cmd, func() bool {
 		c, err := net.Dial("tcp", addr)
-		if err == nil {
-			c.Close()
-			return s
-		}
-		if time.Since(begun) > 30*time.Second {
-			t.Fatalf("the server does not answer: %v\n%s", err, said.Bytes())
-		}
-	}
+		return err == nil && c.Close() == nil
+	})
+	t.Cleanup(s.process.Kill)
+	return s
 }
 
 func (s server) bucket(t *testing.T, change func(*s3.Options)) *s3.Bucket {
@@ -200,7 +181,7 @@ func (s server) pause(t *testing.T) {
 	}
 	for begun := time.Now(); ; {
 		running := 0
-		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", s.process.Pid))
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", s.process.PID()))
 		if err != nil || len(tasks) == 0 {
 			t.Skip("needs Linux's /proc")
 		}
@@ -280,9 +261,7 @@ func TestServerGone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	s.process.Kill()
 	failing(t, st, known)
 }
 

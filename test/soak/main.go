@@ -21,7 +21,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -36,6 +35,8 @@ import (
 	"time"
 
 	"golang.org/x/term"
+
+	"newel.dev/newel/test/program"
 )
 
 const (
@@ -94,14 +95,13 @@ func run(ctx context.Context, length time.Duration, seed uint64) (err error) {
 // server is the daemon.
 type server struct {
 	base string
-	cmd  *exec.Cmd
-	done chan error
+	*program.Process
 }
 
 // start builds and starts the daemon on the example's backends, with nobody to ask who is calling.
 func start(ctx context.Context, dir string) (*server, error) {
-	bin, err := build(ctx, dir)
-	if err != nil {
+	bin := filepath.Join(dir, "newel")
+	if err := program.Build(ctx, bin, program.Newel); err != nil {
 		return nil, err
 	}
 	example, err := os.ReadFile("newel.yaml")
@@ -117,7 +117,7 @@ func start(ctx context.Context, dir string) (*server, error) {
 			return nil, err
 		}
 	}
-	addr, err := freeAddress(ctx)
+	addr, err := program.FreeAddress()
 	if err != nil {
 		return nil, err
 	}
@@ -131,64 +131,24 @@ func start(ctx context.Context, dir string) (*server, error) {
 	return await(ctx, "http://"+addr, cmd)
 }
 
-func build(ctx context.Context, dir string) (string, error) {
-	bin := filepath.Join(dir, "newel")
-	if out, err := exec.CommandContext(ctx, "go", "build", "-o", bin, "./cmd/newel").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building newel: %w\n%s", err, out)
-	}
-	return bin, nil
-}
-
 // await starts a daemon and waits until it is ready. What it logs, a record for every call, is dropped.
 func await(ctx context.Context, base string, cmd *exec.Cmd) (*server, error) {
-	s := &server{base: base, cmd: cmd, done: make(chan error, 1)}
-	if err := cmd.Start(); err != nil {
+	p, err := program.Start(cmd)
+	if err != nil {
 		return nil, err
 	}
-	go func() { s.done <- s.cmd.Wait() }()
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for limit := time.After(time.Minute); ; {
-		if resp, err := http.Get(s.base + "/ready"); err == nil {
-			resp.Body.Close()
-			if resp.StatusCode == http.StatusOK {
-				return s, nil
-			}
-		}
-		select {
-		case <-tick.C:
-		case err := <-s.done:
-			return nil, fmt.Errorf("newel ended: %w", err)
-		case <-ctx.Done():
-			return nil, errors.Join(ctx.Err(), s.stop())
-		case <-limit:
-			return nil, errors.Join(errors.New("newel is not ready within a minute"), s.stop())
-		}
+	if err := p.Until(ctx, "newel", program.Ready(base+"/ready")); err != nil {
+		p.Kill()
+		return nil, err
 	}
+	return &server{base, p}, nil
 }
 
 func (s *server) stop() error {
-	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		return nil // it has ended, which was noticed
+	if err := s.End(30 * time.Second); err != nil {
+		return fmt.Errorf("newel: %w", err)
 	}
-	select {
-	case err := <-s.done:
-		if err != nil {
-			return fmt.Errorf("newel ended: %w", err)
-		}
-		return nil
-	case <-time.After(30 * time.Second):
-		return errors.Join(errors.New("newel does not end within 30 s"), s.cmd.Process.Kill())
-	}
-}
-
-func freeAddress(ctx context.Context) (string, error) {
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
+	return nil
 }
 
 // sample is what the daemon takes at one moment.
@@ -220,7 +180,7 @@ func (s *server) watch(ctx context.Context, length time.Duration, l *loader) []s
 		all = append(all, one)
 		if time.Since(reloaded) >= reloadEvery {
 			reloaded = time.Now()
-			if err := s.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			if err := s.Signal(syscall.SIGHUP); err != nil {
 				l.fail("reload", err.Error())
 			}
 		}

@@ -23,6 +23,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"newel.dev/newel/test/engines"
+	"newel.dev/newel/test/program"
 )
 
 // What two nodes go through.
@@ -89,7 +90,8 @@ func (f *fleet) start(ctx context.Context, h *engines.Host) (err error) {
 		return err
 	}
 	h.Cleanup(func() { _ = os.RemoveAll(f.dir) })
-	if f.bin, err = build(ctx, f.dir); err != nil {
+	f.bin = filepath.Join(f.dir, "newel")
+	if err := program.Build(ctx, f.bin, program.Newel); err != nil {
 		return err
 	}
 	database, redis := engines.StartSynced(h), engines.Redis(h)
@@ -105,7 +107,7 @@ func (f *fleet) start(ctx context.Context, h *engines.Host) (err error) {
 		return err
 	}
 	for i := range f.nodes {
-		addr, err := freeAddress(ctx)
+		addr, err := program.FreeAddress()
 		if err != nil {
 			return err
 		}
@@ -199,7 +201,7 @@ func (f *fleet) disturb(ctx context.Context) error {
 			if !r.up {
 				continue
 			}
-			if err := errors.Join(r.write(f.reloads), r.cmd.Process.Signal(syscall.SIGHUP)); err != nil {
+			if err := errors.Join(r.write(f.reloads), r.Signal(syscall.SIGHUP)); err != nil {
 				return fmt.Errorf("reloading: %w", err)
 			}
 		}
@@ -208,10 +210,10 @@ func (f *fleet) disturb(ctx context.Context) error {
 		case back.IsZero() && time.Since(killed) >= killEvery:
 			r.up = false
 			killed, back = time.Now(), time.Now().Add(downFor)
-			if err := r.cmd.Process.Kill(); err != nil {
-				return err
+			if r.Ended(0) {
+				return fmt.Errorf("a node ended by itself: %v", r.Err())
 			}
-			<-r.done
+			r.Kill()
 			f.kills++
 		case !back.IsZero() && time.Now().After(back):
 			if err := f.launch(ctx, r); err != nil {

@@ -1,7 +1,6 @@
 package tasks
 
 import (
-	"bufio"
 	"fmt"
 	"net/http"
 	"os"
@@ -15,6 +14,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"newel.dev/newel/test/engines"
+	"newel.dev/newel/test/program"
 )
 
 // start starts a node and returns its address and how to kill it.
@@ -22,37 +22,15 @@ func start(t *testing.T, dsn, dir string, workers int) (url string, kill func())
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), envDSN+"="+dsn, envDir+"="+dir, fmt.Sprint(envWorkers, "=", workers))
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	dead := false
-	kill = func() {
-		if !dead {
-			dead = true
-			_ = cmd.Process.Kill() // SIGKILL: it says nothing to anybody
-			_ = cmd.Wait()
-		}
-	}
-	t.Cleanup(kill)
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	url = "http://" + strings.TrimSpace(line)
-	eventually(t, "the node is ready", func() bool {
-		res, err := http.Get(url + "/ready")
-		if err != nil {
-			return false
-		}
-		_ = res.Body.Close()
-		return res.StatusCode == http.StatusOK
+	var out program.Log
+	cmd.Stdout = &out
+	p := program.Serve(t, cmd, func() bool {
+		line, _, ok := strings.Cut(out.String(), "\n")
+		url = "http://" + line
+		return ok && program.Ready(url+"/ready")()
 	})
-	return url + "/mcp", kill
+	t.Cleanup(p.Kill)
+	return url + "/mcp", p.Kill
 }
 
 func eventually(t *testing.T, what string, is func() bool) {
