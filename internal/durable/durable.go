@@ -324,6 +324,9 @@ func (w *Writer) try(batch []*Work) error {
 		return err
 	}
 	err := w.safely(batch)
+	if err != nil {
+		Again(batch) // nobody is told what was not committed
+	}
 	if errors.Is(err, ErrFatal) {
 		w.mu.Lock()
 		if w.fatal == nil {

@@ -34,8 +34,9 @@ import (
 // A DB is one node's way to the store. It is safe for concurrent use.
 type DB struct {
 	*durable.Writer
-	pool *pgxpool.Pool
-	node string
+	pool  *pgxpool.Pool
+	node  string
+	known known // of the one writer
 }
 
 var (
