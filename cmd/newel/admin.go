@@ -130,22 +130,31 @@ func (a *admin) order(ctx context.Context, c net.Conn) {
 		a.request(ctx, c, in)
 		return
 	}
-	out := &outcome{Outcome: "refused", Changed: []string{}, Error: "this server does not know the order"}
-	if strings.TrimSpace(line) == "reload" {
+	var answer any
+	switch strings.TrimSpace(line) {
+	case "reload":
 		attempt := a.serving.ask()
 		select {
 		case <-attempt.done:
-			out = attempt.outcome
+			answer = attempt.outcome
 		case <-ctx.Done():
-			out.Error = "the server is stopping"
+			answer = refused("the server is stopping")
 		}
+	case "status":
+		answer = a.serving.condition()
+	default:
+		answer = refused("this server does not know the order")
 	}
-	text, err := json.Marshal(out)
+	text, err := json.Marshal(answer)
 	if err != nil {
 		return
 	}
 	_ = c.SetDeadline(time.Now().Add(orderTimeout))
 	_, _ = c.Write(append(text, '\n')) // whoever asked may be gone
+}
+
+func refused(why string) *outcome {
+	return &outcome{Outcome: "refused", Changed: []string{}, Error: why}
 }
 
 // request answers one request to the door for people who decide.
@@ -208,14 +217,15 @@ nothing changes and the exit code is 1.`,
 			if output != "text" && output != "json" {
 				return fmt.Errorf("--output must be text or json, not %q", output)
 			}
-			out, raw, err := reload(cmd.Context(), socketOf(path))
+			var out outcome
+			raw, err := tell(cmd.Context(), socketOf(path), "reload", &out)
 			if err != nil {
 				return exit(exitConnection, err)
 			}
 			if output == "json" {
 				_, err = fmt.Fprintf(env.out, "%s\n", raw)
 			} else {
-				_, err = fmt.Fprint(env.out, out)
+				_, err = fmt.Fprint(env.out, &out)
 			}
 			if err == nil && out.Outcome == "refused" {
 				return exit(exitFailed, nil)
@@ -228,27 +238,25 @@ nothing changes and the exit code is 1.`,
 	return c
 }
 
-// reload gives the order and waits for its outcome.
-func reload(ctx context.Context, socket string) (*outcome, []byte, error) {
+// tell gives an order to the server behind a socket, waits for its answer, and reads that into into.
+func tell(ctx context.Context, socket, order string, into any) (raw []byte, err error) {
 	ctx, cancel := context.WithTimeout(ctx, reloadWait)
 	defer cancel()
 	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
-		return nil, nil, fmt.Errorf("no server of this configuration is running here, or it is somebody else's (%w); name its file with --config", err)
+		return nil, fmt.Errorf("no server of this configuration is running here, or it is somebody else's (%w); name its file with --config", err)
 	}
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Now()) })
 	defer stop()
-	if _, err := io.WriteString(c, "reload\n"); err != nil {
-		return nil, nil, err
+	if _, err := io.WriteString(c, order+"\n"); err != nil {
+		return nil, err
 	}
-	raw, err := io.ReadAll(io.LimitReader(c, maxOutcome))
-	if err != nil {
-		return nil, nil, fmt.Errorf("the server did not answer: %w", err)
+	if raw, err = io.ReadAll(io.LimitReader(c, maxOutcome)); err != nil {
+		return nil, fmt.Errorf("the server did not answer: %w", err)
 	}
-	var out outcome
-	if err := json.Unmarshal(raw, &out); err != nil {
-		return nil, nil, errors.New("the server ended before it answered")
+	if err := json.Unmarshal(raw, into); err != nil {
+		return nil, errors.New("the server ended before it answered")
 	}
-	return &out, bytes.TrimSpace(raw), nil
+	return bytes.TrimSpace(raw), nil
 }

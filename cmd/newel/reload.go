@@ -66,7 +66,8 @@ type serving struct {
 	listener net.Listener
 	live     *assembly.Live
 	log      *slog.Logger
-	admin    *admin   // nil: newel reload does not reach it
+	admin    *admin // nil: newel reload does not reach it
+	started  time.Time
 	alive    *os.File // held while this process is there, for the one that it handed over to
 
 	// What one goroutine has, that of keep.
@@ -102,7 +103,7 @@ type outcome struct {
 func (e *environment) newServing(from *source, l net.Listener, first *opened, successor bool) (*serving, error) {
 	s := &serving{
 		source: from, listener: l, live: assembly.NewLive(first.House), log: first.telemetry.logger, now: first,
-		seen: digest(from.files...), asked: make(chan struct{}, 1),
+		started: time.Now().UTC(), seen: digest(from.files...), asked: make(chan struct{}, 1),
 	}
 	var err error
 	if s.admin, err = newAdmin(socketOf(s.path), s, successor); err != nil { // before anybody is told that the server is there

@@ -89,7 +89,7 @@ func command(env *environment) *cobra.Command {
 	}
 	root.AddGroup(&cobra.Group{ID: "serve", Title: "Serving:"}, &cobra.Group{ID: "client", Title: "Talking to a server:"}, &cobra.Group{ID: "config", Title: "Configuration:"}, &cobra.Group{ID: "audit", Title: "What was done:"})
 	for group, verbs := range map[string][]*cobra.Command{
-		"serve":  {serveCommand(env), reloadCommand(env), stdioCommand(env)},
+		"serve":  {serveCommand(env), reloadCommand(env), statusCommand(env), stdioCommand(env)},
 		"client": {loginCommand(env), tokenCommand(env), toolsCommand(env), callCommand(env), readCommand(env), promptsCommand(env)},
 		"audit":  {approvalsCommand(env), undoCommand(env), auditCommand(env)},
 		"config": {configCommand(env), importCommand(env), policyCommand(env), sloCommand(env), initCommand(env)},

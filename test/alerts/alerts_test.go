@@ -124,6 +124,10 @@ func TestAlerts(t *testing.T) {
 		"NewelOutcomeUnknown": {of("mcp_server_operation_duration_seconds_count", here+`,gen_ai_tool_name="pay",error_type="outcome_unknown"`, "_x10060 1x20"), well},
 		"NewelSaturated":      {of("newel_calls_queued", here, "3x10080"), of("newel_calls_queued", here, "0 5x1 0 4x1 0 0+0x10080")},
 		"NewelSheds":          {well + calls("get", "exhausted", 60), well + calls("get", "exhausted", 60) + of("newel_quota_refusals_total", here, "0+60x10080")},
+		"NewelMemory":         {of("newel_overload", here, "2x10080"), of("newel_overload", here, "1x10080")},
+		"NewelBackendAway":    {of("newel_backend_breaker", here+`,newel_backend="b"`, "2x10078 1 1 1"), of("newel_backend_breaker", here+`,newel_backend="b"`, "2x10076 1 0x9")},
+		"NewelBackendFull":    {of("newel_backend_full_total", here+`,newel_backend="b"`, "0+60x10080"), of("newel_backend_full_total", here+`,newel_backend="b"`, "60x10080")},
+		"NewelApprovalsWait":  {of("newel_approvals_pending", here, "2x10080"), of("newel_approvals_pending", here, "2x10070 0 2x20")},
 		"NewelReloadFailed":   {of("newel_config_last_reload_successful", here, "0x10080"), of("newel_config_last_reload_successful", here, "1x10080")},
 		"NewelConfigurationsDiffer": {
 			of("newel_config_last_reload_success_timestamp_seconds", here, "5x10080") + of("newel_config_last_reload_success_timestamp_seconds", `job="newel",instance="b"`, "9x10080") + of("newel_config_last_reload_successful", here, "0x10080"),

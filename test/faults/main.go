@@ -76,7 +76,7 @@ func main() {
 	flag.IntVar(&o.cycles, "cycles", 500, "crashes")
 	flag.Uint64Var(&o.seed, "seed", 1, "chooses tools, bytes and times; the same again")
 	flag.StringVar(&engine, "engines", "sqlite,postgres", "engines of the state")
-	flag.StringVar(&o.only, "environment", "all", "faults of the environment: all, none, or names with commas")
+	flag.StringVar(&o.only, "environment", "all", "faults of the environment: all, none, or names with commas; with a - in front: all but those")
 	flag.StringVar(&o.binary, "binary", "", "program to test, built with the tag faults; default: it is built")
 	flag.BoolVar(&o.keep, "keep", false, "keep the files of a run that succeeds, too")
 	flag.BoolVar(&mutants, "mutants", false, "build programs with a mistake each, and show that every mistake is found")
@@ -400,13 +400,21 @@ func tasks(o *options, engine string, cycles int) (crashes, others []task) {
 // chosen are those of the scenarios that are wanted on an engine.
 func (o *options) chosen(all []task, engine string) (out []task) {
 	for _, s := range all {
-		if o.only != "all" && !slices.Contains(strings.Split(o.only, ","), s.name) || s.engine != "" && s.engine != engine {
+		if !o.wants(s.name) || s.engine != "" && s.engine != engine {
 			continue
 		}
 		s.engine = engine
 		out = append(out, s)
 	}
 	return out
+}
+
+// wants reports whether a scenario was asked for.
+func (o *options) wants(name string) bool {
+	if without, ok := strings.CutPrefix(o.only, "-"); ok {
+		return !slices.Contains(strings.Split(without, ","), name)
+	}
+	return o.only == "all" || slices.Contains(strings.Split(o.only, ","), name)
 }
 
 func (r *result) add(engine string, v *Verdict) {

@@ -98,7 +98,7 @@ func TestSharedCache(t *testing.T) {
 	var world atomic.Int64
 	k := secret.RandomKey()
 	a, b := newCacheNode(t, db, k, "one", &world), newCacheNode(t, db, k, "one", &world)
-	a.want(readOrders, "ada", "0", false)
+	a.want(readOrders, "grace", "0", false)
 	b.want(readOrders, "bob", "0", true)
 	b.want(readOrders, "bob", "0", true)
 	if b.asked.Load() != 0 {
@@ -109,26 +109,26 @@ func TestSharedCache(t *testing.T) {
 		if i%2 == 1 {
 			writer, reader = b, a
 		}
-		writer.call(writeOrders, "ada")
+		writer.call(writeOrders, "grace")
 		now := fmt.Sprint(i + 1)
 		reader.want(readOrders, "bob", now, false)
-		writer.want(readOrders, "ada", now, true)
+		writer.want(readOrders, "grace", now, true)
 		reader.want(readOrders, "bob", now, true)
 	}
 	// What is one caller's alone stays so everywhere.
-	a.want(mine, "ada", "5", false)
+	a.want(mine, "grace", "5", false)
 	b.want(mine, "bob", "5", false)
-	b.want(mine, "ada", "5", true)
+	b.want(mine, "grace", "5", true)
 	// An update of a resource that one node hears of.
-	a.want(page, "ada", "5", false)
-	b.want(page, "ada", "5", true)
+	a.want(page, "grace", "5", false)
+	b.want(page, "grace", "5", true)
 	world.Add(1)
 	b.cache.Updated(t.Context(), page.URI)
-	a.want(page, "ada", "6", false)
-	b.want(page, "ada", "6", true)
+	a.want(page, "grace", "6", false)
+	b.want(page, "grace", "6", true)
 	// Nodes with another configuration, or another key, have nothing in common with them.
-	newCacheNode(t, db, k, "two", &world).want(page, "ada", "6", false)
-	newCacheNode(t, db, secret.RandomKey(), "one", &world).want(page, "ada", "6", false)
+	newCacheNode(t, db, k, "two", &world).want(page, "grace", "6", false)
+	newCacheNode(t, db, secret.RandomKey(), "one", &world).want(page, "grace", "6", false)
 	// Everything goes away by itself, and says nothing of what was asked.
 	keys, err := db.client.Keys(t.Context(), "*").Result()
 	if err != nil || len(keys) == 0 {
@@ -139,7 +139,7 @@ func TestSharedCache(t *testing.T) {
 		if ttl := db.client.PTTL(t.Context(), key).Val(); err != nil || ttl <= 0 || ttl > 2*time.Hour {
 			t.Errorf("%s stays for %v, %v", key, ttl, err)
 		}
-		if all := key + value; strings.Contains(all, "walnut") || strings.Contains(all, "ada") || strings.Contains(all, "orders") || strings.Contains(all, "text") {
+		if all := key + value; strings.Contains(all, "walnut") || strings.Contains(all, "grace") || strings.Contains(all, "orders") || strings.Contains(all, "text") {
 			t.Errorf("%q says what was asked or answered", all)
 		}
 	}
