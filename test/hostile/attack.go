@@ -33,7 +33,8 @@ func attack(kind, addr string, most time.Duration) error {
 	do, ok := map[string]func(){
 		"slow":     func() { crowd(200, func() { holdSlow(ctx, addr, which, report) }) },
 		"deaf":     func() { crowd(100, func() { holdDeaf(ctx, addr, report) }) },
-		"calls":    func() { crowd(16, func() { callAll(ctx, addr, strings.Split(which, ","), report) }) },
+		"calls":    func() { crowd(16, func() { callAll(ctx, addr, strings.Split(which, ","), 8*time.Second, report) }) },
+		"often":    func() { crowd(16, func() { callAll(ctx, addr, strings.Split(which, ","), time.Second, report) }) },
 		"bombs":    func() { crowd(2, func() { sendBombs(ctx, addr, report) }) },
 		"streams":  func() { n, _ := strconv.Atoi(which); holdStreams(ctx, addr, n, report) },
 		"listen":   func() { crowd(2, func() { openStreams(ctx, addr, which, report) }) },
@@ -195,11 +196,11 @@ func client() *http.Client {
 	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) { return dial(ctx, addr) }}, Timeout: 30 * time.Second}
 }
 
-// callAll calls tools one after the other: what they do is the hostile server's business.
-func callAll(ctx context.Context, addr string, tools []string, r *report) {
+// callAll calls tools one after the other, about every pause: what they do is the hostile server's business.
+func callAll(ctx context.Context, addr string, tools []string, pause time.Duration, r *report) {
 	c := client()
 	for i := rand.IntN(len(tools)); ctx.Err() == nil; i++ {
-		every(ctx, 8*time.Second)
+		every(ctx, pause)
 		nonce := fmt.Sprintf("attack-%d", i)
 		status, body, err := call(ctx, c, addr, tools[i%len(tools)], `{"nonce":"`+nonce+`"}`)
 		switch {

@@ -93,7 +93,7 @@ func garbage(ctx context.Context, s *stage) error {
 				}
 			}
 		}
-		r, err := s.attacks([]string{"calls:" + strings.Join(modes, ",")}, 4*time.Second)
+		r, err := s.attacks([]string{"often:" + strings.Join(modes, ",")}, 4*time.Second)
 		if err != nil {
 			return err
 		}
