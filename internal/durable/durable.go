@@ -62,6 +62,17 @@ func (w *Work) Scope() []byte {
 	return nil
 }
 
+// Fresh returns the id of the operation that the work makes if, as its caller has it, nothing has the
+// scope; or "". Then it may be done on a Batch that lacks what has the scope: if something has it, the
+// operation is among those to be inserted, and cannot be. That is not so where an approval is used up.
+func (w *Work) Fresh() string {
+	r := w.reservation()
+	if r == nil || r.Expect != 0 || w.Dispatch != nil && w.Dispatch.Approval != nil {
+		return ""
+	}
+	return r.ID
+}
+
 // ID is the operation to load if there is no scope, or "".
 func (w *Work) ID() string {
 	switch {
@@ -119,10 +130,10 @@ type Writer struct {
 	leading bool
 	fatal   error
 	failed  chan struct{} // closed when fatal is set
+	likely  int           // how many may come at once: who was in the last commit, or came meanwhile
+	enough  chan struct{} // closed when as many are there; nil: nobody waits for them
 
-	// Of who leads.
-	likely int           // how many may come at once: who was in the last commit, or came meanwhile
-	took   time.Duration // by the last commit
+	took time.Duration // by the last commit; of who leads
 }
 
 // maxBatch bounds the work of one transaction, so that nobody waits for too many others.
@@ -156,6 +167,10 @@ func (w *Writer) Do(ctx context.Context, u *Work) error {
 		return w.fatal
 	}
 	w.pending = append(w.pending, u)
+	if w.enough != nil && len(w.pending) >= min(w.likely, w.most) {
+		close(w.enough)
+		w.enough = nil
+	}
 	lead := !w.leading
 	w.leading = true
 	w.mu.Unlock()
@@ -220,32 +235,42 @@ func (w *Writer) lead(own *Work) {
 
 // take returns the next batch. Callers that are about to come get the processor first. If there were
 // more of them the last time, they are waited for while they keep coming: a commit takes longer than
-// that. Nobody waits who is alone.
+// that. The last of them ends the wait. Nobody waits who is alone.
 func (w *Writer) take() []*Work {
-	pause := min(w.took/patience, longestPause)
-	for last := -1; ; {
+	for last := -1; ; runtime.Gosched() {
 		w.mu.Lock()
 		n := len(w.pending)
-		if n >= w.most || n == last && (n >= w.likely || pause == 0) {
+		if n == last || n >= w.most {
 			break
 		}
-		w.mu.Unlock()
-		if n == last {
-			time.Sleep(pause)
-			w.mu.Lock()
-			if n == len(w.pending) {
-				break
-			}
-			w.mu.Unlock()
-		}
 		last = n
-		runtime.Gosched()
+		w.mu.Unlock()
 	}
 	defer w.mu.Unlock()
+	for n := -1; n < len(w.pending) && len(w.pending) < min(w.likely, w.most); {
+		n = len(w.pending)
+		w.await()
+	}
 	n := min(len(w.pending), w.most)
 	batch := w.pending[:n:n]
 	w.pending = append([]*Work(nil), w.pending[n:]...)
 	return batch
+}
+
+// await waits until as many wait as are likely to come, or for a while. The lock is held, but not
+// meanwhile.
+func (w *Writer) await() {
+	enough := make(chan struct{})
+	w.enough = enough
+	w.mu.Unlock()
+	t := time.NewTimer(min(w.took/patience, longestPause))
+	select {
+	case <-enough:
+	case <-t.C:
+	}
+	t.Stop()
+	w.mu.Lock()
+	w.enough = nil
 }
 
 // A pause for callers that may come is a fraction of what a commit takes.
@@ -294,13 +319,14 @@ func (w *Writer) oneByOne(batch []*Work) error {
 }
 
 func (w *Writer) try(batch []*Work) error {
-	for _, u := range batch {
-		u.Op, u.Kept, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, nil, nil, false, 0, nil
-	}
+	Again(batch)
 	if err := w.Fatal(); err != nil {
 		return err
 	}
 	err := w.safely(batch)
+	if err != nil {
+		Again(batch) // nobody is told what was not committed
+	}
 	if errors.Is(err, ErrFatal) {
 		w.mu.Lock()
 		if w.fatal == nil {
@@ -310,6 +336,13 @@ func (w *Writer) try(batch []*Work) error {
 		w.mu.Unlock()
 	}
 	return err
+}
+
+// Again forgets how work went that is tried again.
+func Again(work []*Work) {
+	for _, u := range work {
+		u.Op, u.Kept, u.Approval, u.Held, u.Index, u.Err = effect.Operation{}, nil, nil, false, 0, nil
+	}
 }
 
 // safely commits; a panic is an error, or the others would wait for ever.

@@ -6,7 +6,9 @@
 // It promises: what was acknowledged was committed by the server, with synchronous_commit; the
 // nodes of one database write one tree without gaps, because each transaction begins with the
 // lock of the tree's head; a commit of which nothing was heard is looked up before anybody is
-// told. Time is that of the database. A lease ends at its time, or when its node has not been
+// told. Time is that of the database, or counted on from there and within a second of it; the
+// database checks that. What a node remembers (known.go) saves questions, and decides nothing: each
+// commit checks that it still stands. A lease ends at its time, or when its node has not been
 // heard of for 15 seconds. A database that does not answer refuses new work.
 package postgres
 
@@ -34,8 +36,9 @@ import (
 // A DB is one node's way to the store. It is safe for concurrent use.
 type DB struct {
 	*durable.Writer
-	pool *pgxpool.Pool
-	node string
+	pool  *pgxpool.Pool
+	node  string
+	known known // of the one writer
 }
 
 var (

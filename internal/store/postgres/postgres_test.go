@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"strings"
 	"testing"
@@ -170,7 +171,7 @@ func TestChangedRowGone(t *testing.T) {
 	if _, err := db.pool.Exec(t.Context(), "DELETE FROM newel_operations"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token"); err == nil {
+	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token", false); err == nil {
 		t.Error("an operation that is gone was changed")
 	}
 	if err := rollback(conn); err != nil {
@@ -240,4 +241,74 @@ func TestRestored(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// TestRemembered is work that is written on what the node remembers: where something stands otherwise,
+// it comes out as if nothing had been remembered.
+func TestRemembered(t *testing.T) {
+	dsn, key := engines.Postgres(t), secret.RandomKey()
+	a, b := open(t, dsn, key), open(t, dsn, key)
+	begin := func(key string) effect.Reservation {
+		t.Helper()
+		r := storetest.Reservation(key)
+		if _, held, err := dispatch(t.Context(), a, &r); err != nil || !held {
+			t.Fatal(held, err)
+		}
+		return r
+	}
+	end := func(r effect.Reservation) error {
+		_, err := a.Complete(t.Context(), &effect.Outcome{ID: r.ID, Fence: 1, State: effect.Completed, Entry: storetest.Entry("outcome", r.ID)})
+		return err
+	}
+	exec := func(text string, args ...any) {
+		t.Helper()
+		if _, err := a.pool.Exec(t.Context(), text, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// relied makes a rely on its memory for what comes next, and reports whether it did for what came.
+	relied := func() bool {
+		t.Helper()
+		before := a.known.doubts
+		begin("whatever comes next " + rand.Text()) // what went wrong, it does not remember
+		a.known.doubts = 0
+		if !a.known.fresh {
+			t.Fatal("it remembers nothing")
+		}
+		return before == 0
+	}
+	begin("first")
+	same := begin("same")
+	if err := end(same); err != nil || !relied() {
+		t.Errorf("nothing changed: %v", err)
+	}
+	taken := begin("taken")
+	exec("UPDATE newel_operations SET fence = 2 WHERE id = $1", taken.ID)
+	if err := end(taken); !errors.Is(err, effect.ErrFenced) || relied() {
+		t.Errorf("an operation that was taken over: %v", err)
+	}
+	settled := begin("settled")
+	exec("UPDATE newel_operations SET state = $1, ended = 1, until = 0 WHERE id = $2", int16(effect.Unknown), settled.ID)
+	if err := end(settled); !errors.Is(err, effect.ErrFenced) || relied() {
+		t.Errorf("an operation that was settled: %v", err)
+	}
+	begin("before")
+	if _, err := b.Append(t.Context(), []audit.Entry{storetest.Entry("started", "")}); err != nil {
+		t.Fatal(err)
+	}
+	if r := begin("after another node"); relied() {
+		t.Errorf("%s was written to a head that was not there", r.ID)
+	}
+	again := storetest.Reservation("same")
+	if op, held, err := dispatch(t.Context(), a, &again); err != nil || held || op.ID != same.ID || op.State != effect.Completed || relied() {
+		t.Errorf("a key that is not new: %+v, %v, %v", op, held, err)
+	}
+	begin("clock")
+	a.known.clock -= time.Hour.Microseconds()
+	if r := begin("another clock"); relied() {
+		t.Errorf("%s was written with a clock that was wrong", r.ID)
+	} else if op, err := a.Operation(t.Context(), r.ID); err != nil || op.Lease < 50*time.Minute {
+		t.Errorf("found %+v, %v", op, err)
+	}
+	storetest.Check(t, b)
 }

@@ -25,6 +25,8 @@ const (
 	codeNoMem    = 7
 	codeReadOnly = 8
 	codeFull     = 13
+
+	codeConstraint = 19
 )
 
 // classify says what an error means for the store. Those that leave what is on disk as it was
@@ -37,15 +39,37 @@ func classify(err error) error {
 	switch lite.Code() & 0xff {
 	case codePerm, codeBusy, codeLocked, codeNoMem, codeReadOnly, codeFull:
 		return fmt.Errorf("%w: %w", effect.ErrAway, err)
-	case 19, 20, 25: // CONSTRAINT, MISMATCH, RANGE: of the one unit
+	case codeConstraint, 20, 25: // MISMATCH, RANGE: of the one unit
 		return err
 	}
 	return fmt.Errorf("%w: %w", durable.ErrFatal, err)
 }
 
 // commit implements durable.Commit. What memory holds changes after the commit.
+//
+// Keys are new, as a rule. So it does not look for what has them already, unless that went wrong a
+// short while ago: SQLite refuses a key that is not new, and then everything is done again.
 func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
-	loaded, err := db.loaded(ctx, work)
+	if db.doubts == 0 {
+		err := db.attempt(ctx, work, true)
+		var lite *sqlite.Error
+		if !errors.As(err, &lite) || lite.Code()&0xff != codeConstraint {
+			return err
+		}
+		db.doubts = manyDoubts
+		durable.Again(work)
+	}
+	db.doubts--
+	return db.attempt(ctx, work, false)
+}
+
+// manyDoubts is for how many commits keys are looked for after one was not new. More, and callers that
+// come again once slow down those that do not; fewer, and those that come again often do everything twice.
+const manyDoubts = 16
+
+// attempt commits, or changes nothing. trust says that keys are new whose callers say so.
+func (db *DB) attempt(ctx context.Context, work []*durable.Work, trust bool) error {
+	loaded, err := db.loaded(ctx, work, trust)
 	if err != nil {
 		return classify(err)
 	}
@@ -74,7 +98,9 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 	changed := b.Changed()
 	err = db.within(ctx, func() error {
 		err := db.store(ctx, b, changed)
-		durable.Committing(work)
+		if err == nil {
+			durable.Committing(work)
+		}
 		return err
 	})
 	if err != nil {
@@ -95,7 +121,7 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 }
 
 // loaded returns the operations that the work names. What has not ended is in memory.
-func (db *DB) loaded(ctx context.Context, work []*durable.Work) ([]effect.Operation, error) {
+func (db *DB) loaded(ctx context.Context, work []*durable.Work, trust bool) ([]effect.Operation, error) {
 	seen := map[string]bool{}
 	out := make([]effect.Operation, 0, len(work))
 	take := func(op effect.Operation) {
@@ -107,7 +133,11 @@ func (db *DB) loaded(ctx context.Context, work []*durable.Work) ([]effect.Operat
 	var ids, scopes []any
 	for _, u := range work {
 		if s := u.Scope(); s != nil {
-			scopes = append(scopes, s)
+			if id := u.Fresh(); !trust || id == "" {
+				scopes = append(scopes, s)
+			} else if op, ok := db.live[id]; ok {
+				take(op) // the caller made it a moment ago
+			}
 		} else if id := u.ID(); id != "" {
 			if op, ok := db.live[id]; ok {
 				take(op)

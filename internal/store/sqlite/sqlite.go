@@ -52,6 +52,8 @@ type DB struct {
 	live  map[string]effect.Operation // what has not ended
 	stmts map[string]*sql.Stmt
 	args  []any // of one statement after the other
+
+	doubts int // for how many commits it is looked whether keys are new
 }
 
 var (

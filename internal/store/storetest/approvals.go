@@ -138,6 +138,18 @@ func approvals(t *testing.T, e, other Engine) {
 	if a, err := vote(t, e, mine.ID, voter("alice", true)); err != nil || a.State != approve.Approved {
 		t.Errorf("one's own, where the rule lets: %+v, %v", a, err)
 	}
+	use := effect.Approval{ID: mine.ID, Binding: sum("mine")}
+	done := Reservation("mine")
+	if _, held, err := e.Dispatch(t.Context(), &effect.Intent{Reservation: done, Approval: &use, Entry: Entry(audit.Intent, done.ID)}); err != nil || !held {
+		t.Fatalf("a call with a key and an approval: %v, %v", held, err)
+	}
+	if err := complete(t, e, effect.Outcome{ID: done.ID, Fence: 1, State: effect.Completed, Answer: []byte("answer"), Approval: mine.ID}); err != nil {
+		t.Fatal(err)
+	}
+	again := Reservation("mine")
+	if op, held, err := e.Dispatch(t.Context(), &effect.Intent{Reservation: again, Approval: &use, Entry: Entry(audit.Intent, again.ID)}); err != nil || held || op.ID != done.ID || string(op.Answer) != "answer" {
+		t.Errorf("the call comes again when its approval is used up: %+v, %v, %v", op, held, err)
+	}
 	newest, err := e.Approvals(t.Context(), approve.Query{Limit: 10})
 	oldest, err2 := e.Approvals(t.Context(), approve.Query{Limit: 2, Oldest: true})
 	if errors.Join(err, err2) != nil || len(newest) != 3 || len(oldest) != 2 || oldest[0].ID != newest[2].ID || oldest[1].ID != newest[1].ID {
