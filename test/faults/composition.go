@@ -184,6 +184,7 @@ func (s *scene) round() (names []string, err error) {
 		chosen = append(chosen, i)
 		names = append(names, d.name)
 	}
+	s.slow = slices.Contains(names, "the upstream hangs")
 	held := time.Duration(800+s.r.IntN(600)) * time.Millisecond
 	var gaps []time.Duration
 	for range chosen {
