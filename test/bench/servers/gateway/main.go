@@ -57,6 +57,7 @@ func run(addr, upstream string, times int) error {
 	}
 	return newel.New(&newel.Options{
 		Name: "bench", Version: "1.0.0", Backends: backends, Logger: logger,
+		Limits:  newel.Limits{SessionsPerPeer: 12_000}, // all are of one address
 		Meter:   metric.NewMeterProvider(metric.WithReader(exporter)),
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 	}).Serve(context.Background(), addr)
