@@ -81,7 +81,7 @@ func Build(sources []Source) (*Snapshot, error) {
 	var problems []error
 	// What is ours comes first: a name that a tolerant source wants too is taken then.
 	for _, src := range append(ours(sources, true), ours(sources, false)...) {
-		spent := &spending{}
+		spent := &spending{own: !src.Tolerant}
 		for _, c := range src.Capabilities {
 			kind, it, err := s.add(src.Backend, c, spent)
 			if err != nil {

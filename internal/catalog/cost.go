@@ -17,9 +17,9 @@ const (
 	// its program, where x{1000} is a thousand. A program takes about 40 bytes for each.
 	maxPatternBytes = 4 << 10
 	maxPatternSize  = 10_000
-	// maxPatternSizes bounds all of one backend together.
+	// maxPatternSizes bounds all of one backend that is not ours together.
 	maxPatternSizes = 200_000
-	// maxDefinitionBytes and maxNodes bound the schemas of one backend together: a compiled node takes
+	// maxDefinitionBytes and maxNodes bound the schemas of one such backend together: a compiled node takes
 	// about a kilobyte. A server of 1,000 tools like the largest 1 % has 110,000.
 	maxDefinitionBytes = 8 << 20
 	maxNodes           = 150_000
@@ -34,11 +34,12 @@ const (
 // A spending is what the schemas of one backend cost together. It is not safe for concurrent use.
 type spending struct {
 	bytes, nodes, patterns int
+	own                    bool // they are the operator's or the program's, who may have as many as there is memory for
 }
 
 // text takes a schema, before it is read, or says that the backend has spent what it may.
 func (s *spending) text(bytes int) error {
-	if s.bytes += bytes; s.bytes > maxDefinitionBytes {
+	if s.bytes += bytes; s.bytes > maxDefinitionBytes && !s.own {
 		return fmt.Errorf("the schemas of this backend are larger than %d bytes together", maxDefinitionBytes)
 	}
 	return nil
@@ -46,7 +47,7 @@ func (s *spending) text(bytes int) error {
 
 // values takes a schema, before it is compiled.
 func (s *spending) values(count int) error {
-	if s.nodes += count; s.nodes > maxNodes {
+	if s.nodes += count; s.nodes > maxNodes && !s.own {
 		return fmt.Errorf("the schemas of this backend have more than %d nodes together", maxNodes)
 	}
 	return nil
@@ -65,7 +66,7 @@ func (s *spending) compile(text string) (*expression, error) {
 	if size > maxPatternSize {
 		return nil, fmt.Errorf("the pattern %.60q has repeats that are too large", text)
 	}
-	if s.patterns += size; s.patterns > maxPatternSizes {
+	if s.patterns += size; s.patterns > maxPatternSizes && !s.own {
 		return nil, fmt.Errorf("the patterns of this backend are too large together")
 	}
 	re, err := regexp.Compile(text)

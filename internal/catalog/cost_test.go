@@ -56,6 +56,9 @@ func TestBackendsAreBounded(t *testing.T) {
 		if n := len(s.Tools()); n > tt.most+1 || n < tt.most*8/10 || s.tools["ours"] == nil {
 			t.Errorf("%s: %d tools are taken, want about %d", name, n, tt.most)
 		}
+		if _, err := Build([]Source{{Backend: "ours", Capabilities: caps}}); err != nil {
+			t.Errorf("%s: what is ours is bounded: %.200v", name, err)
+		}
 		if len(s.Refused()) < 20 || !strings.Contains(s.Refused()[0].Error(), "of this backend") {
 			t.Errorf("%s: %d are refused: %.200v", name, len(s.Refused()), s.Refused())
 		}
