@@ -1,4 +1,4 @@
-//go:build faults
+//go:build faults && linux
 
 package faultpoint
 
@@ -7,9 +7,12 @@ import (
 	"context"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // On says that the program is built for these tests.
@@ -29,7 +32,10 @@ func Reached(p Point) {
 		return // another one was faster
 	}
 	if stop {
-		_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+		// Sent to this thread, it stops before it goes on here; sent to the process, it takes a moment.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		_ = unix.Tgkill(os.Getpid(), unix.Gettid(), unix.SIGSTOP)
 		return
 	}
 	_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
