@@ -18,6 +18,7 @@ import (
 
 	"newel.dev/newel"
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/assembly"
 )
 
 type input struct {
@@ -53,7 +54,7 @@ func run(addr string, tools, large int, allocs bool) error {
 		Meter:   metric.NewMeterProvider(metric.WithReader(exporter)),
 		Metrics: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
 		// Room for the cases with more than the defaults allow one client; what is there costs nothing.
-		Limits: newel.Limits{ResultBytes: 4 << 20, ResultTokens: 4 << 20, Streams: 12_000, StreamsPerPeer: 12_000, Sessions: 12_000, SessionsPerPeer: 12_000},
+		Limits: newel.Limits{ResultBytes: 4 << 20, ResultTokens: 4 << 20, Streams: 12_000, StreamsPerPeer: 12_000, Sessions: 12_000, SessionsPerPeer: 12_000, Connections: assembly.Connections{PerPeer: 12_000}},
 	})
 	newel.AddTool(s, newel.Tool{Name: "echo", Description: "Says what it was told.", Effect: call.Read},
 		func(_ context.Context, _ *newel.Request, in input) (string, error) { return in.Text, nil })
