@@ -55,7 +55,7 @@ conformance-gateway: ## the same suite through the gateway, in front of six serv
 conformance-auth: ## the suite's scenarios for authorization servers and their clients: the one for development, the gateway (needs npm)
 	@go run ./test/conformance -auth
 
-bench: ## what a call costs, against the floor and other libraries (nine minutes, Linux, two CPUs, PostgreSQL)
+bench: ## what a call costs, against the floor and other libraries (ten minutes, Linux, two CPUs, PostgreSQL)
 	@cd test/bench && go run . $(BENCHFLAGS)
 
 bench-peers: ## the same against other SDKs and gateways, from npm and PyPI (ten minutes, the first time more; needs npm, python3)

@@ -449,8 +449,11 @@ func TestReplaceLeaksNothing(t *testing.T) {
 func descriptors(t *testing.T) int {
 	t.Helper()
 	all, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
+	switch {
+	case err != nil && runtime.GOOS != "linux":
 		t.Skip("this system does not list descriptors")
+	case err != nil:
+		t.Fatal(err)
 	}
 	return len(all)
 }

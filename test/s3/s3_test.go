@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -182,8 +183,11 @@ func (s server) pause(t *testing.T) {
 	for begun := time.Now(); ; {
 		running := 0
 		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", s.process.PID()))
-		if err != nil || len(tasks) == 0 {
+		switch {
+		case runtime.GOOS != "linux":
 			t.Skip("needs Linux's /proc")
+		case err != nil || len(tasks) == 0:
+			t.Fatalf("the server is gone: %v", err)
 		}
 		for _, task := range tasks {
 			if b, err := os.ReadFile(task); err == nil && !bytes.Contains(b, []byte(") T ")) {
