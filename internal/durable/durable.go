@@ -694,6 +694,7 @@ func (b *Batch) claim(u *Work) {
 	}
 	if u.Dispatch != nil && !again {
 		next.State = effect.Dispatched
+		next.Sent = b.Now
 		next.Index = b.append(u.Dispatch.Entry)
 	}
 	if replace {
@@ -780,7 +781,7 @@ func (b *Batch) remove(op *effect.Operation) {
 // Schema versions of engines. An engine opens what is one version older, and migrates it; it opens
 // what is one version newer, because each version only adds to what the one before reads.
 const (
-	Schema   = 3
+	Schema   = 4
 	Readable = Schema + 1
 )
 
