@@ -56,7 +56,7 @@ effects:
   wait: 100ms
 %s  tools:
     - {tool: resend, recovery: resend_same_key}
-    - {tool: lookup, recovery: lookup, lookup: find}
+    - {tool: lookup, recovery: lookup, lookup: find, settle: 50ms}
 limits: {call_timeout: 20s, max_result_bytes: 4194304, max_result_tokens: 4194304}
 backends:
   - type: mcp
