@@ -183,7 +183,7 @@ func programChanges(l *lane) error {
 	if err != nil {
 		return err
 	}
-	l.settles, l.longest = "", "3s" // the program before does not know the setting: twice the longest call
+	l.settles, l.longest = "", "1s" // the program before does not know the setting: twice the longest call
 	now := l.nodes[0].binary
 	for _, n := range l.nodes {
 		n.binary = old
