@@ -70,6 +70,9 @@ func (l *lane) patience() time.Duration { return l.lease() + 30*time.Second }
 // newLane starts a ledger and writes the configuration of nodes.
 func newLane(o *options, h *host, engine, name string, nodes int, server *engines.Server, dsn, extra string) (*lane, error) {
 	l := &lane{options: o, engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, settles: ", settle: 50ms", report: func(int) {}}
+	if extra != "" {
+		l.settles = "" // its retention is shorter
+	}
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -88,7 +91,7 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 		return nil, err
 	}
 	for i := range nodes {
-		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, l.state(), extra)
+		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, l.state(), extra, l.settles)
 		if err != nil {
 			return nil, err
 		}
