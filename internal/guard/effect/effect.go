@@ -486,7 +486,7 @@ const answerValue = "answer"
 
 // SealValues encrypts the values of a record of an operation.
 func SealValues(box *secret.Box, operation string, values []audit.Value) ([]byte, error) {
-	b, err := json.Marshal(values)
+	b, err := audit.EncodeValues(values)
 	if err != nil {
 		return nil, err
 	}
