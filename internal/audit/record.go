@@ -141,7 +141,7 @@ func (r *Record) Encode() ([]byte, error) {
 }
 
 // usual is what most records have room in.
-const usual = 896
+const usual = 640
 
 // append is what json.Marshal does, for the one form of which each call with an effect writes two.
 func (r *Record) append(b []byte) ([]byte, error) {
