@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"cel.dev/cel-go/cel"
@@ -155,10 +156,7 @@ func environment() (*cel.Env, error) {
 // Compile checks and compiles a set. The error joins all problems; each names its rule, and a
 // condition's the place in it. problem, if not nil, is given the index of the rule instead.
 func Compile(s Set) (*Policy, []error) {
-	env, err := environment()
-	if err != nil {
-		return nil, []error{err}
-	}
+	env := sync.OnceValues(environment) // most of the cost of a set without conditions
 	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also, version: versionOf(&s), sees: seesScopes}
 	var problems []error
 	names := map[string]bool{ByScopes: true, ByReadOnly: true, ByDefault: true}
@@ -192,7 +190,7 @@ func (p *Problem) Error() string { return fmt.Sprintf("rule %q: %v", p.Rule, p.E
 // Unwrap returns what is wrong.
 func (p *Problem) Unwrap() error { return p.Err }
 
-func compile(env *cel.Env, given Rule) (*rule, error) {
+func compile(environment func() (*cel.Env, error), given Rule) (*rule, error) {
 	r := &rule{Rule: given, name: given.Name, reason: cmp.Or(given.Reason, "a rule of the policy denies this")}
 	i := slices.Index(verdictNames[:], given.Then)
 	if i < 0 {
@@ -228,6 +226,10 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 	}
 	if given.When == "" {
 		return r, nil
+	}
+	env, err := environment()
+	if err != nil {
+		return nil, err
 	}
 	checked, issues := env.Compile(given.When)
 	if issues.Err() != nil {
