@@ -19,6 +19,7 @@ import (
 	"cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/cost"
 	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
 	"cel.dev/cel-go/ext"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -61,6 +62,7 @@ const Production = "production"
 const (
 	maxCondition = 4 << 10 // bytes
 	maxCost      = 20_000  // units of CEL; reading an argument is one
+	shortCost    = 200     // at most: it is over before anybody could want it to end
 )
 
 type rule struct {
@@ -70,6 +72,7 @@ type rule struct {
 	terms        Terms
 	patterns     []pattern       // of Tools
 	condition    cel.Program     // nil: always
+	short        bool            // the condition ends soon, whatever it looks at
 	reads        map[string]bool // variables that the condition looks at
 	sees         sight
 }
@@ -250,9 +253,11 @@ func compile(environment func() (*cel.Env, error), given Rule) (*rule, error) {
 	}
 	r.sees |= sightOf(checked)
 	options := []cel.ProgramOption{cel.EvalOptions(cel.OptPartialEval, cel.OptOptimize), cel.InterruptCheckFrequency(100)}
-	if most, err := env.EstimateCost(checked, unknownSizes{}); err != nil || most.Max > maxCost {
+	most, err := env.EstimateCost(checked, unknownSizes{})
+	if err != nil || most.Max > maxCost {
 		options = append(options, cel.CostLimit(maxCost)) // counting has its own cost
 	}
+	r.short = err == nil && most.Max <= shortCost
 	r.condition, err = env.Program(checked, options...)
 	return r, err
 }
@@ -402,7 +407,13 @@ func (v *view) evaluate(ctx context.Context, r *rule) (match, string, error) {
 			return no, "", err
 		}
 	}
-	out, _, err := r.condition.ContextEval(ctx, vars)
+	var out ref.Val
+	var err error
+	if r.short {
+		out, _, err = r.condition.Eval(vars)
+	} else {
+		out, _, err = r.condition.ContextEval(ctx, vars)
+	}
 	switch {
 	case err != nil:
 		return no, "", err
