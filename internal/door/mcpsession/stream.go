@@ -31,7 +31,10 @@ const (
 // stream serves a GET: what is said in a session beside the answers to its requests, or what was
 // missed of one. It returns when w is not needed any more; the stream may go on.
 func (d *Door) stream(w http.ResponseWriter, r *http.Request, out *writer, session string) {
-	if r.ProtoMajor != 1 || r.ProtoMinor < 1 { // a line writes chunks, on a connection of its own
+	// Whoever wraps w and does not offer the connection itself may count on what is written through it.
+	// HTTP/1.0 has no chunks, and in HTTP/2 a connection is not a stream's own.
+	server, ok := w.(http.Hijacker)
+	if !ok || r.ProtoMajor != 1 || r.ProtoMinor < 1 {
 		ctx, cancel := context.WithCancel(r.Context())
 		d.serveStream(ctx, cancel, out, r, session)
 		return
@@ -41,8 +44,8 @@ func (d *Door) stream(w http.ResponseWriter, r *http.Request, out *writer, sessi
 		ctx = mcpwire.WithPrincipal(ctx, who)
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	out.line = &line{gone: cancel, taken: make(chan struct{})}
-	taken, served := out.line.taken, make(chan bool, 1)
+	taken, served := make(chan struct{}), make(chan bool, 1)
+	out.line = &line{server: server, taken: taken, gone: cancel}
 	d.lines.begin()
 	go d.serveLine(ctx, cancel, out, r, session, served)
 	for gone := r.Context().Done(); ; gone = nil {
@@ -93,25 +96,26 @@ func (d *Door) serveStream(ctx context.Context, cancel context.CancelFunc, out *
 // http.ResponseWriter whose writes are chunks (RFC 9112, section 7.1) and sent at once. Only one
 // goroutine at a time may use it.
 type line struct {
+	server   http.Hijacker      // has the connection until it is taken
+	taken    chan struct{}      // closed then
 	gone     context.CancelFunc // called when the client is
-	taken    chan struct{}      // closed when the connection is
-	conn     net.Conn           // nil until then
+	conn     net.Conn           // nil until it is taken
 	broken   error              // why a write failed; what would follow makes no sense
 	watching sync.WaitGroup
 }
 
-// take takes the connection of an answer and begins it; it reports whether that was possible.
-func (l *line) take(w http.ResponseWriter, status int, timeout time.Duration) bool {
-	conn, ahead, err := http.NewResponseController(w).Hijack()
+// take takes the connection from its server and begins the answer; it reports whether that was possible.
+func (l *line) take(h http.Header, status int, timeout time.Duration) bool {
+	conn, ahead, err := l.server.Hijack()
+	l.server = nil
 	if err != nil {
-		return false // it is no connection's: in a test, or of a server in front
+		return false
 	}
 	l.conn = conn
 	defer close(l.taken)
 	if ahead.Reader.Buffered() == 0 { // else the next request is there already, and is not read
 		l.watching.Go(l.watch)
 	}
-	h := w.Header()
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	h.Set("Connection", "close")
 	h.Set("Transfer-Encoding", "chunked")

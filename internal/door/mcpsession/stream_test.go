@@ -150,30 +150,59 @@ func TestStreamsAtTheEnd(t *testing.T) {
 	}
 }
 
-// In HTTP/2 connections are not a stream's own: it stays with its server.
-func TestStreamOverHTTP2(t *testing.T) {
+// A stream stays with its server where the connection is not its own; it does not matter to clients.
+func TestStreamsOfAllServers(t *testing.T) {
 	w := newWorld(t, never)
-	srv := httptest.NewUnstartedServer(w.Door)
-	srv.EnableHTTP2 = true
-	srv.StartTLS()
-	defer srv.Close()
-	s := w.raw(t, "2025-11-25", `{}`)
-	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, nil)
-	if err != nil {
-		t.Fatal(err)
+	plain := func(h http.Handler) *httptest.Server { return httptest.NewServer(h) }
+	type wrapped struct{ http.ResponseWriter }
+	for name, start := range map[string]func(http.Handler) *httptest.Server{
+		"HTTP/1.1": plain,
+		"wrapped": func(h http.Handler) *httptest.Server {
+			return plain(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				h.ServeHTTP(struct {
+					wrapped
+					http.Flusher
+				}{wrapped{w}, w.(http.Flusher)}, r)
+			}))
+		},
+		"HTTP/1.1 over TLS": func(h http.Handler) *httptest.Server { return httptest.NewTLSServer(h) },
+		"HTTP/2": func(h http.Handler) *httptest.Server {
+			srv := httptest.NewUnstartedServer(h)
+			srv.EnableHTTP2 = true
+			srv.StartTLS()
+			return srv
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			left := make(chan struct{})
+			srv := start(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+				defer close(left)
+				w.ServeHTTP(rw, r)
+			}))
+			defer srv.Close()
+			s := w.raw(t, "2025-11-25", `{}`)
+			r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, srv.URL, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header = http.Header{"Accept": {"text/event-stream"}, "Mcp-Session-Id": {s.id}, "Mcp-Protocol-Version": {s.version}}
+			resp, err := srv.Client().Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			if n, err := io.ReadFull(resp.Body, make([]byte, len(": ok\n\n"))); (resp.ProtoMajor == 2) != (name == "HTTP/2") || err != nil {
+				t.Fatalf("%s: %d bytes, %v", resp.Proto, n, err)
+			}
+			if strings.HasPrefix(name, "HTTP/1.1") {
+				<-left // the handler returns while the stream goes on
+			}
+			w.tell(s.id, []byte(`{"a":1}`))
+			s.send(t, http.MethodDelete, "").Body.Close()
+			if rest, err := io.ReadAll(resp.Body); err != nil || string(rest) != "event: message\ndata: {\"a\":1}\n\n" {
+				t.Errorf("%q, %v", rest, err)
+			}
+			until(t, "nothing of it is left", func() bool { return w.streamsOpen() == 0 })
+		})
 	}
-	r.Header = http.Header{"Accept": {"text/event-stream"}, "Mcp-Session-Id": {s.id}, "Mcp-Protocol-Version": {s.version}}
-	resp, err := srv.Client().Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	if n, err := io.ReadFull(resp.Body, make([]byte, len(": ok\n\n"))); resp.ProtoMajor != 2 || err != nil {
-		t.Fatalf("%s: %d bytes, %v", resp.Proto, n, err)
-	}
-	s.send(t, http.MethodDelete, "").Body.Close()
-	if _, err := io.ReadAll(resp.Body); err != nil {
-		t.Errorf("it did not end: %v", err)
-	}
-	until(t, "nothing of it is left", func() bool { return w.streamsOpen() == 0 })
 }
