@@ -295,7 +295,7 @@ func (w *writer) begin(status int) {
 		w.stream = true
 		w.written = time.Now()
 		h.Set("X-Accel-Buffering", "no")
-		if w.line != nil && w.line.take(h, status, w.timeout) {
+		if w.line != nil && w.line.take(h, status) {
 			w.w = w.line
 			return
 		}

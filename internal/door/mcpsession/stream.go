@@ -100,12 +100,14 @@ type line struct {
 	taken    chan struct{}      // closed then
 	gone     context.CancelFunc // called when the client is
 	conn     net.Conn           // nil until it is taken
+	head     []byte             // of the answer, while it is to be sent
 	broken   error              // why a write failed; what would follow makes no sense
 	watching sync.WaitGroup
 }
 
-// take takes the connection from its server and begins the answer; it reports whether that was possible.
-func (l *line) take(h http.Header, status int, timeout time.Duration) bool {
+// take takes the connection from its server and begins the answer, which is sent with what
+// is written first. It reports whether that was possible.
+func (l *line) take(h http.Header, status int) bool {
 	conn, ahead, err := l.server.Hijack()
 	l.server = nil
 	if err != nil {
@@ -123,15 +125,17 @@ func (l *line) take(h http.Header, status int, timeout time.Duration) bool {
 	fmt.Fprintf(&b, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
 	_ = h.Write(&b) // memory
 	b.WriteString("\r\n")
-	_ = conn.SetWriteDeadline(time.Now().Add(timeout)) // if it fails, so does what is next
-	_ = l.send(b.Bytes())                              // and so on
+	l.head = b.Bytes()
 	return true
 }
 
-// send writes all of b, unless a write failed before.
+// send writes all of b, and the head if it is to be sent, unless a write failed before.
 func (l *line) send(b []byte) error {
 	if l.broken != nil {
 		return l.broken
+	}
+	if l.head != nil {
+		b, l.head = append(l.head, b...), nil
 	}
 	if _, l.broken = l.conn.Write(b); l.broken != nil {
 		l.gone()
@@ -166,8 +170,12 @@ func (l *line) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Flush implements http.Flusher.
-func (l *line) Flush() {}
+// Flush implements http.Flusher: what was written is sent, the head may not be.
+func (l *line) Flush() {
+	if l.head != nil {
+		_ = l.send(nil) // what comes next fails as well
+	}
+}
 
 // SetWriteDeadline is for http.ResponseController.
 func (l *line) SetWriteDeadline(t time.Time) error { return l.conn.SetWriteDeadline(t) }
