@@ -133,9 +133,7 @@ func New(o Options) (*Door, error) {
 	}
 	first.Begin()
 	if o.Events == nil {
-		events := mcp.NewMemoryEventStore(nil)
-		events.SetMaxBytes(o.RetainBytes)
-		d.o.Events = events
+		d.o.Events = newReplay(o.RetainBytes)
 	}
 	d.handler = mcp.NewStreamableHTTPHandler(func(r *http.Request) *mcp.Server { return d.generation(r.Header).server.Server }, &mcp.StreamableHTTPOptions{
 		EventStore:                 d.o.Events,

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"iter"
 	"log/slog"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -50,9 +51,11 @@ func (e *Events) try(ctx context.Context, write func(context.Context) error) {
 	}
 }
 
+// keys are those of the events of a stream, of what it is otherwise, and of the streams of its session
+// with the time of the last event.
 func (e *Events) keys(session, stream string) []string {
 	at := e.db.prefix + "events:" + session
-	return []string{at + ":" + stream, at + ":" + stream + ":m", at}
+	return []string{at + ":" + stream, at + ":" + stream + ":m", e.db.prefix + "streams:" + session}
 }
 
 // Open implements mcp.EventStore.
@@ -62,7 +65,9 @@ func (e *Events) Open(ctx context.Context, session, stream string) error {
 		pipe := e.db.client.Pipeline()
 		pipe.HSetNX(ctx, keys[1], "first", 0)
 		pipe.PExpire(ctx, keys[1], e.ttl)
-		pipe.SAdd(ctx, keys[2], stream)
+		now := time.Now()
+		pipe.ZAdd(ctx, keys[2], redis.Z{Score: float64(now.UnixMilli()), Member: stream})
+		pipe.ZRemRangeByScore(ctx, keys[2], "-inf", strconv.FormatInt(now.Add(-e.ttl).UnixMilli(), 10)) // they are forgotten
 		pipe.PExpire(ctx, keys[2], e.ttl)
 		_, err := pipe.Exec(ctx)
 		return err
@@ -80,6 +85,7 @@ while bytes > tonumber(ARGV[3]) or redis.call('LLEN', KEYS[1]) > tonumber(ARGV[2
 	bytes = redis.call('HINCRBY', KEYS[2], 'bytes', -#old)
 	redis.call('HINCRBY', KEYS[2], 'first', 1)
 end
+redis.call('ZADD', KEYS[3], ARGV[5], ARGV[6])
 for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[4]) end
 return 1
 `)
@@ -87,7 +93,7 @@ return 1
 // Append implements mcp.EventStore.
 func (e *Events) Append(ctx context.Context, session, stream string, data []byte) error {
 	e.try(ctx, func(ctx context.Context) error {
-		return appendEvent.Run(ctx, e.db.client, e.keys(session, stream), data, maxEvents, maxEventBytes, e.ttl.Milliseconds()).Err()
+		return appendEvent.Run(ctx, e.db.client, e.keys(session, stream), data, maxEvents, maxEventBytes, e.ttl.Milliseconds(), time.Now().UnixMilli(), stream).Err()
 	})
 	return nil
 }
@@ -128,7 +134,7 @@ func (e *Events) After(ctx context.Context, session, stream string, index int) i
 // SessionClosed implements mcp.EventStore.
 func (e *Events) SessionClosed(ctx context.Context, session string) error {
 	at := e.keys(session, "")[2]
-	streams, err := e.db.client.SMembers(ctx, at).Result()
+	streams, err := e.db.client.ZRange(ctx, at, 0, -1).Result()
 	if err != nil {
 		return wrap(err)
 	}

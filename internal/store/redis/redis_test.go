@@ -3,6 +3,7 @@ package redis
 import (
 	"context"
 	"log/slog"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -130,6 +131,17 @@ func TestEvents(t *testing.T) {
 	must(e.SessionClosed(t.Context(), "s"))
 	if _, err := read("one", 2); err == nil {
 		t.Error("a session that ended")
+	}
+	if left, err := e.db.client.Keys(t.Context(), "*").Result(); err != nil || len(left) > 0 {
+		t.Errorf("a session that ended leaves %q, %v", left, err)
+	}
+	brief := e.db.Events(time.Millisecond, e.log)
+	for i := range 1000 { // a session that lives for long makes a stream for each request
+		must(brief.Open(t.Context(), "s", strconv.Itoa(i)))
+		must(brief.Append(t.Context(), "s", strconv.Itoa(i), []byte("x")))
+	}
+	if n, err := e.db.client.ZCard(t.Context(), e.keys("s", "")[2]).Result(); err != nil || n > 500 {
+		t.Errorf("%d streams of a session are remembered, %v", n, err)
 	}
 	s.Stop()
 	must(e.Open(t.Context(), "s", "two"))
