@@ -73,7 +73,13 @@ func (db *DB) write(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	}
 	token := rand.Text()
 	durable.Committing(work)
-	sent, err := db.store(ctx, conn, b, changed, token, assumed)
+	var sent bool
+	var err error
+	if assumed {
+		sent, err = db.storeKnown(ctx, conn.Conn().PgConn(), b, changed, token)
+	} else {
+		sent, err = db.store(ctx, conn, b, changed, token)
+	}
 	if err == nil {
 		db.known.learn(b, changed)
 		return nil
@@ -211,36 +217,18 @@ const (
 	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[])
 	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo) WHERE o.id = u.id RETURNING 1)
 	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
-	// changeKnown fails, too, if one of them does not stand as this node left it.
-	changeKnown = `WITH changed AS (
-	UPDATE newel_operations o SET state = u.state, fence = u.fence, holder = u.holder, node = $14, until = u.until, round = u.round, ended = u.ended, retain = u.retain, idx = u.idx, answer = u.answer, undo = u.undo
-	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[], $12::smallint[], $13::bigint[])
-	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo, old_state, old_fence) WHERE o.id = u.id AND o.state = u.old_state AND o.fence = u.old_fence RETURNING 1)
-	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
-	// takeHead locks the head of the tree like begin. It fails if the head is not the one that this node
-	// wrote last, or the clock is not about what this node takes it for.
-	takeHead = `WITH head AS (
-	UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1 AND size = $3 AND edge = $4 AND abs(` + clock + ` - $5) < 1000000 RETURNING 1)
-	SELECT 1 / count(*) FROM head`
 	divisionByZero = "22012"
 
+	here    = "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last"
 	putRows = `INSERT INTO newel_audit (idx, record, hashes, private) SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[])`
 )
 
 // store writes a batch and commits. sent says whether the commit may have reached the server.
-func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string, assumed bool) (sent bool, err error) {
+func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string) (sent bool, err error) {
 	q := &pgx.Batch{}
 	edge, err := b.Edge.MarshalBinary()
 	if err != nil {
 		return false, err
-	}
-	if assumed {
-		before, err := db.known.edge.MarshalBinary()
-		if err != nil {
-			return false, err
-		}
-		q.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
-		q.Queue(takeHead, b.Edge.Size, edge, db.known.edge.Size, before, b.Now)
 	}
 	if len(b.Removed) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE id = ANY($1)", b.Removed)
@@ -256,10 +244,7 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	if len(fresh) > 0 {
 		q.Queue(addOps, append(roomFor(sizeOf(fresh), columnsOf(fresh)), db.node)...)
 	}
-	if len(known) > 0 && assumed {
-		states, fences := db.known.before(known)
-		q.Queue(changeKnown, append(roomFor(sizeOf(known), stateOf(known)), states, fences, db.node)...)
-	} else if len(known) > 0 {
+	if len(known) > 0 {
 		q.Queue(changeOps, append(roomFor(sizeOf(known), stateOf(known)), db.node)...)
 	}
 	if len(b.Pruned) > 0 {
@@ -282,14 +267,12 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 			idx[i], record[i], hashes[i], private[i] = r.Index, r.Record, r.Hashes, r.Private
 		}
 		q.Queue(putRows, roomFor(bytes, []any{idx, record, hashes, private})...)
-		if !assumed {
-			q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
-		}
+		q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
 	}
 	for _, e := range b.Erased {
 		q.Queue("UPDATE newel_audit SET private = $1 WHERE idx = ANY($2) AND length(private) > $3", e.Mark, e.Records, len(e.Mark))
 	}
-	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last", db.node, token)
+	q.Queue(here, db.node, token)
 	q.Queue("COMMIT")
 	return true, conn.SendBatch(ctx, q).Close()
 }

@@ -69,16 +69,6 @@ func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
 	return ops, true
 }
 
-// before returns how operations stood that were assumed.
-func (k *known) before(ops []*effect.Operation) (states []int16, fences []int64) {
-	states, fences = make([]int16, len(ops)), make([]int64, len(ops))
-	for i, op := range ops {
-		old := k.ops[op.ID]
-		states[i], fences[i] = int16(old.State), old.Fence
-	}
-	return states, fences
-}
-
 // learn remembers what was committed.
 func (k *known) learn(b *durable.Batch, changed []*effect.Operation) {
 	k.fresh, k.edge = true, b.Edge

@@ -39,6 +39,7 @@ type DB struct {
 	pool  *pgxpool.Pool
 	node  string
 	known known // of the one writer
+	wire  wire  // of the one writer
 }
 
 var (

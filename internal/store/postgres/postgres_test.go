@@ -171,7 +171,7 @@ func TestChangedRowGone(t *testing.T) {
 	if _, err := db.pool.Exec(t.Context(), "DELETE FROM newel_operations"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token", false); err == nil {
+	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token"); err == nil {
 		t.Error("an operation that is gone was changed")
 	}
 	if err := rollback(conn); err != nil {
