@@ -14,7 +14,7 @@ import (
 type known struct {
 	fresh  bool // edge is the head, for all we know
 	edge   audit.Edge
-	ops    map[string]effect.Operation
+	ops    map[string]*effect.Operation
 	clock  int64     // of the database, in microseconds
 	at     time.Time // when it was that
 	doubts int       // for how many commits it is not relied on
@@ -44,7 +44,8 @@ func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
 	if !k.fresh || time.Since(k.at) > clockAge {
 		return nil, false
 	}
-	seen := map[string]bool{}
+	ops = make([]effect.Operation, 0, len(work))
+	seen := make(map[string]bool, len(work))
 	for _, u := range work {
 		switch id := u.Fresh(); {
 		case u.Append != nil:
@@ -60,7 +61,7 @@ func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
 			}
 			if !seen[o.ID] {
 				seen[o.ID] = true
-				ops = append(ops, op)
+				ops = append(ops, *op)
 			}
 		default:
 			return nil, false
@@ -73,11 +74,11 @@ func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
 func (k *known) learn(b *durable.Batch, changed []*effect.Operation) {
 	k.fresh, k.edge = true, b.Edge
 	if k.ops == nil || len(k.ops) > maxKnown {
-		k.ops = map[string]effect.Operation{}
+		k.ops = map[string]*effect.Operation{}
 	}
 	for _, op := range changed {
 		if op.State == effect.Dispatched {
-			k.ops[op.ID] = *op
+			k.ops[op.ID] = op // nobody changes it: the next batch gets a copy
 		} else {
 			delete(k.ops, op.ID)
 		}
