@@ -2,18 +2,22 @@ package postgres
 
 import (
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 
+	"newel.dev/newel/internal/audit"
 	"newel.dev/newel/internal/durable"
 	"newel.dev/newel/internal/guard/effect"
 )
 
 // The statements that write on what a node remembers; a connection prepares them once.
 const (
-	stBegin, stHead, stAdd, stEnd, stRows, stHere, stCommit = "newel_begin", "newel_head", "newel_add", "newel_end", "newel_rows", "newel_here", "newel_commit"
+	stBegin, stHead, stAdd, stEnd, stRows, stGrow, stHere, stCommit = "newel_begin", "newel_head", "newel_add", "newel_end", "newel_rows", "newel_grow", "newel_here", "newel_commit"
 
 	prepared = "newel" // what a connection is marked with that has them
 )
@@ -22,9 +26,7 @@ var statements = map[string]string{
 	stBegin: "BEGIN ISOLATION LEVEL READ COMMITTED",
 	// It locks the head of the tree like begin. It fails if the head is not the one that this node wrote
 	// last, or the clock is not about what this node takes it for: division by zero.
-	stHead: `WITH head AS (
-	UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1 AND size = $3 AND edge = $4 AND abs(` + clock + ` - $5) < 1000000 RETURNING 1)
-	SELECT 1 / count(*) FROM head`,
+	stHead: "SELECT 1 / count(*) FROM (SELECT FROM newel_head WHERE id = 1 AND size = $1 AND edge = $2 AND abs(" + clock + " - $3) < 1000000 FOR UPDATE) AS head",
 	stAdd: `COPY newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
 	FROM STDIN (FORMAT binary)`,
 	// It fails, too, if one of them does not stand as this node left it. It sets all that an outcome changes.
@@ -34,49 +36,107 @@ var statements = map[string]string{
 	AS u(id, fence, state, until, round, ended, idx, answer, undo) WHERE o.id = u.id AND o.state = %d AND o.fence = u.fence RETURNING 1)
 	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`, effect.Dispatched),
 	stRows:   "COPY newel_audit (idx, record, hashes, private) FROM STDIN (FORMAT binary)",
+	stGrow:   grow,
 	stHere:   here,
 	stCommit: "COMMIT",
 }
 
-// storeKnown writes a batch that is what this node remembers, and commits, in one round trip. sent says
-// whether the commit may have reached the server.
-func (db *DB) storeKnown(ctx context.Context, conn *pgconn.PgConn, b *durable.Batch, changed []*effect.Operation, token string) (sent bool, err error) {
-	if conn.CustomData()[prepared] == nil {
-		for name, text := range statements {
-			if _, err := conn.Prepare(ctx, name, text, nil); err != nil {
-				return false, err
-			}
-		}
-		conn.CustomData()[prepared] = true
-	}
-	if err := db.encode(b, changed, token); err != nil {
-		return false, err
-	}
-	return true, db.wire.send(ctx, conn)
+// portion is how much work is sent while more is about to come: less, and what each statement costs by
+// itself counts; more, and the server waits for callers that could be at work meanwhile.
+const portion = 32
+
+// errOtherwise says that something is not as this node remembers, or that it does not remember it.
+var errOtherwise = errors.New("something stands otherwise")
+
+// otherwise reports whether work has to be done again, by asking the server first.
+func otherwise(err error) bool {
+	var pg *pgconn.PgError
+	return errors.Is(err, errOtherwise) || errors.As(err, &pg) && (pg.Code == divisionByZero || pg.Code[:2] == "23")
 }
 
-// encode puts all that storeKnown sends into the buffer.
-func (db *DB) encode(b *durable.Batch, changed []*effect.Operation, token string) error {
-	edge, err := b.Edge.MarshalBinary()
-	if err != nil {
-		return err
+// A transaction is what is written on what this node remembers, in one round trip: the server is at work
+// on the first part of it while callers bring the next.
+type transaction struct {
+	db      *DB
+	conn    *pgconn.PgConn
+	batch   *durable.Batch
+	begun   bool
+	changed []*effect.Operation
+}
+
+// commitKnown does the work, which changes ops, and what more adds to it. If something stands otherwise
+// (see otherwise), nothing of it was done.
+func (db *DB) commitKnown(ctx context.Context, conn *pgxpool.Conn, work *[]*durable.Work, ops []effect.Operation, more func() []*durable.Work) error {
+	db.wire.reset()
+	t := transaction{db: db, conn: conn.Conn().PgConn(), batch: durable.NewBatch(db.known.now(), db.known.edge.Clone(), ops, nil)}
+	if err := t.prepare(ctx); err != nil {
+		return classify(err)
 	}
-	before, err := db.known.edge.MarshalBinary()
-	if err != nil {
-		return err
+	for stage, waits := *work, 0; len(stage) > 0; {
+		for _, u := range stage {
+			t.batch.Apply(u)
+		}
+		if waits += len(stage); waits >= portion {
+			waits = 0
+			t.write()
+			if err := db.wire.flush(ctx, t.conn); err != nil {
+				return db.ended(ctx, conn, t.batch, nil, "", false, err)
+			}
+		}
+		if stage = more(); len(stage) == 0 {
+			break
+		}
+		*work = append(*work, stage...)
+		named, ok := db.known.recall(stage)
+		if !ok {
+			err := db.wire.finish(ctx, t.conn)
+			return db.ended(ctx, conn, t.batch, nil, "", false, errors.Join(errOtherwise, err))
+		}
+		t.batch.Load(named, nil)
 	}
-	w := &db.wire
-	w.reset()
-	w.run(stBegin)
-	w.bind(stHead, 5)
-	w.bigint(b.Edge.Size)
-	w.bytea(edge)
-	w.bigint(db.known.edge.Size)
-	w.bytea(before)
-	w.bigint(b.Now)
-	w.execute()
+	t.write()
+	if !t.begun {
+		return nil
+	}
+	token := rand.Text()
+	t.end(token)
+	durable.Committing(*work)
+	err := db.wire.flush(ctx, t.conn)
+	return db.ended(ctx, conn, t.batch, t.changed, token, true, errors.Join(err, db.wire.finish(ctx, t.conn)))
+}
+
+// prepare has the connection know the statements, and be ready for what is sent past the driver.
+func (t *transaction) prepare(ctx context.Context) error {
+	if t.conn.CustomData()[prepared] != nil {
+		return t.conn.SyncConn(ctx)
+	}
+	for name, text := range statements {
+		if _, err := t.conn.Prepare(ctx, name, text, nil); err != nil {
+			return err
+		}
+	}
+	t.conn.CustomData()[prepared] = true
+	return t.conn.SyncConn(ctx)
+}
+
+// write puts what the batch has to write into the buffer.
+func (t *transaction) write() {
+	b, w := t.batch, &t.db.wire
+	if b.Empty() {
+		return
+	}
+	if !t.begun {
+		t.begun = true
+		w.run(stBegin)
+		w.bind(stHead, 3)
+		w.bigint(t.db.known.edge.Size)
+		w.bytea(edgeOf(&t.db.known.edge))
+		w.bigint(b.Now)
+		w.execute()
+	}
 	var fresh, known []*effect.Operation
-	for _, op := range changed {
+	for _, op := range b.Changed() {
+		t.changed = append(t.changed, op)
 		if b.IsNew(op) {
 			fresh = append(fresh, op)
 		} else {
@@ -86,7 +146,7 @@ func (db *DB) encode(b *durable.Batch, changed []*effect.Operation, token string
 	if len(fresh) > 0 {
 		w.beginCopy(stAdd)
 		for _, op := range fresh {
-			w.operation(op, db.node)
+			w.operation(op, t.db.node)
 		}
 		w.endCopy()
 	}
@@ -105,12 +165,26 @@ func (db *DB) encode(b *durable.Batch, changed []*effect.Operation, token string
 		}
 		w.endCopy()
 	}
+	b.Written()
+}
+
+// end puts the rest into the buffer.
+func (t *transaction) end(token string) {
+	w, edge := &t.db.wire, &t.batch.Edge
+	w.bind(stGrow, 2)
+	w.bigint(edge.Size)
+	w.bytea(edgeOf(edge))
+	w.execute()
 	w.bind(stHere, 2)
-	w.text(db.node)
+	w.text(t.db.node)
 	w.text(token)
 	w.execute()
 	w.run(stCommit)
-	return nil
+}
+
+func edgeOf(e *audit.Edge) []byte {
+	b, _ := e.MarshalBinary() // it never fails
+	return b
 }
 
 // operation writes a row of stAdd.

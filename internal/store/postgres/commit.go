@@ -30,10 +30,10 @@ func classify(err error) error {
 	return fmt.Errorf("%w: %w", effect.ErrAway, err)
 }
 
-// commit implements durable.Commit, in two round trips: lock and read, then write and commit. Where the
+// commit implements durable.Staged, in two round trips: lock and read, then write and commit. Where the
 // work is of a kind that depends on nothing but what this node wrote last, it is one: the server
 // checks that this still stands, and if not, everything is done again.
-func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
+func (db *DB) commit(ctx context.Context, work []*durable.Work, more func() []*durable.Work) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	conn, err := db.pool.Acquire(ctx)
@@ -41,26 +41,23 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		return classify(err)
 	}
 	defer conn.Release() // one that is not idle any more is closed by the pool
-	if ops, ok := db.known.assume(work); ok {
-		b := durable.NewBatch(db.known.now(), db.known.edge.Clone(), ops, nil)
-		err := db.write(ctx, conn, work, b, true)
-		var pg *pgconn.PgError
-		if !errors.As(err, &pg) || pg.Code != divisionByZero && pg.Code[:2] != "23" {
-			return err
+	if db.known.usable() {
+		if ops, ok := db.known.recall(work); ok {
+			err := db.commitKnown(ctx, conn, &work, ops, more)
+			if !otherwise(err) {
+				return err
+			}
+			db.known.doubt()
+			durable.Again(work)
 		}
-		db.known.doubt()
-		durable.Again(work)
+	}
+	for next := more(); len(next) > 0; next = more() {
+		work = append(work, next...)
 	}
 	b, err := db.begin(ctx, conn, work)
 	if err != nil {
 		return classify(errors.Join(err, rollback(conn)))
 	}
-	return db.write(ctx, conn, work, b, false)
-}
-
-// write does the work on a batch and commits it. assumed says that the batch is what this node
-// remembers; then no transaction has begun.
-func (db *DB) write(ctx context.Context, conn *pgxpool.Conn, work []*durable.Work, b *durable.Batch, assumed bool) error {
 	for _, u := range work {
 		b.Apply(u)
 	}
@@ -73,13 +70,12 @@ func (db *DB) write(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	}
 	token := rand.Text()
 	durable.Committing(work)
-	var sent bool
-	var err error
-	if assumed {
-		sent, err = db.storeKnown(ctx, conn.Conn().PgConn(), b, changed, token)
-	} else {
-		sent, err = db.store(ctx, conn, b, changed, token)
-	}
+	sent, err := db.store(ctx, conn, b, changed, token)
+	return db.ended(ctx, conn, b, changed, token, sent, err)
+}
+
+// ended takes over what became of a commit with a token; sent says whether it may have reached the server.
+func (db *DB) ended(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string, sent bool, err error) error {
 	if err == nil {
 		db.known.learn(b, changed)
 		return nil
@@ -219,6 +215,7 @@ const (
 	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
 	divisionByZero = "22012"
 
+	grow    = "UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1"
 	here    = "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last"
 	putRows = `INSERT INTO newel_audit (idx, record, hashes, private) SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[])`
 )
@@ -267,7 +264,7 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 			idx[i], record[i], hashes[i], private[i] = r.Index, r.Record, r.Hashes, r.Private
 		}
 		q.Queue(putRows, roomFor(bytes, []any{idx, record, hashes, private})...)
-		q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
+		q.Queue(grow, b.Edge.Size, edge)
 	}
 	for _, e := range b.Erased {
 		q.Queue("UPDATE newel_audit SET private = $1 WHERE idx = ANY($2) AND length(private) > $3", e.Mark, e.Records, len(e.Mark))

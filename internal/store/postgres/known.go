@@ -34,16 +34,18 @@ func (k *known) now() int64 { return k.clock + time.Since(k.at).Microseconds() }
 
 func (k *known) setClock(now int64) { k.clock, k.at = now, time.Now() }
 
-// assume returns the operations that work changes, and whether all of it is of a kind that either
-// changes what is stored as it would if everything stood as it is remembered, or is refused.
-func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
+// usable reports whether a commit may rely on what is remembered.
+func (k *known) usable() bool {
 	if k.doubts > 0 {
 		k.doubts--
-		return nil, false
+		return false
 	}
-	if !k.fresh || time.Since(k.at) > clockAge {
-		return nil, false
-	}
+	return k.fresh && time.Since(k.at) <= clockAge
+}
+
+// recall returns the operations that work changes, and whether all of it is of a kind that either
+// changes what is stored as it would if everything stood as it is remembered, or is refused.
+func (k *known) recall(work []*durable.Work) (ops []effect.Operation, ok bool) {
 	ops = make([]effect.Operation, 0, len(work))
 	seen := make(map[string]bool, len(work))
 	for _, u := range work {

@@ -95,7 +95,7 @@ func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err er
 		db.pool.Close()
 		return nil, fmt.Errorf("the state at %s cannot be opened: %w", where, err)
 	}
-	db.Writer = durable.NewWriter(db.commit)
+	db.Writer = durable.NewStaged(db.commit)
 	return db, nil
 }
 

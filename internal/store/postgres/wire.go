@@ -3,7 +3,6 @@ package postgres
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -127,12 +126,9 @@ func (w *wire) array(oid, n int, element func(i int)) {
 	binary.BigEndian.PutUint32(w.buf[at:], uint32(len(w.buf)-at-4)) //nolint:gosec // the server refuses more than a GiB
 }
 
-// send has the server do all of it, and returns the first error that it says. Any other error is one of
-// the connection, which is then closed.
-func (w *wire) send(ctx context.Context, conn *pgconn.PgConn) error {
-	if err := conn.SyncConn(ctx); err != nil {
-		return err
-	}
+// flush sends what is in the buffer, on a connection that was synced before the first time. If that goes
+// wrong, so does finish, which closes the connection.
+func (w *wire) flush(ctx context.Context, conn *pgconn.PgConn) error {
 	deadline, _ := ctx.Deadline()
 	way := conn.Conn()
 	err := way.SetWriteDeadline(deadline)
@@ -143,8 +139,14 @@ func (w *wire) send(ctx context.Context, conn *pgconn.PgConn) error {
 		err = way.SetWriteDeadline(time.Time{})
 	}
 	if err != nil {
-		_ = way.Close() // the batch below says what that means to conn
+		_ = way.Close()
 	}
-	// An empty batch says that this was all, and reads the answers to everything before it.
-	return errors.Join(err, conn.ExecBatch(ctx, &pgconn.Batch{}).Close())
+	w.reset()
+	return err
+}
+
+// finish says that this was all, waits until the server has done it, and returns the first error that it
+// says. Any other error is one of the connection, which is then closed.
+func (w *wire) finish(ctx context.Context, conn *pgconn.PgConn) error {
+	return conn.ExecBatch(ctx, &pgconn.Batch{}).Close() // an empty batch is the end of what is there
 }
