@@ -54,8 +54,8 @@ func otherwise(err error) bool {
 	return errors.Is(err, errOtherwise) || errors.As(err, &pg) && (pg.Code == divisionByZero || pg.Code[:2] == "23")
 }
 
-// A transaction is what is written on what this node remembers, in one round trip: the server is at work
-// on the first part of it while callers bring the next.
+// A transaction is what is written on what this node remembers, without waiting for any answer but the
+// last: the server is at work on the first part of it while callers bring the next.
 type transaction struct {
 	db      *DB
 	conn    *pgconn.PgConn
@@ -67,11 +67,12 @@ type transaction struct {
 // commitKnown does the work, which changes ops, and what more adds to it. If something stands otherwise
 // (see otherwise), nothing of it was done.
 func (db *DB) commitKnown(ctx context.Context, conn *pgxpool.Conn, work *[]*durable.Work, ops []effect.Operation, more func() []*durable.Work) error {
-	db.wire.reset()
 	t := transaction{db: db, conn: conn.Conn().PgConn(), batch: durable.NewBatch(db.known.now(), db.known.edge.Clone(), ops, nil)}
 	if err := t.prepare(ctx); err != nil {
 		return classify(err)
 	}
+	db.wire.clear()
+	defer db.wire.giveUp(t.conn) // nothing is owed, unless something here panics
 	for stage, waits := *work, 0; len(stage) > 0; {
 		for _, u := range stage {
 			t.batch.Apply(u)
@@ -89,7 +90,7 @@ func (db *DB) commitKnown(ctx context.Context, conn *pgxpool.Conn, work *[]*dura
 		*work = append(*work, stage...)
 		named, ok := db.known.recall(stage)
 		if !ok {
-			err := db.wire.finish(ctx, t.conn)
+			err := db.wire.finish(t.conn)
 			return db.ended(ctx, conn, t.batch, nil, "", false, errors.Join(errOtherwise, err))
 		}
 		t.batch.Load(named, nil)
@@ -102,7 +103,7 @@ func (db *DB) commitKnown(ctx context.Context, conn *pgxpool.Conn, work *[]*dura
 	t.end(token)
 	durable.Committing(*work)
 	err := db.wire.flush(ctx, t.conn)
-	return db.ended(ctx, conn, t.batch, t.changed, token, true, errors.Join(err, db.wire.finish(ctx, t.conn)))
+	return db.ended(ctx, conn, t.batch, t.changed, token, true, errors.Join(err, db.wire.finish(t.conn)))
 }
 
 // prepare has the connection know the statements, and be ready for what is sent past the driver.
@@ -112,7 +113,7 @@ func (t *transaction) prepare(ctx context.Context) error {
 	}
 	for name, text := range statements {
 		if _, err := t.conn.Prepare(ctx, name, text, nil); err != nil {
-			return err
+			return errors.Join(err, t.conn.Close(ctx)) // it has some of them, and could not get them again
 		}
 	}
 	t.conn.CustomData()[prepared] = true

@@ -367,7 +367,16 @@ func TestStages(t *testing.T) {
 		}
 	}
 	nothing := func() {}
-	work, err := run(nothing)
+	idle := func() { // or a node that stands still would hold the head for ever
+		deadline := time.Now().Add(10 * time.Second)
+		for waiting := false; !waiting; {
+			err := b.pool.QueryRow(t.Context(), "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'").Scan(&waiting)
+			if err != nil || time.Now().After(deadline) {
+				t.Fatalf("the server does not count how long it waits: %v", err)
+			}
+		}
+	}
+	work, err := run(idle)
 	if err != nil || a.known.doubts > 0 {
 		t.Fatalf("as it is remembered: %v, %d doubts", err, a.known.doubts)
 	}
@@ -377,6 +386,7 @@ func TestStages(t *testing.T) {
 	if work, err = run(nothing, taken); err != nil {
 		t.Fatal(err)
 	}
+	held(append(work, taken))
 	again := intent("taken")
 	if work, err = run(nothing, again); err != nil || again.Held || again.Op.ID != taken.Dispatch.ID || a.known.doubts == 0 {
 		t.Errorf("a key that is not new: %+v, %v, %v", again.Op, again.Held, err)

@@ -3,9 +3,11 @@ package postgres
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
@@ -15,12 +17,14 @@ import (
 type wire struct {
 	buf []byte
 	at  int // of the length of the message that is being written
+
+	owed int // answers to what was flushed
 }
 
 // maxWire bounds the buffer that is kept, in bytes.
 const maxWire = 4 << 20
 
-func (w *wire) reset() {
+func (w *wire) clear() {
 	if cap(w.buf) > maxWire {
 		w.buf = nil
 	}
@@ -126,27 +130,54 @@ func (w *wire) array(oid, n int, element func(i int)) {
 	binary.BigEndian.PutUint32(w.buf[at:], uint32(len(w.buf)-at-4)) //nolint:gosec // the server refuses more than a GiB
 }
 
-// flush sends what is in the buffer, on a connection that was synced before the first time. If that goes
-// wrong, so does finish, which closes the connection.
+// flush sends what is in the buffer, on a connection that was synced before the first time, and waits for
+// no answer. It ends with a Sync: from there on the server counts how long it hears nothing, and a node
+// that stands still does not hold its transaction for ever. If it goes wrong, the connection is closed.
 func (w *wire) flush(ctx context.Context, conn *pgconn.PgConn) error {
-	deadline, _ := ctx.Deadline()
+	if len(w.buf) == 0 {
+		return nil
+	}
+	w.message('S')
+	w.end()
 	way := conn.Conn()
-	err := way.SetWriteDeadline(deadline)
+	deadline, _ := ctx.Deadline()
+	err := way.SetDeadline(deadline)
 	if err == nil {
 		_, err = way.Write(w.buf)
 	}
-	if err == nil {
-		err = way.SetWriteDeadline(time.Time{})
-	}
+	w.clear()
+	w.owed++
 	if err != nil {
-		_ = way.Close()
+		w.giveUp(conn)
 	}
-	w.reset()
 	return err
 }
 
-// finish says that this was all, waits until the server has done it, and returns the first error that it
-// says. Any other error is one of the connection, which is then closed.
-func (w *wire) finish(ctx context.Context, conn *pgconn.PgConn) error {
-	return conn.ExecBatch(ctx, &pgconn.Batch{}).Close() // an empty batch is the end of what is there
+// finish waits until the server has done all that was sent, and returns the first error that it says. If
+// anything else goes wrong, the connection is closed.
+func (w *wire) finish(conn *pgconn.PgConn) (first error) {
+	for w.owed > 0 {
+		m, err := conn.ReceiveMessage(context.Background()) // the connection has the deadline
+		if err != nil {
+			w.giveUp(conn)
+			return errors.Join(first, err)
+		}
+		switch m := m.(type) {
+		case *pgproto3.ErrorResponse:
+			if first == nil {
+				first = pgconn.ErrorResponseToPgError(m)
+			}
+		case *pgproto3.ReadyForQuery:
+			w.owed--
+		}
+	}
+	return errors.Join(first, conn.Conn().SetDeadline(time.Time{}))
+}
+
+// giveUp closes a connection whose answers nobody reads any more.
+func (w *wire) giveUp(conn *pgconn.PgConn) {
+	if w.owed > 0 {
+		w.owed = 0
+		_ = conn.Conn().Close() // the driver finds out when it is used next
+	}
 }
