@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -44,7 +45,7 @@ func (db *DB) storeKnown(ctx context.Context, conn *pgconn.PgConn, b *durable.Ba
 	if conn.CustomData()[prepared] == nil {
 		for name, text := range statements {
 			if _, err := conn.Prepare(ctx, name, text, nil); err != nil {
-				return false, err
+				return false, errors.Join(err, conn.Close(ctx)) // it has some of them, and could not get them again
 			}
 		}
 		conn.CustomData()[prepared] = true

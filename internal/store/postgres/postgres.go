@@ -1,7 +1,7 @@
 // Package postgres keeps operations and the audit log in a database: the engine of many nodes.
 //
 // Start reading at [Open], then [DB.Run]. commit.go is where many callers' work becomes one
-// transaction.
+// transaction; assumed.go is the short way of it, which wire.go sends past the driver.
 //
 // It promises: what was acknowledged was committed by the server, with synchronous_commit; the
 // nodes of one database write one tree without gaps, because each transaction begins with the

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -311,4 +312,23 @@ func TestRemembered(t *testing.T) {
 		t.Errorf("found %+v, %v", op, err)
 	}
 	storetest.Check(t, b)
+}
+
+// TestOutcomeColumns is that an outcome changes nothing of an operation but what stEnd writes.
+func TestOutcomeColumns(t *testing.T) {
+	op := effect.Operation{
+		ID: "id", Scope: []byte("scope"), Fingerprint: []byte("print"), State: effect.Dispatched, Fence: 3, Holder: "holder", Until: 5, Round: []byte("round"), Ended: 6,
+		Retain: 7, Index: 8, Answer: []byte("answer"), Undo: []byte("undo"), Tenant: "tenant", Principal: "principal", Server: "server", Tool: "tool",
+	}
+	for _, state := range []effect.State{effect.Waiting, effect.Completed, effect.NotExecuted, effect.Unknown} {
+		o := effect.Outcome{ID: op.ID, Fence: op.Fence, State: state, Answer: []byte("another"), Undo: []byte("another"), Round: []byte("another"), Lease: time.Hour}
+		next, _, err := o.Apply(100, &op)
+		if err != nil {
+			t.Fatal(err)
+		}
+		next.State, next.Until, next.Round, next.Ended, next.Index, next.Answer, next.Undo = op.State, op.Until, op.Round, op.Ended, op.Index, op.Answer, op.Undo
+		if !reflect.DeepEqual(next, op) {
+			t.Errorf("%v: %+v, want %+v", state, next, op)
+		}
+	}
 }
