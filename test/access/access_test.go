@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -94,10 +95,7 @@ func startSet(t *testing.T, further []verify.Issuer, set policy.Set, servers ...
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, problems := policy.Compile(set)
-	if len(problems) > 0 {
-		t.Fatal(problems)
-	}
+	p := compiled(t, set)
 	h, err := assembly.Build(t.Context(), &assembly.Options{
 		Name: "access", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Login: dev.Handler(), Policy: p, Servers: servers,
 		Access:   &assembly.Access{Resource: base + "/mcp", Issuers: []string{base}, Scopes: []string{"a:read"}, Nonce: tokens.Nonce},
@@ -106,16 +104,59 @@ func startSet(t *testing.T, further []verify.Issuer, set policy.Set, servers ...
 	if err != nil {
 		t.Fatal(err)
 	}
+	serve(t, l, h)
+	return &world{t: t, base: base}
+}
+
+// compiled is a policy without mistakes.
+func compiled(t *testing.T, set policy.Set) *policy.Policy {
+	t.Helper()
+	p, problems := policy.Compile(set)
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	return p
+}
+
+// serve serves h at l until the test ends or stop is called.
+func serve(t *testing.T, l net.Listener, h *assembly.House) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- h.Serve(ctx, l) }()
-	t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
 	})
-	return &world{t: t, base: base}
+	t.Cleanup(stop)
+	return stop
+}
+
+// still does not follow redirects.
+var still = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+
+// login goes the way of a login at the authorization server for development.
+func login(t *testing.T, c *exchange.Client, user string) *exchange.Token {
+	t.Helper()
+	f, err := c.Begin(t.Context(), "http://127.0.0.1:1/callback")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := still.PostForm(f.URL, url.Values{"user": {user}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	to, err := resp.Location()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok, err := f.Finish(t.Context(), to.Query())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tok
 }
 
 // token logs a user in, the whole way.
@@ -125,25 +166,7 @@ func (w *world) token(user string, scopes ...string) string {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	f, err := c.Begin(w.t.Context(), "http://127.0.0.1:1/callback")
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	still := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	resp, err := still.PostForm(f.URL, url.Values{"user": {user}})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	resp.Body.Close()
-	to, err := resp.Location()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	tok, err := f.Finish(w.t.Context(), to.Query())
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return tok.Access.Reveal()
+	return login(w.t, c, user).Access.Reveal()
 }
 
 type response struct {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -103,10 +102,7 @@ func openDesk(t *testing.T, o deskOptions) *desk {
 	if o.rule.Name == "" {
 		o.rule = policy.Rule{Name: "payments", Then: "require_approval", Tools: []string{"pay"}, Approvers: []string{"boss"}}
 	}
-	p, problems := policy.Compile(policy.Set{Rules: []policy.Rule{o.rule, {Name: "no secrets", Then: "deny", Tools: []string{"secret"}}, {Name: "rest", Then: "allow"}}})
-	if len(problems) > 0 {
-		t.Fatal(problems)
-	}
+	p := compiled(t, policy.Set{Rules: []policy.Rule{o.rule, {Name: "no secrets", Then: "deny", Tools: []string{"secret"}}, {Name: "rest", Then: "allow"}}})
 	if o.webhook != nil {
 		o.webhook.Callback = d.base
 	}
@@ -135,15 +131,7 @@ func openDesk(t *testing.T, o deskOptions) *desk {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- h.Serve(ctx, l) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	})
+	serve(t, l, h)
 	if o.issuer == "" {
 		d.agent = d.token("alice")
 	}

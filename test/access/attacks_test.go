@@ -130,7 +130,6 @@ func (w *world) get(path string) (*http.Response, string) {
 
 func (w *world) do(r *http.Request) (*http.Response, string) {
 	w.t.Helper()
-	still := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	resp, err := still.Do(r)
 	if err != nil {
 		w.t.Fatal(err)

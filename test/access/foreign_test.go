@@ -3,7 +3,6 @@ package access
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -58,10 +57,7 @@ func startShared(t *testing.T, is *boundIssuer, set policy.Set, caps ...*call.Ca
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, problems := policy.Compile(set)
-	if len(problems) > 0 {
-		t.Fatal(problems)
-	}
+	p := compiled(t, set)
 	h, err := assembly.Build(t.Context(), &assembly.Options{
 		Name: "shared", Logger: slog.New(slog.DiscardHandler), Identity: &assembly.Identities{Tokens: tokens}, Policy: p,
 		Access: &assembly.Access{Resource: base + "/mcp", Issuers: []string{is.url}}, Backends: []call.Backend{tools(caps)},
@@ -70,15 +66,7 @@ func startShared(t *testing.T, is *boundIssuer, set policy.Set, caps ...*call.Ca
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- h.Serve(ctx, l) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	})
+	serve(t, l, h)
 	return &world{t: t, base: base}
 }
 

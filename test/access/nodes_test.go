@@ -2,8 +2,6 @@ package access
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -48,22 +46,7 @@ func startNode(t *testing.T, is *boundIssuer, shared *redis.DB, key []byte) (*wo
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- h.Serve(ctx, l) }()
-	stopped := false
-	stop := func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		cancel()
-		if err := <-done; err != nil && !errors.Is(err, context.Canceled) {
-			t.Error(err)
-		}
-	}
-	t.Cleanup(stop)
-	return &world{t: t, base: base}, stop
+	return &world{t: t, base: base}, serve(t, l, h)
 }
 
 // A session is its user's alone at every node: by way of another one, and after its own has gone.

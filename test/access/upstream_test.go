@@ -2,11 +2,9 @@ package access
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/url"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -36,15 +34,12 @@ func (w *world) gateway(file string) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- h.Serve(ctx, l) }()
 	t.Cleanup(func() {
-		cancel()
-		if err := errors.Join(<-done, u.Close()); err != nil && !errors.Is(err, context.Canceled) {
+		if err := u.Close(); err != nil {
 			t.Error(err)
 		}
 	})
+	serve(t, l, h)
 	return &world{t: t, base: "http://" + l.Addr().String()}
 }
 
@@ -73,23 +68,7 @@ func (w *world) operator(file, user string) {
 		resp.Body.Close()
 		w.t.Fatal("nobody asked who is calling")
 	}
-	f, err := c.Begin(w.t.Context(), "http://127.0.0.1:1/callback")
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	still := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	resp, err := still.PostForm(f.URL, url.Values{"user": {user}})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	resp.Body.Close()
-	to, err := resp.Location()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if _, err := f.Finish(w.t.Context(), to.Query()); err != nil {
-		w.t.Fatal(err)
-	}
+	login(w.t, c, user)
 }
 
 // answers calls a tool until its answer holds want.
