@@ -121,7 +121,10 @@ func digest(salt, data []byte) string {
 	h := sha256.New()
 	h.Write(salt) // fixed length: no other split gives the same bytes
 	h.Write(data)
-	return hex.EncodeToString(h.Sum(nil))
+	var sum [sha256.Size]byte
+	var text [2 * sha256.Size]byte
+	hex.Encode(text[:], h.Sum(sum[:0]))
+	return string(text[:])
 }
 
 // Encode returns the canonical form (RFC 8785). Text that is not UTF-8 is refused, and so is a

@@ -566,6 +566,21 @@ func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation, approvals [
 	return b
 }
 
+// Reset makes a batch that is done with one that begins, in the same memory. It lets go of all that it
+// held.
+func (b *Batch) Reset(edge audit.Edge) {
+	for _, m := range []map[string]*effect.Operation{b.byID, b.byScope} {
+		clear(m)
+	}
+	clear(b.approvals)
+	clear(b.bound)
+	clear(b.tasks)
+	clear(b.taskOf)
+	b.Written()
+	clear(b.changed[:cap(b.changed)])
+	b.Edge = edge
+}
+
 // Load adds what the next stage names. What the batch knows already, it knows better.
 func (b *Batch) Load(loaded []effect.Operation, approvals []approve.Approval) {
 	for i := range loaded {

@@ -225,7 +225,7 @@ func TestStages(t *testing.T) {
 		t.Run(sync.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var commits, units, stages, alone int
-				var poison *Work
+				var poison atomic.Pointer[Work]
 				w := NewStaged(func(_ context.Context, work []*Work, more func() []*Work) error {
 					commits++
 					var err error
@@ -234,11 +234,11 @@ func TestStages(t *testing.T) {
 						units += len(stage)
 						time.Sleep(time.Duration(len(stage)) * each)
 						for _, u := range stage {
-							if u == poison {
+							if u == poison.Load() {
 								err = bad
 							}
 						}
-						if len(work) == 1 && poison != nil {
+						if len(work) == 1 && poison.Load() != nil {
 							alone++
 						}
 					}
@@ -252,7 +252,7 @@ func TestStages(t *testing.T) {
 							time.Sleep(time.Duration(i+1) * each)
 							u := work()
 							if poisoned && i == callers/2 {
-								poison = u
+								poison.Store(u)
 							}
 							results <- w.Do(t.Context(), u)
 						}()

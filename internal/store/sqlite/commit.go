@@ -72,7 +72,8 @@ const manyDoubts = 16
 // attempt commits the work and what more adds to it, or changes nothing. trust says that keys are new
 // whose callers say so.
 func (db *DB) attempt(ctx context.Context, work *[]*durable.Work, trust bool, more func() []*durable.Work) error {
-	t := transaction{db: db, ctx: ctx, batch: durable.NewBatch(0, db.edge.Clone(), nil, nil)}
+	t := transaction{db: db, ctx: ctx, batch: db.batch, changed: db.changed[:0]}
+	t.batch.Reset(db.edge.Clone())
 	defer t.end()
 	for stage := *work; len(stage) > 0; {
 		if err := t.stage(stage, trust); err != nil {
@@ -158,7 +159,8 @@ func (t *transaction) commit(work []*durable.Work) error {
 		if op.State.Ended() {
 			delete(db.live, op.ID)
 		} else {
-			db.live[op.ID] = op
+			kept := *op // alone: others that were loaded with it may go
+			db.live[op.ID] = &kept
 		}
 	}
 	return nil
@@ -166,6 +168,9 @@ func (t *transaction) commit(work []*durable.Work) error {
 
 // end takes back what was not committed.
 func (t *transaction) end() {
+	t.batch.Reset(audit.Edge{})
+	clear(t.changed)
+	t.db.changed = t.changed[:0]
 	if t.begun {
 		_, _ = t.db.conn.ExecContext(t.ctx, "ROLLBACK") // SQLite may have done so already
 	}

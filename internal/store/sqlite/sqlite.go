@@ -53,6 +53,8 @@ type DB struct {
 	stmts   map[string]*sql.Stmt         // that return rows
 	execs   map[string]statement         // that do not
 	inserts map[insertion]string         // their texts
+	batch   *durable.Batch               // of one commit after the other
+	changed []*effect.Operation          // the same
 	args    []any                        // of one statement after the other
 	bound   []driver.NamedValue          // the same, as the driver takes them
 
@@ -80,7 +82,7 @@ func Open(ctx context.Context, file string, key secret.Key, wait time.Duration) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	db := &DB{file: file, start: time.Now(), live: map[string]*effect.Operation{}, stmts: map[string]*sql.Stmt{}, execs: map[string]statement{}, inserts: map[insertion]string{}}
+	db := &DB{file: file, start: time.Now(), live: map[string]*effect.Operation{}, batch: durable.NewBatch(0, audit.Edge{}, nil, nil), stmts: map[string]*sql.Stmt{}, execs: map[string]statement{}, inserts: map[insertion]string{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("the state %s cannot be opened: %w", file, err), db.Close())
