@@ -67,7 +67,10 @@ type transaction struct {
 // commitKnown does the work, which changes ops, and what more adds to it. If something stands otherwise
 // (see otherwise), nothing of it was done.
 func (db *DB) commitKnown(ctx context.Context, conn *pgxpool.Conn, work *[]*durable.Work, ops []effect.Operation, more func() []*durable.Work) error {
-	t := transaction{db: db, conn: conn.Conn().PgConn(), batch: durable.NewBatch(db.known.now(), db.known.edge.Clone(), ops, nil)}
+	t := transaction{db: db, conn: conn.Conn().PgConn(), batch: db.batch}
+	t.batch.Reset(db.known.edge.Clone())
+	t.batch.Now = db.known.now()
+	t.batch.Load(ops, nil)
 	if err := t.prepare(ctx); err != nil {
 		return classify(err)
 	}

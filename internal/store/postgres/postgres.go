@@ -38,8 +38,9 @@ type DB struct {
 	*durable.Writer
 	pool  *pgxpool.Pool
 	node  string
-	known known // of the one writer
-	wire  wire  // of the one writer
+	known known          // of the one writer
+	wire  wire           // of the one writer
+	batch *durable.Batch // of the one writer, for what is written on what is remembered
 }
 
 var (
@@ -87,7 +88,7 @@ func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err er
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	where := fmt.Sprintf("%s:%d", cfg.ConnConfig.Host, cfg.ConnConfig.Port)
-	db := &DB{node: rand.Text()}
+	db := &DB{node: rand.Text(), batch: durable.NewBatch(0, audit.Edge{}, nil, nil)}
 	if db.pool, err = pgxpool.NewWithConfig(ctx, cfg); err != nil {
 		return nil, fmt.Errorf("the state at %s cannot be opened: %w", where, err)
 	}
