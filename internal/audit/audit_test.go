@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -44,6 +46,55 @@ func (l *log) read(indexes []int64) (map[int64][]byte, error) {
 		out[i] = l.rows[i].Hashes
 	}
 	return out, nil
+}
+
+// TestEncoding compares what is written by hand with what the library for JSON makes of it: each
+// field alone, all together and none, so that no new field is forgotten.
+func TestEncoding(t *testing.T) {
+	same := func(r Record) {
+		t.Helper()
+		got, err := r.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := json.Marshal(&r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(got) != string(want) {
+			t.Errorf("encoded\n%s, want\n%s", got, want)
+		}
+	}
+	var all Record
+	for i := range reflect.TypeFor[Record]().NumField() {
+		var one Record
+		for _, r := range []*Record{&one, &all} {
+			switch f := reflect.ValueOf(r).Elem().Field(i); f.Kind() {
+			case reflect.String:
+				f.SetString(fmt.Sprintf("%d \"\\\x00\x1f\n\u2028<&>é😀", i))
+			case reflect.Int, reflect.Int64:
+				f.SetInt(-1<<53 - int64(i))
+			default:
+				f.Set(reflect.ValueOf([]Digest{{"a\t", "b"}, {"", "c"}}))
+			}
+		}
+		same(one)
+	}
+	same(all)
+	same(Record{})
+	if _, err := (&Record{Rule: "\xff"}).Encode(); err == nil {
+		t.Error("text that is not UTF-8 was taken")
+	}
+	for _, values := range [][]Value{{}, {{}}, {{Name: "a\"", Salt: []byte{1, 2}}, {Name: "b", Salt: []byte{3}, Data: []byte("data")}}} {
+		got, err := EncodeValues(values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := json.Marshal(values)
+		if err != nil || string(got) != string(want) {
+			t.Errorf("encoded %s, want %s (%v)", got, want, err)
+		}
+	}
 }
 
 func TestRecordIsCanonical(t *testing.T) {

@@ -49,8 +49,8 @@ type Work struct {
 	Index int64 // of the first record appended
 	Err   error // of this unit; the others are committed all the same
 
-	done  chan struct{}
-	lead  chan struct{} // with room for one
+	wake  chan bool // with room for one: true says that its caller leads, false that it is done
+	done  bool      // of who leads
 	tried bool
 }
 
@@ -117,31 +117,49 @@ func (w *Work) reservation() *effect.Reservation {
 // recognised: Batch does.
 type Commit func(ctx context.Context, work []*Work) error
 
+// A Staged is a Commit that takes its work in stages: more returns what came meanwhile, or, once
+// nobody is to be waited for, nothing. So callers are at work while the engine is. All of it is one
+// transaction, which begins with work and ends after more returned nothing.
+type Staged func(ctx context.Context, work []*Work, more func() []*Work) error
+
 // ErrFatal marks errors after which nothing may be written any more: the process has to end, and
 // what is on disk is read anew.
 var ErrFatal = errors.New("the store can no longer be trusted")
 
 // A Writer implements the writing half of effect.Store on a Commit. It is safe for concurrent use.
 type Writer struct {
-	commit  Commit
-	most    int
+	commit  Staged
+	most    int // units of one commit
+	stage   int // of one stage, while more are about to come
 	mu      sync.Mutex
 	pending []*Work
 	leading bool
 	fatal   error
 	failed  chan struct{} // closed when fatal is set
 	likely  int           // how many may come at once: who was in the last commit, or came meanwhile
-	enough  chan struct{} // closed when as many are there; nil: nobody waits for them
+	enough  chan struct{} // closed when wanted are there; nil: nobody waits for them
+	wanted  int
 
-	took time.Duration // by the last commit; of who leads
+	took time.Duration // by the last commit, without waiting; of who leads
 }
 
 // maxBatch bounds the work of one transaction, so that nobody waits for too many others.
 const maxBatch = 256
 
-// NewWriter returns a writer over commit.
+// stage is how much work is worth a stage while more is about to come: less, and what each statement
+// costs by itself counts; more, and the engine waits for callers that could be at work meanwhile.
+const stage = 16
+
+// NewWriter returns a writer over commit, which gets all of its work at once.
 func NewWriter(commit Commit) *Writer {
-	return &Writer{commit: commit, most: maxBatch, failed: make(chan struct{})}
+	w := NewStaged(func(ctx context.Context, work []*Work, _ func() []*Work) error { return commit(ctx, work) })
+	w.stage = maxBatch
+	return w
+}
+
+// NewStaged returns a writer over commit.
+func NewStaged(commit Staged) *Writer {
+	return &Writer{commit: commit, most: maxBatch, stage: stage, failed: make(chan struct{})}
 }
 
 // Failed is closed when the store can no longer be trusted; Fatal then says why.
@@ -160,14 +178,14 @@ func (w *Writer) Do(ctx context.Context, u *Work) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	u.done, u.lead = make(chan struct{}), make(chan struct{}, 1)
+	u.wake, u.done = make(chan bool, 1), false
 	w.mu.Lock()
 	if w.fatal != nil {
 		defer w.mu.Unlock()
 		return w.fatal
 	}
 	w.pending = append(w.pending, u)
-	if w.enough != nil && len(w.pending) >= min(w.likely, w.most) {
+	if w.enough != nil && len(w.pending) >= w.wanted {
 		close(w.enough)
 		w.enough = nil
 	}
@@ -179,14 +197,15 @@ func (w *Writer) Do(ctx context.Context, u *Work) error {
 		return u.Err
 	}
 	select {
-	case <-u.done:
-	case <-u.lead:
-		w.lead(u)
+	case leads := <-u.wake:
+		if leads {
+			w.lead(u)
+		}
 	case <-ctx.Done():
 		if w.takeBack(u) {
 			return ctx.Err()
 		}
-		<-u.done
+		<-u.wake
 	}
 	return u.Err
 }
@@ -201,7 +220,7 @@ func (w *Writer) takeBack(u *Work) bool {
 	}
 	w.pending = slices.Delete(w.pending, i, i+1)
 	select {
-	case <-u.lead:
+	case <-u.wake: // nobody has done it: it was to lead
 		w.handOver()
 	default:
 	}
@@ -214,54 +233,62 @@ func (w *Writer) handOver() {
 		w.leading = false
 		return
 	}
-	w.pending[0].lead <- struct{}{} // it has room: there is one leader at a time
+	w.pending[0].wake <- true // it has room: there is one leader at a time
 }
 
 // lead commits what waits until its own work is done. Then somebody who came meanwhile leads, so
 // that no caller works for the others without end.
 func (w *Writer) lead(own *Work) {
-	for {
-		w.run(w.take())
-		select {
-		case <-own.done:
-			w.mu.Lock()
-			w.handOver()
-			w.mu.Unlock()
-			return
-		default:
-		}
+	for !own.done {
+		w.run(own)
 	}
+	w.mu.Lock()
+	w.handOver()
+	w.mu.Unlock()
 }
 
-// take returns the next batch. Callers that are about to come get the processor first. If there were
-// more of them the last time, they are waited for while they keep coming: a commit takes longer than
-// that. The last of them ends the wait. Nobody waits who is alone.
-func (w *Writer) take() []*Work {
-	for last := -1; ; runtime.Gosched() {
-		w.mu.Lock()
-		n := len(w.pending)
-		if n == last || n >= w.most {
-			break
-		}
-		last = n
-		w.mu.Unlock()
-	}
+// next returns the next stage of a batch that has taken units, or nothing if it is complete. Callers
+// that are about to come get the processor first. If there were more of them the last time, they are
+// waited for while they keep coming: a commit takes longer than that. The last of them, or of those who
+// are enough for a stage, ends the wait. Nobody waits who is alone.
+func (w *Writer) next(taken int) []*Work {
+	w.mu.Lock()
 	defer w.mu.Unlock()
-	for n := -1; n < len(w.pending) && len(w.pending) < min(w.likely, w.most); {
-		n = len(w.pending)
-		w.await()
+	if taken == 0 && (w.stage >= w.most || w.likely <= w.stage) {
+		w.giveWay()
 	}
-	n := min(len(w.pending), w.most)
+	wanted := min(w.stage, min(w.likely, w.most)-taken)
+	for n := -1; n < len(w.pending) && len(w.pending) < wanted; {
+		n = len(w.pending)
+		w.await(wanted)
+		if n == len(w.pending) {
+			w.giveWay()
+		}
+	}
+	n := min(len(w.pending), w.most-taken)
+	if n == 0 {
+		return nil
+	}
 	batch := w.pending[:n:n]
 	w.pending = append([]*Work(nil), w.pending[n:]...)
 	return batch
 }
 
-// await waits until as many wait as are likely to come, or for a while. The lock is held, but not
+// giveWay lets callers come that have nothing to wait for but the processor. The lock is held, but not
 // meanwhile.
-func (w *Writer) await() {
+func (w *Writer) giveWay() {
+	for last := -1; last < len(w.pending) && len(w.pending) < w.most; {
+		last = len(w.pending)
+		w.mu.Unlock()
+		runtime.Gosched()
+		w.mu.Lock()
+	}
+}
+
+// await waits until as many wait as are wanted, or for a while. The lock is held, but not meanwhile.
+func (w *Writer) await(wanted int) {
 	enough := make(chan struct{})
-	w.enough = enough
+	w.enough, w.wanted = enough, wanted
 	w.mu.Unlock()
 	t := time.NewTimer(min(w.took/patience, longestPause))
 	select {
@@ -281,9 +308,16 @@ const (
 
 // run commits a batch. If it fails as a whole, each unit is tried alone: one that cannot be written
 // does not take the others with it.
-func (w *Writer) run(batch []*Work) {
+func (w *Writer) run(own *Work) {
+	batch := w.next(0)
 	start := time.Now()
-	err := w.try(batch)
+	err := w.try(&batch, func() []*Work {
+		waiting := time.Now()
+		more := w.next(len(batch))
+		batch = append(batch, more...)
+		start = start.Add(time.Since(waiting))
+		return more
+	})
 	w.took = time.Since(start)
 	if err != nil && len(batch) > 1 && !hopeless(err) {
 		err = w.oneByOne(batch)
@@ -295,7 +329,11 @@ func (w *Writer) run(batch []*Work) {
 		if err != nil && !u.tried {
 			u.Err = err
 		}
-		close(u.done)
+		if u == own {
+			u.done = true
+		} else {
+			u.wake <- false // it has room: who was to lead has begun to
+		}
 	}
 }
 
@@ -305,7 +343,8 @@ func hopeless(err error) bool { return errors.Is(err, ErrFatal) || errors.Is(err
 // oneByOne returns the error of the units that it did not come to.
 func (w *Writer) oneByOne(batch []*Work) error {
 	for i, u := range batch {
-		err := w.try(batch[i : i+1])
+		one := batch[i : i+1]
+		err := w.try(&one, func() []*Work { return nil })
 		if err == nil {
 			u.tried = true
 			continue
@@ -318,14 +357,15 @@ func (w *Writer) oneByOne(batch []*Work) error {
 	return nil
 }
 
-func (w *Writer) try(batch []*Work) error {
-	Again(batch)
+// try commits a batch, which grows by what more returns.
+func (w *Writer) try(batch *[]*Work, more func() []*Work) error {
+	Again(*batch)
 	if err := w.Fatal(); err != nil {
 		return err
 	}
-	err := w.safely(batch)
+	err := w.safely(batch, more)
 	if err != nil {
-		Again(batch) // nobody is told what was not committed
+		Again(*batch) // nobody is told what was not committed
 	}
 	if errors.Is(err, ErrFatal) {
 		w.mu.Lock()
@@ -346,15 +386,15 @@ func Again(work []*Work) {
 }
 
 // safely commits; a panic is an error, or the others would wait for ever.
-func (w *Writer) safely(batch []*Work) (err error) {
+func (w *Writer) safely(batch *[]*Work, more func() []*Work) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = fmt.Errorf("%w: panic: %v", ErrFatal, v)
 		}
 	}()
-	err = w.commit(context.Background(), batch) // callers may go; what is being written is written
+	err = w.commit(context.Background(), *batch, more) // callers may go; what is being written is written
 	if err == nil {
-		reached(batch, true)
+		reached(*batch, true)
 	}
 	return err
 }
@@ -522,20 +562,55 @@ type Batch struct {
 // NewBatch begins a batch on what the engine loaded.
 func NewBatch(now int64, edge audit.Edge, loaded []effect.Operation, approvals []approve.Approval) *Batch {
 	b := &Batch{approvals: map[string]*approve.Approval{}, bound: map[string]*approve.Approval{}, Now: now, Edge: edge, byID: map[string]*effect.Operation{}, byScope: map[string]*effect.Operation{}, fresh: map[*effect.Operation]bool{}}
+	b.Load(loaded, approvals)
+	return b
+}
+
+// Reset makes a batch that is done with one that begins, in the same memory. It lets go of all that it
+// held.
+func (b *Batch) Reset(edge audit.Edge) {
+	for _, m := range []map[string]*effect.Operation{b.byID, b.byScope} {
+		clear(m)
+	}
+	clear(b.approvals)
+	clear(b.bound)
+	clear(b.tasks)
+	clear(b.taskOf)
+	b.Written()
+	clear(b.changed[:cap(b.changed)])
+	b.Edge = edge
+}
+
+// Load adds what the next stage names. What the batch knows already, it knows better.
+func (b *Batch) Load(loaded []effect.Operation, approvals []approve.Approval) {
 	for i := range loaded {
-		b.know(&loaded[i])
+		if b.byID[loaded[i].ID] == nil {
+			b.know(&loaded[i])
+		}
 	}
 	for i := range approvals {
-		b.hold(&approvals[i])
+		if b.approvals[approvals[i].ID] == nil {
+			b.hold(&approvals[i])
+		}
 	}
-	return b
 }
 
 // LoadTasks adds the tasks that the work names, by id or scope.
 func (b *Batch) LoadTasks(loaded []task.Record) {
 	for i := range loaded {
-		b.knowTask(&loaded[i])
+		if b.tasks[loaded[i].ID] == nil {
+			b.knowTask(&loaded[i])
+		}
 	}
+}
+
+// Written says that the engine has written, but not committed, what is to be written. The next stage
+// builds on it.
+func (b *Batch) Written() {
+	clear(b.Rows)
+	b.Rows, b.changed = b.Rows[:0], b.changed[:0]
+	b.Erased, b.Removed, b.Pruned, b.decided, b.tasksPut, b.TasksGone, b.Forgotten = nil, nil, nil, nil, nil, nil, nil
+	clear(b.fresh)
 }
 
 func (b *Batch) knowTask(r *task.Record) {

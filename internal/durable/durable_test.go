@@ -211,3 +211,77 @@ func TestCheckSchema(t *testing.T) {
 		}
 	}
 }
+
+// TestStages is callers that come one after the other: the engine works on the first while the others
+// are about to come, and still there is one commit for all, however slow it is. If it fails, each unit of
+// each stage is tried alone.
+func TestStages(t *testing.T) {
+	const (
+		callers, rounds = 64, 10
+		each            = 20 * time.Microsecond // of a caller, and of the engine for one unit
+	)
+	bad := errors.New("a unit that cannot be written")
+	for _, sync := range []time.Duration{0, 250 * time.Microsecond, 5 * time.Millisecond, 50 * time.Millisecond} {
+		t.Run(sync.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var commits, units, stages, alone int
+				var poison atomic.Pointer[Work]
+				w := NewStaged(func(_ context.Context, work []*Work, more func() []*Work) error {
+					commits++
+					var err error
+					for stage := work; len(stage) > 0; stage = more() {
+						stages++
+						units += len(stage)
+						time.Sleep(time.Duration(len(stage)) * each)
+						for _, u := range stage {
+							if u == poison.Load() {
+								err = bad
+							}
+						}
+						if len(work) == 1 && poison.Load() != nil {
+							alone++
+						}
+					}
+					time.Sleep(sync)
+					return err
+				})
+				round := func(poisoned bool) (failed int) {
+					results := make(chan error)
+					for i := range callers {
+						go func() {
+							time.Sleep(time.Duration(i+1) * each)
+							u := work()
+							if poisoned && i == callers/2 {
+								poison.Store(u)
+							}
+							results <- w.Do(t.Context(), u)
+						}()
+					}
+					for range callers {
+						if err := <-results; err != nil {
+							failed++
+						}
+					}
+					return failed
+				}
+				round(false) // before it is known how many come
+				round(false)
+				commits, units, stages = 0, 0, 0
+				start := time.Now()
+				for range rounds {
+					round(false)
+				}
+				if commits != rounds || units != rounds*callers || stages < 2*rounds {
+					t.Errorf("%d commits of %d units in %d stages, want %d of %d in at least %d", commits, units, stages, rounds, rounds*callers, 2*rounds)
+				}
+				apart := rounds * (2*callers*each + sync)
+				if took := time.Since(start); took > apart-rounds*callers*each/2 {
+					t.Errorf("took %v; one after the other it is %v", took, apart)
+				}
+				if failed := round(true); failed != 1 || alone < callers {
+					t.Errorf("%d units failed, want 1; %d were tried alone", failed, alone)
+				}
+			})
+		})
+	}
+}

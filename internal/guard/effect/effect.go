@@ -89,7 +89,7 @@ type Effects struct {
 	reads  *reads
 	log    *slog.Logger
 
-	schemas schemas
+	tools tools
 }
 
 // New returns the step, or an error that names the option that makes no sense.
@@ -210,7 +210,7 @@ type operation struct {
 	c      *call.Call
 	server string
 	rule   Rule
-	pin    []byte
+	tool   *tool
 	res    Reservation
 	find   func(name string) *call.Capability
 	next   call.Handler
@@ -228,11 +228,11 @@ const remembered = 20 * time.Minute
 
 // begin checks the key and says what is to be claimed.
 func (e *Effects) begin(server string, c *call.Call) (*operation, error) {
-	o := &operation{Effects: e, c: c, server: server, rule: e.rule(c.Target), pin: catalog.Pin(c.Target)}
+	o := &operation{Effects: e, c: c, server: server, rule: e.rule(c.Target), tool: e.tools.of(c.Target)}
 	if err := o.rule.check(c); err != nil {
 		return nil, err
 	}
-	fingerprint, err := fingerprintOf(c, o.pin)
+	fingerprint, err := fingerprintOf(c, o.tool.pin)
 	if err != nil {
 		return nil, err
 	}
@@ -390,7 +390,7 @@ func (o *operation) dispatch(ctx context.Context) (op Operation, held bool, err 
 	o.res.Lease = o.limit(ctx) + leeway
 	faultpoint.Reached(faultpoint.Allowed)
 	if o.args == nil {
-		o.args = o.o.Redact.JSON(o.c.Args, o.schemas.of(o.c.Target))
+		o.args = o.o.Redact.JSON(o.c.Args, o.tool.secret)
 	}
 	args := audit.NewValue("arguments", o.args)
 	rec := o.record(audit.Intent, &Operation{ID: o.res.ID, Fence: o.res.Expect + 1})
@@ -427,7 +427,7 @@ func (o *operation) record(act string, op *Operation) audit.Record {
 	c := o.c
 	r := audit.Record{
 		Act: act, Capability: nameOf(c.Target), Correlation: c.Event.Correlation, Door: c.Door, Effect: c.Target.Effect.String(), Fence: op.Fence,
-		Kind: c.Kind.String(), Operation: op.ID, Pin: hexOf(o.pin), Principal: o.res.Principal, Rule: c.Event.Rule, Server: o.server, Tenant: o.res.Tenant, Time: audit.Time(time.Now()),
+		Kind: c.Kind.String(), Operation: op.ID, Pin: o.tool.hex, Principal: o.res.Principal, Rule: c.Event.Rule, Server: o.server, Tenant: o.res.Tenant, Time: audit.Time(time.Now()),
 	}
 	if c.Principal != nil {
 		r.Client = c.Principal.Client
@@ -460,23 +460,31 @@ func (o *operation) entry(r *audit.Record, values ...audit.Value) (audit.Entry, 
 	return audit.Entry{Record: b, Private: private}, nil
 }
 
-// schemas are what the schemas of tools say is secret.
-type schemas struct {
-	mu   sync.Mutex
-	seen map[*call.Capability]*redact.Secret
+// A tool is what follows from a capability, whoever calls it.
+type tool struct {
+	pin    []byte
+	hex    string         // of the pin
+	secret *redact.Secret // what its schema says is secret
 }
 
-const maxSchemas = 4096 // past that all are forgotten, and read again: catalogs come and go
+// tools are those that were called. A capability does not change; one that is replaced is another one.
+type tools struct {
+	mu   sync.Mutex
+	seen map[*call.Capability]*tool
+}
 
-func (s *schemas) of(t *call.Capability) *redact.Secret {
+const maxTools = 4096 // past that all are forgotten, and read again: catalogs come and go
+
+func (s *tools) of(t *call.Capability) *tool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	found, ok := s.seen[t]
 	if !ok {
-		if s.seen == nil || len(s.seen) >= maxSchemas {
-			s.seen = map[*call.Capability]*redact.Secret{}
+		if s.seen == nil || len(s.seen) >= maxTools {
+			s.seen = map[*call.Capability]*tool{}
 		}
-		found = redact.Of(t.Input)
+		pin := catalog.Pin(t)
+		found = &tool{pin, hexOf(pin), redact.Of(t.Input)}
 		s.seen[t] = found
 	}
 	return found
@@ -486,7 +494,7 @@ const answerValue = "answer"
 
 // SealValues encrypts the values of a record of an operation.
 func SealValues(box *secret.Box, operation string, values []audit.Value) ([]byte, error) {
-	b, err := json.Marshal(values)
+	b, err := audit.EncodeValues(values)
 	if err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package sqlite
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -45,43 +46,72 @@ func classify(err error) error {
 	return fmt.Errorf("%w: %w", durable.ErrFatal, err)
 }
 
-// commit implements durable.Commit. What memory holds changes after the commit.
+// commit implements durable.Staged. What memory holds changes after the commit.
 //
 // Keys are new, as a rule. So it does not look for what has them already, unless that went wrong a
 // short while ago: SQLite refuses a key that is not new, and then everything is done again.
-func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
-	if db.doubts == 0 {
-		err := db.attempt(ctx, work, true)
-		var lite *sqlite.Error
-		if !errors.As(err, &lite) || lite.Code()&0xff != codeConstraint {
-			return err
-		}
-		db.doubts = manyDoubts
-		durable.Again(work)
+func (db *DB) commit(ctx context.Context, work []*durable.Work, more func() []*durable.Work) error {
+	if db.doubts > 0 {
+		db.doubts--
+		return db.attempt(ctx, &work, false, more)
 	}
-	db.doubts--
-	return db.attempt(ctx, work, false)
+	err := db.attempt(ctx, &work, true, more)
+	var lite *sqlite.Error
+	if !errors.As(err, &lite) || lite.Code()&0xff != codeConstraint {
+		return err
+	}
+	db.doubts = manyDoubts - 1
+	durable.Again(work)
+	return db.attempt(ctx, &work, false, func() []*durable.Work { return nil })
 }
 
 // manyDoubts is for how many commits keys are looked for after one was not new. More, and callers that
 // come again once slow down those that do not; fewer, and those that come again often do everything twice.
 const manyDoubts = 16
 
-// attempt commits, or changes nothing. trust says that keys are new whose callers say so.
-func (db *DB) attempt(ctx context.Context, work []*durable.Work, trust bool) error {
-	loaded, err := db.loaded(ctx, work, trust)
-	if err != nil {
-		return classify(err)
+// attempt commits the work and what more adds to it, or changes nothing. trust says that keys are new
+// whose callers say so.
+func (db *DB) attempt(ctx context.Context, work *[]*durable.Work, trust bool, more func() []*durable.Work) error {
+	t := transaction{db: db, ctx: ctx, batch: db.batch, changed: db.changed[:0]}
+	t.batch.Reset(db.edge.Clone())
+	defer t.end()
+	for stage := *work; len(stage) > 0; {
+		if err := t.stage(stage, trust); err != nil {
+			return classify(err)
+		}
+		stage = more()
+		*work = append(*work, stage...)
 	}
-	approvals, err := db.loadedApprovals(ctx, work)
+	return classify(t.commit(*work))
+}
+
+// A transaction is what one commit writes, stage after stage.
+type transaction struct {
+	db      *DB
+	ctx     context.Context // of one call of attempt
+	batch   *durable.Batch
+	begun   bool
+	erases  bool // what is erased is overwritten in the file
+	changed []*effect.Operation
+}
+
+// stage writes some of the work.
+func (t *transaction) stage(work []*durable.Work, trust bool) error {
+	db, b := t.db, t.batch
+	loaded, err := db.loaded(t.ctx, work, trust)
 	if err != nil {
-		return classify(err)
+		return err
 	}
-	b := durable.NewBatch(db.now(), db.edge.Clone(), loaded, approvals)
-	tasks, err := db.loadedTasks(ctx, work)
+	approvals, err := db.loadedApprovals(t.ctx, work)
 	if err != nil {
-		return classify(err)
+		return err
 	}
+	tasks, err := db.loadedTasks(t.ctx, work)
+	if err != nil {
+		return err
+	}
+	b.Now = db.now()
+	b.Load(loaded, approvals)
 	b.LoadTasks(tasks)
 	for _, u := range work {
 		b.Apply(u)
@@ -89,46 +119,74 @@ func (db *DB) attempt(ctx context.Context, work []*durable.Work, trust bool) err
 	if b.Empty() {
 		return nil
 	}
-	if len(b.Erased) > 0 { // what is erased is overwritten in the file
-		if _, err := db.conn.ExecContext(ctx, "PRAGMA secure_delete = ON"); err != nil {
-			return classify(err)
+	if len(b.Erased) > 0 && !t.erases {
+		t.erases = true
+		if _, err := db.conn.ExecContext(t.ctx, "PRAGMA secure_delete = ON"); err != nil {
+			return err
 		}
-		defer db.conn.ExecContext(ctx, "PRAGMA secure_delete = OFF") //nolint:errcheck // it only costs time then
+	}
+	if !t.begun {
+		t.begun = true
+		if _, err := db.conn.ExecContext(t.ctx, "BEGIN IMMEDIATE"); err != nil {
+			return err
+		}
 	}
 	changed := b.Changed()
-	err = db.within(ctx, func() error {
-		err := db.store(ctx, b, changed)
-		if err == nil {
-			durable.Committing(work)
-		}
+	if err := db.store(t.ctx, b, changed); err != nil {
 		return err
-	})
-	if err != nil {
-		return classify(err)
 	}
-	db.edge = b.Edge
-	for _, id := range b.Removed {
-		delete(db.live, id)
+	t.changed = append(t.changed, changed...)
+	b.Written()
+	return nil
+}
+
+// commit ends the transaction, if there is one.
+func (t *transaction) commit(work []*durable.Work) error {
+	if !t.begun {
+		return nil
 	}
-	for _, op := range changed {
+	db := t.db
+	if err := db.storeHead(t.ctx, t.batch); err != nil {
+		return err
+	}
+	durable.Committing(work)
+	if _, err := db.conn.ExecContext(t.ctx, "COMMIT"); err != nil {
+		return err
+	}
+	t.begun = false
+	db.edge = t.batch.Edge
+	for _, op := range t.changed {
 		if op.State.Ended() {
 			delete(db.live, op.ID)
 		} else {
-			db.live[op.ID] = *op
+			kept := *op // alone: others that were loaded with it may go
+			db.live[op.ID] = &kept
 		}
 	}
 	return nil
 }
 
+// end takes back what was not committed.
+func (t *transaction) end() {
+	t.batch.Reset(audit.Edge{})
+	clear(t.changed)
+	t.db.changed = t.changed[:0]
+	if t.begun {
+		_, _ = t.db.conn.ExecContext(t.ctx, "ROLLBACK") // SQLite may have done so already
+	}
+	if t.erases {
+		_, _ = t.db.conn.ExecContext(t.ctx, "PRAGMA secure_delete = OFF") // it only costs time
+	}
+}
+
 // loaded returns the operations that the work names. What has not ended is in memory.
 func (db *DB) loaded(ctx context.Context, work []*durable.Work, trust bool) ([]effect.Operation, error) {
-	seen := map[string]bool{}
-	out := make([]effect.Operation, 0, len(work))
-	take := func(op effect.Operation) {
-		if !seen[op.ID] {
-			seen[op.ID] = true
-			out = append(out, op)
+	var out []effect.Operation
+	take := func(op *effect.Operation) {
+		if out == nil {
+			out = make([]effect.Operation, 0, len(work)) // one that is there twice is only known once
 		}
+		out = append(out, *op)
 	}
 	var ids, scopes []any
 	for _, u := range work {
@@ -165,8 +223,8 @@ func (db *DB) loaded(ctx context.Context, work []*durable.Work, trust bool) ([]e
 			if err != nil {
 				return nil, err
 			}
-			for _, op := range ops {
-				take(op)
+			for i := range ops {
+				take(&ops[i])
 			}
 			keys = keys[n:]
 		}
@@ -193,7 +251,7 @@ const (
 	rowValues = "(?,?,?,?)"
 )
 
-// store writes a batch.
+// store writes a stage of a batch.
 func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Operation) error {
 	defer func() { clear(db.args[:cap(db.args)]) }() // it holds what was written no longer than that
 	for _, id := range b.Removed {
@@ -201,14 +259,18 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 			return err
 		}
 	}
-	args := db.args[:0]
 	for _, op := range changed {
 		if b.IsNew(op) {
-			args = append(args, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
 			continue
 		}
 		if err := db.update(ctx, op); err != nil {
 			return err
+		}
+	}
+	args := db.args[:0]
+	for _, op := range changed {
+		if b.IsNew(op) {
+			args = append(args, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
 		}
 	}
 	db.args = args
@@ -244,9 +306,11 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 			return err
 		}
 	}
-	if err := db.storeTasks(ctx, b); err != nil {
-		return err
-	}
+	return db.storeTasks(ctx, b)
+}
+
+// storeHead writes what belongs to all of a batch.
+func (db *DB) storeHead(ctx context.Context, b *durable.Batch) error {
 	edge, err := b.Edge.MarshalBinary()
 	if err != nil {
 		return err
@@ -256,16 +320,14 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 
 // update writes an operation that is there. If it is not, memory and file differ.
 func (db *DB) update(ctx context.Context, op *effect.Operation) error {
-	s, err := db.prepare(ctx, updateOp)
+	args := append(db.args[:0], int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.ID)
+	db.args = args
+	n, err := db.execute(ctx, updateOp, args)
 	if err != nil {
 		return err
 	}
-	r, err := s.ExecContext(ctx, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.ID)
-	if err != nil {
-		return err
-	}
-	if n, err := r.RowsAffected(); err != nil || n != 1 {
-		return fmt.Errorf("%w: operation %s is not where it was (%w)", durable.ErrFatal, op.ID, errors.Join(err, errors.New("no row")))
+	if n != 1 {
+		return fmt.Errorf("%w: operation %s is not where it was (no row)", durable.ErrFatal, op.ID)
 	}
 	return nil
 }
@@ -274,12 +336,24 @@ func (db *DB) update(ctx context.Context, op *effect.Operation) error {
 func (db *DB) insert(ctx context.Context, into, values string, width int, args []any) error {
 	for len(args) > 0 {
 		n := chunk(len(args) / width)
-		if err := db.exec(ctx, into+values+strings.Repeat(","+values, n-1), args[:n*width]...); err != nil {
+		key := insertion{into, n}
+		text, ok := db.inserts[key]
+		if !ok {
+			text = into + values + strings.Repeat(","+values, n-1)
+			db.inserts[key] = text
+		}
+		if _, err := db.execute(ctx, text, args[:n*width]); err != nil {
 			return err
 		}
 		args = args[n*width:]
 	}
 	return nil
+}
+
+// An insertion names the text that inserts so many rows.
+type insertion struct {
+	into string
+	rows int
 }
 
 func (db *DB) prepare(ctx context.Context, text string) (*sql.Stmt, error) {
@@ -295,12 +369,61 @@ func (db *DB) prepare(ctx context.Context, text string) (*sql.Stmt, error) {
 }
 
 func (db *DB) exec(ctx context.Context, text string, args ...any) error {
-	s, err := db.prepare(ctx, text)
-	if err != nil {
-		return err
-	}
-	_, err = s.ExecContext(ctx, args...)
+	_, err := db.execute(ctx, text, args)
 	return err
+}
+
+// execute executes a statement that stays prepared, and returns how many rows it changed. It gives the
+// arguments to the driver itself: database/sql makes a copy of them each time, for half of what a commit
+// takes from memory.
+func (db *DB) execute(ctx context.Context, text string, args []any) (changed int64, err error) {
+	err = db.conn.Raw(func(c any) error {
+		s := db.execs[text]
+		if s == nil {
+			if s, err = prepareRaw(ctx, c, text); err != nil {
+				return err
+			}
+			db.execs[text] = s
+		}
+		defer func() { clear(db.bound) }() // it holds what was written no longer than that
+		db.bound = db.bound[:0]
+		for i, a := range args {
+			v, err := driver.DefaultParameterConverter.ConvertValue(a)
+			if err != nil {
+				return err
+			}
+			db.bound = append(db.bound, driver.NamedValue{Ordinal: i + 1, Value: v})
+		}
+		r, err := s.ExecContext(ctx, db.bound)
+		if err != nil {
+			return err
+		}
+		changed, err = r.RowsAffected()
+		return err
+	})
+	return changed, err
+}
+
+// A statement is one of the driver's.
+type statement interface {
+	driver.Stmt
+	driver.StmtExecContext
+}
+
+func prepareRaw(ctx context.Context, c any, text string) (statement, error) {
+	p, ok := c.(driver.ConnPrepareContext)
+	if !ok {
+		return nil, fmt.Errorf("an unexpected driver %T", c)
+	}
+	prepared, err := p.PrepareContext(ctx, text)
+	if err != nil {
+		return nil, err
+	}
+	s, ok := prepared.(statement)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("an unexpected statement %T", prepared), prepared.Close())
+	}
+	return s, nil
 }
 
 // A querier is a pool or one connection.

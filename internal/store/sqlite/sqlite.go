@@ -48,10 +48,15 @@ type DB struct {
 	start time.Time // its monotonic part counts
 
 	// Of the one writer.
-	edge  audit.Edge
-	live  map[string]effect.Operation // what has not ended
-	stmts map[string]*sql.Stmt
-	args  []any // of one statement after the other
+	edge    audit.Edge
+	live    map[string]*effect.Operation // what has not ended
+	stmts   map[string]*sql.Stmt         // that return rows
+	execs   map[string]statement         // that do not
+	inserts map[insertion]string         // their texts
+	batch   *durable.Batch               // of one commit after the other
+	changed []*effect.Operation          // the same
+	args    []any                        // of one statement after the other
+	bound   []driver.NamedValue          // the same, as the driver takes them
 
 	doubts int // for how many commits it is looked whether keys are new
 }
@@ -77,7 +82,7 @@ func Open(ctx context.Context, file string, key secret.Key, wait time.Duration) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	db := &DB{file: file, start: time.Now(), live: map[string]effect.Operation{}, stmts: map[string]*sql.Stmt{}}
+	db := &DB{file: file, start: time.Now(), live: map[string]*effect.Operation{}, batch: durable.NewBatch(0, audit.Edge{}, nil, nil), stmts: map[string]*sql.Stmt{}, execs: map[string]statement{}, inserts: map[insertion]string{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("the state %s cannot be opened: %w", file, err), db.Close())
@@ -106,7 +111,7 @@ func Open(ctx context.Context, file string, key secret.Key, wait time.Duration) 
 	if err := db.load(ctx, key); err != nil {
 		return nil, err
 	}
-	db.Writer = durable.NewWriter(db.commit)
+	db.Writer = durable.NewStaged(db.commit)
 	return db, nil
 }
 
@@ -304,8 +309,8 @@ func (db *DB) load(ctx context.Context, key secret.Key) error {
 		return err
 	}
 	ops, err := query(ctx, db.conn, "WHERE ended = 0")
-	for _, op := range ops {
-		db.live[op.ID] = op
+	for i := range ops {
+		db.live[ops[i].ID] = &ops[i]
 	}
 	return err
 }
@@ -320,7 +325,13 @@ func (db *DB) Close() error {
 		errs = append(errs, s.Close())
 	}
 	if db.conn != nil {
-		errs = append(errs, db.conn.Close())
+		errs = append(errs, db.conn.Raw(func(any) error {
+			var errs []error
+			for _, s := range db.execs {
+				errs = append(errs, s.Close())
+			}
+			return errors.Join(errs...)
+		}), db.conn.Close())
 	}
 	for _, p := range []*sql.DB{db.read, db.write} {
 		if p != nil {

@@ -159,7 +159,7 @@ func TestSchema(t *testing.T) {
 			t.Fatal(err)
 		}
 		closed(t, db)
-		db.stmts, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil
+		db.stmts, db.execs, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil, nil
 	}
 	change("DROP TABLE tasks; UPDATE meta SET value = '2' WHERE key = 'schema'") // of the version before
 	newer, err := Open(t.Context(), file, key, 0)
@@ -294,5 +294,61 @@ func TestErasedFromFile(t *testing.T) {
 	}
 	if there() {
 		t.Error("it can still be read in the files")
+	}
+}
+
+// TestStages is one transaction in stages: the later ones see what the earlier ones wrote, and a key that
+// was not new after all has everything done again, once.
+func TestStages(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "state.db"), secret.RandomKey())
+	failed := write(t, db, "failed", effect.NotExecuted)
+	write(t, db, "done", effect.Completed)
+	dispatch := func(key string, seen effect.Operation) *durable.Work {
+		scope := sha256.Sum256([]byte(key))
+		r := effect.Reservation{ID: rand.Text(), Holder: rand.Text(), Scope: scope[:], Fingerprint: make([]byte, 32), Lease: time.Hour, Retain: time.Hour, Tool: "pay"}
+		if seen.ID != "" {
+			r.ID, r.Expect = seen.ID, seen.Fence
+		}
+		return &durable.Work{Dispatch: &effect.Intent{Reservation: r, Entry: record(t)}}
+	}
+	commit := func(stages ...[]*durable.Work) {
+		t.Helper()
+		next := 0
+		err := db.commit(t.Context(), stages[0], func() []*durable.Work {
+			if next++; next < len(stages) {
+				return stages[next]
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		storetest.Check(t, db)
+	}
+	complete := func(w *durable.Work) *durable.Work {
+		return &durable.Work{Complete: &effect.Outcome{ID: w.Op.ID, Fence: w.Op.Fence, State: effect.Completed, Answer: []byte("answer"), Entry: record(t)}}
+	}
+
+	first, second, third := dispatch("new", effect.Operation{}), dispatch("new", effect.Operation{}), dispatch("failed", failed)
+	fourth := dispatch("failed", failed) // it comes too late
+	commit([]*durable.Work{first, third}, []*durable.Work{second, fourth})
+	if !first.Held || second.Held || second.Op.ID != first.Op.ID || !third.Held || third.Op.Fence != 2 || fourth.Held || fourth.Op.Fence != 2 {
+		t.Errorf("claimed: %v, %v, %v, %v", first.Held, second.Held, third.Held, fourth.Held)
+	}
+	one, two := complete(first), complete(third)
+	before := db.edge.Size
+	fresh, old := dispatch("another", effect.Operation{}), dispatch("done", effect.Operation{})
+	commit([]*durable.Work{one, fresh}, []*durable.Work{two, old})
+	if !fresh.Held || old.Held || old.Op.State != effect.Completed || one.Err != nil || two.Err != nil {
+		t.Errorf("after a key that was not new: %v, %v, %v, %v", fresh.Held, old.Held, one.Err, two.Err)
+	}
+	if db.edge.Size != before+3 || len(db.live) != 1 || db.doubts == 0 {
+		t.Errorf("%d records more, want 3; %d operations have not ended, want 1; doubts %d", db.edge.Size-before, len(db.live), db.doubts)
+	}
+	for key, state := range map[string]effect.State{"new": effect.Completed, "failed": effect.Completed, "another": effect.Dispatched, "done": effect.Completed} {
+		scope := sha256.Sum256([]byte(key))
+		if op, err := db.Find(t.Context(), scope[:]); err != nil || op.State != state {
+			t.Errorf("%s: %v, %v", key, op.State, err)
+		}
 	}
 }
