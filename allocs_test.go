@@ -14,8 +14,8 @@ import (
 // written answer, with its record and its metrics: what it does, and a little for other versions of
 // Go. A change that needs more says here why; one that needs less lowers the bound.
 const (
-	mostAllocs = 25 + 2
-	mostBytes  = 2800 + 150
+	mostAllocs = 20 + 2
+	mostBytes  = 2350 + 150
 )
 
 func TestACallAllocatesNoMoreThanItDid(t *testing.T) {

@@ -171,11 +171,7 @@ func redactor(f *config.File) (*redact.Redactor, error) {
 		o.Patterns = append(o.Patterns, redact.Pattern{Name: p.Name, Expr: p.Pattern})
 	}
 	if c.Secrets {
-		rules, err := leaks.New()
-		if err != nil {
-			return nil, err
-		}
-		o.Secrets = rules
+		o.Secrets = leaks.New()
 	}
 	r, err := redact.New(o)
 	if err != nil {

@@ -36,6 +36,9 @@ func (l *leaving) handler(kept *kept) http.Handler {
 
 // count keeps track of connections: it is the server's ConnState.
 func (l *leaving) count(c net.Conn, s http.ConnState) {
+	if s == http.StateActive || s == http.StateIdle { // twice for every call
+		return
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch s {
@@ -50,7 +53,6 @@ func (l *leaving) count(c net.Conn, s http.ConnState) {
 			close(l.empty)
 			l.empty = nil
 		}
-	case http.StateActive, http.StateIdle:
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"newel.dev/newel/internal/backend/artifact"
@@ -102,8 +103,12 @@ func status(w http.ResponseWriter, code int, body string) {
 
 // heapFloor is memory that nobody touches, so that it costs no page. The collector runs whenever the
 // heap has doubled; without a floor that is every few milliseconds under load, because a server
-// without large data has a heap of a few MiB.
-const heapFloor = 16 << 20
+// without large data has a heap of a few MiB. Making it makes the collector run once, for which a
+// program that has just started has no time.
+const (
+	heapFloor      = 16 << 20
+	heapFloorAfter = time.Second
+)
 
 // ErrHandedOver is the cause (context.Cause) of a context that ends because another process accepts
 // connections on the same socket from now on.
@@ -117,8 +122,10 @@ func (h *House) Serve(ctx context.Context, l net.Listener) error { return NewLiv
 // (at most 15 seconds, after that they are cut); watchers stop; the store is let go. If the socket
 // was handed over, connections have a second to be given up by their clients. It is called once.
 func (l *Live) Serve(ctx context.Context, listener net.Listener) error {
-	floor := make([]byte, heapFloor)
-	defer runtime.KeepAlive(floor)
+	var floor atomic.Pointer[[heapFloor]byte]
+	later := time.AfterFunc(heapFloorAfter, func() { floor.Store(new([heapFloor]byte)) })
+	defer runtime.KeepAlive(&floor)
+	defer later.Stop()
 	first := l.House()
 	limits, err := first.opts.Limits.Connections.withDefaults()
 	if err != nil {

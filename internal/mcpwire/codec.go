@@ -101,7 +101,8 @@ func (c *Codec) Call(m *Message, from From, send func([]byte) error) (*call.Call
 	if err != nil {
 		return nil, badParams(m, "params._meta[\"io.modelcontextprotocol/clientCapabilities\"] is not of the right form")
 	}
-	cl := &call.Call{
+	cl := &m.call
+	*cl = call.Call{
 		Kind:       kind,
 		Args:       p.Arguments,
 		Cursor:     p.Cursor,
@@ -139,7 +140,7 @@ func (c *Codec) Call(m *Message, from From, send func([]byte) error) (*call.Call
 	if f := c.fill(cl, m); f != nil {
 		return nil, f
 	}
-	if send != nil && (p.Meta.ProgressToken != nil || p.Meta.LogLevel != "" || kind == call.Subscribe) {
+	if send != nil && m.Hears() {
 		cl.Sink = newSink(m, send)
 	}
 	return cl, nil

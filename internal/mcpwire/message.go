@@ -26,9 +26,10 @@ type Message struct {
 	Result  jsontext.Value `json:"result"`  // only of a response, which is refused
 	Error   jsontext.Value `json:"error"`
 
-	round int    // of a call that asked before
-	first string // name of its first state
-	asker asker  // of the call that this becomes, if it may ask
+	round int       // of a call that asked before
+	first string    // name of its first state
+	call  call.Call // that this becomes
+	asker asker     // of the call, if it may ask
 }
 
 // Params is what the methods of the revision take, in one type, so that a message is decoded
@@ -180,6 +181,12 @@ func validID(id jsontext.Value) bool {
 
 // IsNotification reports whether no answer is expected.
 func (m *Message) IsNotification() bool { return m.ID == nil }
+
+// Hears reports whether its sender wants to hear of the call while it runs.
+func (m *Message) Hears() bool {
+	meta := &m.Params.Meta
+	return meta.ProgressToken != nil || meta.LogLevel != "" || kinds[m.Method] == call.Subscribe
+}
 
 // Subject is the name or URI that a caller over HTTP mirrors in Mcp-Name; ok is false for
 // methods without one.

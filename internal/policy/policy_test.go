@@ -191,6 +191,22 @@ func TestCostIsBounded(t *testing.T) {
 	}
 }
 
+// What takes as long as its arguments are large can be stopped; the rest is too short for that.
+func TestShortConditions(t *testing.T) {
+	for when, short := range map[string]bool{
+		"args.text.size() > 1000":                              true,
+		"principal.tenant == 'acme' && 'admin' in ['a', 'b']":  true,
+		"args.a == 1 || args.b == 2":                           true,
+		"args.items.all(i, i > 0)":                             false,
+		"args.items.exists(i, args.others.exists(o, o == i))":  false,
+		"[1, 2, 3].all(a, [1, 2, 3, 4].exists(b, a + b == 3))": true,
+	} {
+		if r := compiled(t, Set{Rules: []Rule{{Name: "r", Then: "allow", When: when}}}).rules[0]; r.short != short {
+			t.Errorf("%s: short is %v", when, r.short)
+		}
+	}
+}
+
 // What a list hides, no arguments can make callable; what a list shows may be refused.
 func TestListsNeverHideWhatIsCallable(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // a test that repeats

@@ -12,12 +12,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/ast"
 	"cel.dev/cel-go/common/cost"
 	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
 	"cel.dev/cel-go/ext"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -60,6 +62,7 @@ const Production = "production"
 const (
 	maxCondition = 4 << 10 // bytes
 	maxCost      = 20_000  // units of CEL; reading an argument is one
+	shortCost    = 200     // at most: it is over before anybody could want it to end
 )
 
 type rule struct {
@@ -69,6 +72,7 @@ type rule struct {
 	terms        Terms
 	patterns     []pattern       // of Tools
 	condition    cel.Program     // nil: always
+	short        bool            // the condition ends soon, whatever it looks at
 	reads        map[string]bool // variables that the condition looks at
 	sees         sight
 }
@@ -155,10 +159,7 @@ func environment() (*cel.Env, error) {
 // Compile checks and compiles a set. The error joins all problems; each names its rule, and a
 // condition's the place in it. problem, if not nil, is given the index of the rule instead.
 func Compile(s Set) (*Policy, []error) {
-	env, err := environment()
-	if err != nil {
-		return nil, []error{err}
-	}
+	env := sync.OnceValues(environment) // most of the cost of a set without conditions
 	p := &Policy{environment: s.Environment, readOnly: s.ReadOnly, also: s.Also, version: versionOf(&s), sees: seesScopes}
 	var problems []error
 	names := map[string]bool{ByScopes: true, ByReadOnly: true, ByDefault: true}
@@ -192,7 +193,7 @@ func (p *Problem) Error() string { return fmt.Sprintf("rule %q: %v", p.Rule, p.E
 // Unwrap returns what is wrong.
 func (p *Problem) Unwrap() error { return p.Err }
 
-func compile(env *cel.Env, given Rule) (*rule, error) {
+func compile(environment func() (*cel.Env, error), given Rule) (*rule, error) {
 	r := &rule{Rule: given, name: given.Name, reason: cmp.Or(given.Reason, "a rule of the policy denies this")}
 	i := slices.Index(verdictNames[:], given.Then)
 	if i < 0 {
@@ -229,6 +230,10 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 	if given.When == "" {
 		return r, nil
 	}
+	env, err := environment()
+	if err != nil {
+		return nil, err
+	}
 	checked, issues := env.Compile(given.When)
 	if issues.Err() != nil {
 		var all []string
@@ -248,9 +253,11 @@ func compile(env *cel.Env, given Rule) (*rule, error) {
 	}
 	r.sees |= sightOf(checked)
 	options := []cel.ProgramOption{cel.EvalOptions(cel.OptPartialEval, cel.OptOptimize), cel.InterruptCheckFrequency(100)}
-	if most, err := env.EstimateCost(checked, unknownSizes{}); err != nil || most.Max > maxCost {
+	most, err := env.EstimateCost(checked, unknownSizes{})
+	if err != nil || most.Max > maxCost {
 		options = append(options, cel.CostLimit(maxCost)) // counting has its own cost
 	}
+	r.short = err == nil && most.Max <= shortCost
 	r.condition, err = env.Program(checked, options...)
 	return r, err
 }
@@ -400,7 +407,13 @@ func (v *view) evaluate(ctx context.Context, r *rule) (match, string, error) {
 			return no, "", err
 		}
 	}
-	out, _, err := r.condition.ContextEval(ctx, vars)
+	var out ref.Val
+	var err error
+	if r.short {
+		out, _, err = r.condition.Eval(vars)
+	} else {
+		out, _, err = r.condition.ContextEval(ctx, vars)
+	}
 	switch {
 	case err != nil:
 		return no, "", err

@@ -7,6 +7,7 @@
 package strictjson
 
 import (
+	"bytes"
 	"fmt"
 	"strings"
 
@@ -81,6 +82,9 @@ func Bound(b []byte, l Limits) error {
 	l = l.withDefaults()
 	if len(b) > l.Bytes {
 		return &Error{Problem: fmt.Sprintf("%d bytes of JSON, over the limit of %d", len(b), l.Bytes), Limit: true}
+	}
+	if bytes.Count(b, []byte{'{'})+bytes.Count(b, []byte{'['}) <= l.Depth && bytes.Count(b, []byte{','}) <= l.Elements {
+		return nil // as most documents are, wherever these stand
 	}
 	depth, elements := 0, 0
 	for i := 0; i < len(b); i++ {

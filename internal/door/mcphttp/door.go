@@ -167,11 +167,12 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 		return
 	}
 	out := d.reply(w, r)
-	send := out.event
-	if !accepts(r, "text/event-stream") {
-		send = nil
+	events := accepts(r, "text/event-stream")
+	var send func([]byte) error
+	if events && m.Hears() {
+		send = out.event
 	}
-	if send == nil && !accepts(r, "application/json") {
+	if !events && !accepts(r, "application/json") {
 		d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "send Accept: application/json, text/event-stream", Cause: call.Malformed}, len(body))
 		return
 	}
@@ -182,7 +183,7 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 	}
 	ctx := r.Context() // ends when the client goes away: that is how this revision cancels
 	if c.Kind == call.Subscribe {
-		if send == nil {
+		if !events {
 			d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "a subscription needs Accept: text/event-stream", Cause: call.Malformed}, len(body))
 			return
 		}

@@ -36,10 +36,20 @@ type Options struct {
 }
 
 // An Authorizer is the step, and what resolve asks of it.
-type Authorizer struct{ o Options }
+type Authorizer struct {
+	o Options
+	// nobody is what callers see who are not known, if that is always the same; nil otherwise.
+	nobody *call.Visible
+}
 
 // New returns an authorizer.
-func New(o Options) *Authorizer { return &Authorizer{o} }
+func New(o Options) *Authorizer {
+	g := &Authorizer{o: o}
+	if shown := g.visible(context.Background(), nil, time.Now()); shown.Key != "" { // it depends on no time
+		g.nobody = shown
+	}
+	return g
+}
 
 // Guard is the guard of the step.
 func (g *Authorizer) Guard(next call.Handler) call.Handler {
@@ -156,6 +166,9 @@ func (g *Authorizer) Shown(ctx context.Context, p *call.Principal) *call.Visible
 
 // visible is what the caller may see: the same for all of whom the policy reads the same.
 func (g *Authorizer) visible(ctx context.Context, p *call.Principal, now time.Time) *call.Visible {
+	if p == nil && g.nobody != nil {
+		return g.nobody
+	}
 	return &call.Visible{
 		Key:   g.o.Policy.ViewKey(p),
 		Shows: func(t *call.Capability) bool { return g.o.Policy.Visible(context.WithoutCancel(ctx), p, t, now) },

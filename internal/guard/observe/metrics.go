@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"strconv"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -34,8 +33,6 @@ type metrics struct {
 
 	// active is read when metrics are collected, so that a call pays two additions for it.
 	active [len(methods)]paddedCounter
-
-	labels labels
 }
 
 // A paddedCounter has a cache line of its own.
@@ -129,11 +126,10 @@ type reporter interface {
 }
 
 // measure takes the measurements of one call.
-func (m *metrics) measure(ctx context.Context, o *Observer, c *call.Call, took time.Duration) {
+func (m *metrics) measure(ctx context.Context, l *series, c *call.Call, took time.Duration) {
 	if !m.duration.Enabled(ctx) {
 		return
 	}
-	l := m.labels.of(o, c)
 	m.duration.Record(ctx, took.Seconds(), l.full...)
 	if c.Event.ResultBytes > 0 {
 		m.size.Record(ctx, int64(c.Event.ResultBytes), l.plain...)
@@ -155,86 +151,6 @@ func (m *metrics) measure(ctx context.Context, o *Observer, c *call.Call, took t
 		if n := r.Reported(); n > 0 {
 			m.progress.Add(ctx, n, l.plainAdd...)
 		}
-	}
-}
-
-// label is what distinguishes measurements of one target.
-type label struct {
-	kind    call.Kind
-	outcome string
-	code    call.Code
-}
-
-// A series is the prepared options of one label.
-type series struct {
-	full     []metric.RecordOption // with outcome and error
-	plain    []metric.RecordOption // method and name only
-	plainAdd []metric.AddOption
-}
-
-// labels keeps prepared options per target: making attribute sets is most of the cost of a
-// measurement. Only what resolved has an entry of its own, so the number is that of what was
-// registered; a catalog that changes all the time cannot make it grow, see maxTargets.
-type labels struct {
-	targets sync.Map // *call.Capability (nil for none) to *target
-	count   atomic.Int64
-}
-
-// maxTargets bounds how many targets have prepared options; past it all are forgotten.
-const maxTargets = 8192
-
-type target struct {
-	ok   [len(methods)]atomic.Pointer[series] // by kind, for calls that succeed
-	rest sync.Map                             // label to *series
-}
-
-// Forget lets go of targets that are not published any more; those that are come again.
-func (o *Observer) Forget() {
-	o.metrics.labels.targets.Clear()
-	o.metrics.labels.count.Store(0)
-}
-
-func (l *labels) of(o *Observer, c *call.Call) *series {
-	v, found := l.targets.Load(c.Target)
-	if !found {
-		if l.count.Add(1) > maxTargets {
-			l.targets.Clear()
-			l.count.Store(1)
-		}
-		v, _ = l.targets.LoadOrStore(c.Target, &target{})
-	}
-	t, _ := v.(*target)
-	kind := kindOf(c)
-	if c.Event.Outcome == ok {
-		s := t.ok[kind].Load()
-		if s == nil {
-			s = newSeries(o, c)
-			t.ok[kind].Store(s)
-		}
-		return s
-	}
-	key := label{kind, c.Event.Outcome, c.Event.Code}
-	v, found = t.rest.Load(key)
-	if !found {
-		v, _ = t.rest.LoadOrStore(key, newSeries(o, c))
-	}
-	s, _ := v.(*series)
-	return s
-}
-
-func newSeries(o *Observer, c *call.Call) *series {
-	attrs := append([]attribute.KeyValue{method(kindOf(c))}, targetName(c)...)
-	plain := metric.WithAttributeSet(attribute.NewSet(attrs...))
-	if c.Target != nil && c.Target.Kind == call.Tool {
-		attrs = append(attrs, attribute.String("gen_ai.operation.name", "execute_tool"))
-	}
-	attrs = append(attrs, attribute.String("newel.outcome", c.Event.Outcome))
-	attrs = append(attrs, o.failure(c)...)
-	full := metric.WithAttributeSet(attribute.NewSet(attrs...))
-	return &series{
-		full:     []metric.RecordOption{full},
-		plain:    []metric.RecordOption{plain},
-		plainAdd: []metric.AddOption{plain},
 	}
 }
 

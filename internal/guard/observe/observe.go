@@ -2,7 +2,8 @@
 // measurements for every call, whatever becomes of it.
 //
 // Start reading at [Observer.Guard]. record.go writes the log, span.go the span, metrics.go the
-// measurements; correlation.go ties them to the caller's and the backends' own.
+// measurements; series.go is what those of one target have in common; correlation.go ties them to the
+// caller's and the backends' own.
 //
 // Refuses: nothing. Needs: a logger, a tracer and a meter; each may be a no-op. Fails: never; a
 // panic further down becomes an internal error, its stack goes to the log alone. Records: the
@@ -51,6 +52,7 @@ type Observer struct {
 	rpcCode func(call.Kind, call.Code) int
 	ids     ids
 	metrics metrics
+	series  allSeries
 }
 
 const scope = "newel.dev/newel"
@@ -102,9 +104,10 @@ func (o *Observer) Guard(next call.Handler) call.Handler {
 		r, err := o.run(ctx, next, c)
 		public := conclude(c, r, err)
 		took := time.Since(start)
-		o.metrics.measure(ctx, o, c, took)
+		l := o.series.of(o, c)
+		o.metrics.measure(ctx, l, c, took)
 		o.endSpan(span, c, public)
-		o.record(ctx, c, start, took, err)
+		o.record(ctx, l, c, start, took, err)
 		return r, public
 	}
 }

@@ -48,21 +48,21 @@ const (
 
 // record writes the one record of a call. It goes to the handler directly: the place in the
 // source would always be this line.
-func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, took time.Duration, err error) {
+func (o *Observer) record(ctx context.Context, l *series, c *call.Call, start time.Time, took time.Duration, err error) {
 	level := levelOf(c)
-	if !o.log.Enabled(ctx, level) {
+	if !l.log.Enabled(ctx, level) {
 		return
 	}
 	var buf [28]slog.Attr
 	a := append(buf[:0],
 		slog.String("door", c.Door),
 		slog.String("correlation", c.Event.Correlation),
-		slog.String("method", methods[kindOf(c)]),
-		slog.String("outcome", c.Event.Outcome),
 		slog.Int64("us", took.Microseconds()), // a number of its own kind: slog writes floats ten times as slowly
 		slog.Int("bytes_in", c.Size),
 		slog.Int("bytes_out", c.Event.ResultBytes))
-	a = optional(a, "name", nameOf(c))
+	if c.Target == nil {
+		a = optional(a, "name", nameOf(c))
+	}
 	if len(c.Args) > 0 {
 		a = append(a, slog.String("args", sanitised(c.Args)))
 	}
@@ -101,7 +101,7 @@ func (o *Observer) record(ctx context.Context, c *call.Call, start time.Time, to
 	}
 	rec := slog.NewRecord(start.Add(took), level, "call", 0)
 	rec.AddAttrs(a...)
-	_ = o.log.Handle(ctx, rec) // a log that cannot be written has nowhere to say so
+	_ = l.log.Handle(ctx, rec) // a log that cannot be written has nowhere to say so
 }
 
 // levelOf says who has to do something about a call: nobody or the caller (info), the operator

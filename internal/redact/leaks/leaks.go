@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"sync"
 
 	ahocorasick "github.com/BobuSumisu/aho-corasick"
 	"github.com/spf13/viper"
@@ -19,15 +20,23 @@ import (
 
 // Rules find secrets. They are safe for concurrent use.
 type Rules struct {
+	read func() (*known, error) // once
+}
+
+var _ redact.Finder = (*Rules)(nil)
+
+// New returns rules that are read when they are used first, which takes some 30 ms: servers whose
+// calls only read never use them.
+func New() *Rules { return &Rules{read: sync.OnceValues(read)} }
+
+// known is what the rules say.
+type known struct {
 	rules []config.Rule
 	words *ahocorasick.Trie
 	of    [][]int // rules by the index of a word
 }
 
-var _ redact.Finder = (*Rules)(nil)
-
-// New reads the rules. It takes some 30 ms.
-func New() (*Rules, error) {
+func read() (*known, error) {
 	v := viper.New()
 	v.SetConfigType("toml")
 	if err := v.ReadConfig(strings.NewReader(config.DefaultConfig)); err != nil {
@@ -41,7 +50,7 @@ func New() (*Rules, error) {
 	if err != nil {
 		return nil, fmt.Errorf("leaks: %w", err)
 	}
-	r := &Rules{}
+	r := &known{}
 	index := map[string]int{}
 	var words []string
 	for _, rule := range all.GetOrderedRules() {
@@ -64,9 +73,18 @@ func New() (*Rules, error) {
 	return r, nil
 }
 
-// Find implements redact.Finder. A rule is matched if one of its words is there.
+// Find implements redact.Finder. A rule is matched if one of its words is there. Without rules, which
+// come with the program, it gives up: nothing is shown.
 func (r *Rules) Find(text string, most int) (found []redact.Span, spent int, ok bool) {
-	var seen [512]bool // words; New has fewer
+	k, err := r.read()
+	if err != nil {
+		return nil, len(text), false
+	}
+	return k.find(text, most)
+}
+
+func (r *known) find(text string, most int) (found []redact.Span, spent int, ok bool) {
+	var seen [512]bool // words; read has fewer
 	var due []int
 	r.words.Walk([]byte(strings.ToLower(text)), func(_, _, word int64) bool {
 		if !seen[word] {
