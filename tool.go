@@ -2,6 +2,7 @@ package newel
 
 import (
 	"context"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
@@ -18,6 +19,7 @@ type Tool struct {
 	Effect      call.Effect   // what running it does to the world; annotations follow from it
 	Recovery    call.Recovery // what may be done when it is not known whether a call ran
 	Lookup      string        // for call.RecoverLookup: the tool that tells
+	Settle      time.Duration // for call.RecoverLookup: how long a call that is not found may still be done; 0: twice its time-out
 	Undo        *call.Undo    // the tool that undoes a call of this one, for newel undo
 	Scopes      []string      // scopes a caller needs
 	Owner       string
@@ -43,7 +45,7 @@ func (t *Tool) capability(origin string) *call.Capability {
 	c := &call.Capability{
 		Kind: call.Tool, Name: t.Name, Title: t.Title, Description: t.Description, Icons: t.Icons,
 		Input: t.InputSchema, Output: t.OutputSchema, Annotations: t.Annotations, Meta: t.Meta,
-		Effect: t.Effect, Recovery: t.Recovery, Lookup: t.Lookup, Undo: t.Undo, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
+		Effect: t.Effect, Recovery: t.Recovery, Lookup: t.Lookup, Settle: t.Settle, Undo: t.Undo, Scopes: t.Scopes, Owner: t.Owner, Version: t.Version, Tags: t.Tags,
 		MaxResultBytes: t.MaxResultBytes, Origin: origin, Tasks: t.Tasks,
 	}
 	if prepare := t.Prepare; prepare != nil {

@@ -2,6 +2,7 @@ package call
 
 import (
 	"context"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 )
@@ -96,9 +97,12 @@ type Capability struct {
 
 	Effect Effect
 	// Recovery says what may be done when it is not known whether a call of the tool ran. Lookup
-	// names the tool that finds out, for RecoverLookup.
+	// names the tool that finds out, for RecoverLookup; Settle is how long after a call was sent that
+	// is not believed to find nothing, because the tool may still do it. 0: twice the longest time of
+	// the call.
 	Recovery Recovery
 	Lookup   string
+	Settle   time.Duration
 
 	// Depends says what the answers of what reads depend on. Reads is a prefix of the URIs of
 	// other resources that answers are made of, or "": when one is updated, earlier answers are old.

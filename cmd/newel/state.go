@@ -191,7 +191,7 @@ func effects(c *config.Effects) assembly.Effects {
 		if t.Undo.Tool != "" {
 			undo = &call.Undo{Tool: t.Undo.Tool, Args: t.Undo.Args}
 		}
-		e.Rules = append(e.Rules, effect.Rule{Undo: undo, Tool: t.Tool, Recovery: recoveries[t.Recovery], Lookup: t.Lookup, Required: t.Key == "required", Once: t.Once})
+		e.Rules = append(e.Rules, effect.Rule{Undo: undo, Tool: t.Tool, Recovery: recoveries[t.Recovery], Lookup: t.Lookup, Settle: t.Settle, Required: t.Key == "required", Once: t.Once})
 	}
 	return e
 }

@@ -51,6 +51,9 @@ func (h *House) openEffects(ctx context.Context, snapshot *catalog.Snapshot) err
 		if err := effect.CheckUndo(t.Undo); err != nil {
 			return fmt.Errorf("%s: the undo of the tool %q: %w", t.Origin, t.Name, err)
 		}
+		if err := effect.CheckSettle(t.Recovery, t.Settle); err != nil {
+			return fmt.Errorf("%s: the tool %q: %w", t.Origin, t.Name, err)
+		}
 	}
 	var err error
 	if err := h.openTasks(); err != nil {

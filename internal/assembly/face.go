@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 
@@ -232,6 +233,7 @@ func (f *face) openDoors(h *House) error {
 		MaxSessions: o.Limits.Sessions, MaxSessionsPerPeer: o.Limits.SessionsPerPeer, WriteTimeout: o.Limits.Connections.Write, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
 		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
 		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
+		ForwardTimeout: h.gate.Longest() + time.Second, // after what the other node says itself when the time is over
 	})
 	if err != nil {
 		return err

@@ -193,18 +193,29 @@ type passed struct {
 	Until     int64           `json:"u"` // unix milliseconds
 }
 
-// Forward passes a request on to another node and its answer back.
-func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, session string, who *call.Principal) {
+// ErrSilent says that a node took a request and did not begin to answer: it may have done what was
+// asked for.
+var ErrSilent = errors.New("it did not begin to answer in time")
+
+// Forward passes a request on to another node and its answer back. The answer has to begin within
+// limit, which counts from here; how long it then goes on is not bounded. failed answers the request
+// when it does not, with [ErrSilent], or when the node cannot be reached.
+func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, session string, who *call.Principal, limit time.Duration, failed func(err error)) {
 	target, err := url.Parse(to.Address)
 	if err != nil {
-		http.Error(w, "the node of this session has no address", http.StatusBadGateway)
+		failed(err)
 		return
 	}
 	token, err := c.seal(passed{Principal: who, To: to.Name, Session: session, Method: r.Method, Until: time.Now().Add(forwardIn).UnixMilli()})
 	if err != nil {
-		http.Error(w, "internal error", http.StatusInternalServerError)
+		failed(err)
 		return
 	}
+	// Not the transport's own bound, which begins when all is sent: a node that reads nothing is silent too.
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	silent := time.AfterFunc(limit, func() { cancel(ErrSilent) })
+	defer silent.Stop()
 	proxy := &httputil.ReverseProxy{
 		Transport: c.o.Transport, FlushInterval: -1,
 		ErrorLog: slog.NewLogLogger(c.o.Logger.Handler(), slog.LevelDebug),
@@ -213,13 +224,21 @@ func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, sessi
 			p.Out.Host = p.In.Host // the name that the client used: the other node checks it too
 			p.Out.Header.Set(header, token)
 		},
-		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+		ModifyResponse: func(*http.Response) error {
+			if !silent.Stop() {
+				return ErrSilent
+			}
+			return nil
+		},
+		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
+			if errors.Is(context.Cause(ctx), ErrSilent) {
+				err = ErrSilent // not what the transport makes of it
+			}
 			c.o.Logger.LogAttrs(r.Context(), slog.LevelWarn, "a session's node does not answer", slog.String("node", to.Address), slog.String("error", err.Error()))
-			w.Header().Set("Retry-After", "3")
-			http.Error(w, "the node of this session does not answer; try again in a moment", http.StatusServiceUnavailable)
+			failed(err)
 		},
 	}
-	proxy.ServeHTTP(w, r)
+	proxy.ServeHTTP(w, r.WithContext(ctx))
 }
 
 // Accept returns who sent a request that another node passed on; ok is false if none did. It fails if

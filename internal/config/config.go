@@ -336,6 +336,7 @@ type EffectTool struct {
 	Tool     string        `yaml:"tool" required:"true" doc:"Name of the tool; * stands for any text but /."`
 	Recovery string        `yaml:"recovery" enum:"none,safe,resend_same_key,lookup" default:"none" doc:"What may be done when it is not known whether a call ran. none: it is never run again. safe: running it again does no harm. resend_same_key: what runs it takes dev.newel/idempotencyKey and does it once. lookup: another tool tells."`
 	Lookup   string        `yaml:"lookup" doc:"For lookup: a tool that reads, takes {operation, arguments} and returns {found: true or false}, and the result if it has it."`
+	Settle   time.Duration `yaml:"settle" above:"0" doc:"For lookup: how long a call that is not found may still be done, counted from when it was last sent. Until then it is not sent again; callers are told when to come back. Longer than the tool may hold what was sent to it, hangs and queues included, and at most effects.retention; default: twice limits.call_timeout, of a task twice what its run may still take."`
 	Key      string        `yaml:"key" enum:"optional,required" default:"optional" doc:"Whether calls without an idempotency key are refused."`
 	Undo     EffectUndo    `yaml:"undo" doc:"What undoes a call, for newel undo."`
 	Once     time.Duration `yaml:"once" doc:"Calls without a key, by the same caller with the same arguments within this time, are one call. 0: they are two."`
@@ -553,6 +554,7 @@ func Load(name string, src []byte, modules []module.Module, secrets Lookup) (*Fi
 	d.servers(root, modules)
 	d.broker(root)
 	d.resilience(root)
+	d.effects(root)
 	if len(f.Config.Backends) == 0 && len(d.problems) == 0 {
 		d.problem(where(root), "backends", "nothing is served: both backends and mcpServers are missing or empty", "newel init writes a file to start from")
 	}

@@ -769,6 +769,7 @@ func (b *Batch) claim(u *Work) {
 	}
 	if u.Dispatch != nil && !again {
 		next.State = effect.Dispatched
+		next.Sent = b.Now
 		next.Index = b.append(u.Dispatch.Entry)
 	}
 	if replace {
@@ -855,7 +856,7 @@ func (b *Batch) remove(op *effect.Operation) {
 // Schema versions of engines. An engine opens what is one version older, and migrates it; it opens
 // what is one version newer, because each version only adds to what the one before reads.
 const (
-	Schema   = 3
+	Schema   = 4
 	Readable = Schema + 1
 )
 

@@ -38,22 +38,23 @@ const (
 
 // An Event is one line of a driver's log.
 type Event struct {
-	Time     int64  `json:"time"` // nanoseconds of the machine's clock
-	Until    int64  `json:"until,omitempty"`
-	Kind     string `json:"kind"`
-	Op       string `json:"op,omitempty"`
-	Attempt  int    `json:"attempt,omitempty"`
-	Tool     string `json:"tool,omitempty"`
-	Nonce    string `json:"nonce,omitempty"` // of the request
-	Point    string `json:"point,omitempty"`
-	Outcome  string `json:"outcome,omitempty"`
-	Got      string `json:"got,omitempty"`    // nonce of the answer
-	Answer   string `json:"answer,omitempty"` // digest of the answer, without the mark of a replay
-	Replayed bool   `json:"replayed,omitempty"`
-	Cycle    bool   `json:"cycle,omitempty"` // a fault that counts as one
-	Detail   string `json:"detail,omitempty"`
-	Subject  string `json:"subject,omitempty"` // id of a task or an approval
-	Status   string `json:"status,omitempty"`  // of it
+	Time     int64   `json:"time"` // nanoseconds of the machine's clock
+	Until    int64   `json:"until,omitempty"`
+	Kind     string  `json:"kind"`
+	Op       string  `json:"op,omitempty"`
+	Attempt  int     `json:"attempt,omitempty"`
+	Tool     string  `json:"tool,omitempty"`
+	Nonce    string  `json:"nonce,omitempty"` // of the request
+	Point    string  `json:"point,omitempty"`
+	Outcome  string  `json:"outcome,omitempty"`
+	Got      string  `json:"got,omitempty"`    // nonce of the answer
+	Answer   string  `json:"answer,omitempty"` // digest of the answer, without the mark of a replay
+	Replayed bool    `json:"replayed,omitempty"`
+	After    float64 `json:"after,omitempty"` // seconds until it is to be tried again
+	Cycle    bool    `json:"cycle,omitempty"` // a fault that counts as one
+	Detail   string  `json:"detail,omitempty"`
+	Subject  string  `json:"subject,omitempty"` // id of a task or an approval
+	Status   string  `json:"status,omitempty"`  // of it
 }
 
 // An Intent is what the audit log says of one operation's step.

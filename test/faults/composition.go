@@ -58,11 +58,21 @@ func (s *scene) disturbances() []disturbance {
 	stop := func(pid func() int) func() error { return func() error { return halt(pid()) } }
 	goOn := func(pid func() int) func() error { return func() error { return syscall.Kill(pid(), syscall.SIGCONT) } }
 	nothing := func() error { return nil }
+	var hung time.Time
 	victim := s.nodes[s.r.IntN(len(s.nodes))]
 	power := s.r.IntN(2) == 0
 	var down int64
 	return []disturbance{
-		{name: "the upstream hangs", begin: stop(s.ledger.PID), end: goOn(s.ledger.PID)},
+		{name: "the upstream hangs", begin: func() error {
+			hung = time.Now()
+			return halt(s.ledger.PID())
+		}, end: func() error {
+			err := syscall.Kill(s.ledger.PID(), syscall.SIGCONT)
+			if took := time.Since(hung); took > settleTime*3/4 {
+				return errors.Join(err, fmt.Errorf("the upstream hung for %v, and it was said to hold a call for at most %v: this says nothing", took, settleTime))
+			}
+			return err
+		}},
 		{name: "connections break", begin: func() error {
 			r := rand.New(rand.NewPCG(s.r.Uint64(), 19))
 			s.every(25*time.Millisecond, func() {
@@ -114,6 +124,9 @@ func (s *scene) disturbances() []disturbance {
 	}
 }
 
+// settleTime is how long a ledger that hangs may hold what was sent to it: longer than it hangs.
+const settleTime = 8 * time.Second
+
 // everythingAtOnce has two to four faults at once, chosen by the seed, while a crowd calls.
 func everythingAtOnce(l *lane) error {
 	s := &scene{lane: l, r: rand.New(rand.NewPCG(l.options.seed, hash("E19 "+l.engine))), redis: engines.Redis(l.host)}
@@ -135,6 +148,7 @@ func everythingAtOnce(l *lane) error {
 	if err := s.authority.publish(k); err != nil {
 		return err
 	}
+	l.settles = fmt.Sprintf(", settle: %s", settleTime)
 	l.longest = "3s" // an outcome that a full disk does not take is held for that and ten seconds
 	s.sections = func(mark string) string {
 		return s.authority.auth() + fmt.Sprintf(`redis: {url: "${env:NEWEL_FAULTS_REDIS}"}
@@ -184,7 +198,6 @@ func (s *scene) round() (names []string, err error) {
 		chosen = append(chosen, i)
 		names = append(names, d.name)
 	}
-	s.slow = slices.Contains(names, "the upstream hangs")
 	held := time.Duration(800+s.r.IntN(600)) * time.Millisecond
 	var gaps []time.Duration
 	for range chosen {

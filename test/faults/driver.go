@@ -93,7 +93,8 @@ var errCut = fmt.Errorf("cut off by the driver")
 // understand says what an answer means.
 func understand(e *Event, status int, body []byte, o *operation) {
 	type failure struct {
-		Code string `json:"code"`
+		Code  string  `json:"code"`
+		After float64 `json:"retryAfterSeconds"`
 	}
 	var m struct {
 		Result *struct {
@@ -122,12 +123,12 @@ func understand(e *Event, status int, body []byte, o *operation) {
 	code := ""
 	switch {
 	case m.Error != nil:
-		code, e.Detail = m.Error.Data.Code, m.Error.Message
+		code, e.After, e.Detail = m.Error.Data.Code, m.Error.Data.After, m.Error.Message
 	case r == nil:
 		e.Outcome, e.Detail = refused, fmt.Sprintf("neither result nor error: %.200s", body)
 		return
 	case r.IsError:
-		code, e.Detail = r.Meta.Failure.Code, fmt.Sprintf("%.300s", r.Content)
+		code, e.After, e.Detail = r.Meta.Failure.Code, r.Meta.Failure.After, fmt.Sprintf("%.300s", r.Content)
 	case r.Type == "input_required":
 		e.Outcome, o.State = asked, r.State
 		return

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -33,6 +34,7 @@ func scenarios() []task {
 		{name: "E19", engine: "sqlite", nodes: 1, do: everythingAtOnce},
 		{name: "E19", engine: "postgres", nodes: 2, own: true, do: everythingAtOnce},
 		{name: "lookup", nodes: 1, do: finderDies},
+		{name: "settle", nodes: 1, do: ledgerHolds},
 		{name: "mrtr", nodes: 1, do: stateIsUsedAgain},
 		{name: "two", engine: "postgres", nodes: 2, do: holderSleeps},
 	}
@@ -187,7 +189,11 @@ func clockJumps(l *lane) error {
 		told := l.operation("plain")
 		l.try(told, n.addr, way{})
 		kept = append(kept, told)
-		held := l.operation([]string{"resend", "plain"}[l.rand.IntN(2)])
+		tool := []string{"resend", "plain"}[l.rand.IntN(2)]
+		if by[0] == '-' {
+			tool = "lookup" // when it was sent is in the future now
+		}
+		held := l.operation(tool)
 		if err := n.arm("K4"); err != nil {
 			return err
 		}
@@ -318,7 +324,9 @@ func finderDies(l *lane) error {
 		if err := n.arm(then); err != nil {
 			return err
 		}
-		l.try(o, n.addr, way{})
+		for l.try(o, n.addr, way{}).Outcome == unknown && time.Since(o.Broken) < l.patience() {
+			<-time.After(10 * time.Millisecond) // it was sent too short a while ago
+		}
 		if err := l.gone(n, then); err != nil {
 			return err
 		}
@@ -329,6 +337,76 @@ func finderDies(l *lane) error {
 		l.pending = append(l.pending, o)
 		l.settleAll(n.addr, true)
 	}
+	return nil
+}
+
+// ledgerHolds has the ledger take calls and do them, or not, when nobody waits any more. What it does
+// not find meanwhile may not be sent again before the settle time is over; what it never does has to
+// be, then.
+func ledgerHolds(l *lane) error {
+	const settle, longest = 2 * time.Second, 200 * time.Millisecond
+	n := l.nodes[0]
+	l.settles = fmt.Sprintf(", settle: %s", settle)
+	if err := l.rewrite(n, "resilience: {breaker: {failures: 1000}}\nbackends:\n"+backend("ledger", l.ledgers, fmt.Sprintf(", call_timeout: %s", longest))); err != nil {
+		return err
+	}
+	if err := l.restart(n, false); err != nil {
+		return err
+	}
+	early := 0
+	for i := range 6 {
+		o := l.operation("lookup")
+		l.touched(o, "settle")
+		begun := time.Now()
+		held := true
+		switch {
+		case i%3 == 0:
+			o.Args.Delay = int(settle.Milliseconds() / 2)
+		case i%3 == 1: // it is never done
+			held = false
+			if err := l.plan(plan{Step: "request"}); err != nil {
+				return err
+			}
+		default: // the process ends that waits for it
+			o.Args.Delay = int(settle.Milliseconds() / 2)
+			if err := l.plan(plan{Step: "request", PID: n.PID(), Signal: syscall.SIGKILL, Run: true}); err != nil {
+				return err
+			}
+		}
+		e := l.try(o, n.addr, way{})
+		if i%3 == 2 {
+			if err := l.gone(n, "request"); err != nil {
+				return err
+			}
+			if err := l.restart(n, false); err != nil {
+				return err
+			}
+		} else if e.Outcome != unknown {
+			l.expect("settle", "a call that nobody answers ended as %s: %s", e.Outcome, e.Detail)
+		}
+		for e.Outcome != succeeded && time.Since(o.Broken) < l.patience() {
+			<-time.After(20 * time.Millisecond)
+			e = l.try(o, n.addr, way{})
+			if e.Outcome == unknown && e.After > 0 {
+				early++
+			}
+			if e.Outcome == unknown && (e.After <= 0 || e.After > settle.Seconds()) && !strings.Contains(e.Detail, "took longer") {
+				l.expect("settle", "too early it says to come again in %v seconds: %s", e.After, e.Detail)
+			}
+		}
+		if e.Outcome != succeeded {
+			l.expect("settle", "I7: it did not come to an end: %s %s", e.Outcome, e.Detail)
+		}
+		if took := time.Since(begun); !held && took < settle {
+			l.expect("settle", "I1: a call that may still have been done was sent again after %v", took)
+		}
+		l.try(o, n.addr, way{})
+		l.incident("settle")
+	}
+	if early == 0 {
+		l.expect("settle", "nothing was looked for too early")
+	}
+	l.measure("settle", "%d lookups found nothing while the ledger might still have done the call; settle time %v", early, settle)
 	return nil
 }
 

@@ -43,7 +43,7 @@ type lane struct {
 	server  *engines.Server
 	dsn     string
 	longest string           // call, in configurations of scenarios; "": 20s
-	slow    bool             // the ledger may do later what it does not say it did: nobody can look that up
+	settles string           // what configurations of scenarios say of how long the ledger may hold a call
 	token   string           // that operations are called with, or ""
 	report  func(cycles int) // progress
 
@@ -69,7 +69,10 @@ func (l *lane) patience() time.Duration { return l.lease() + 30*time.Second }
 
 // newLane starts a ledger and writes the configuration of nodes.
 func newLane(o *options, h *host, engine, name string, nodes int, server *engines.Server, dsn, extra string) (*lane, error) {
-	l := &lane{options: o, engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, report: func(int) {}}
+	l := &lane{options: o, engine: engine, dir: filepath.Join(o.dir, name), rand: rand.New(rand.NewPCG(o.seed, hash(name))), host: h, server: server, dsn: dsn, settles: ", settle: 50ms", report: func(int) {}}
+	if extra != "" {
+		l.settles = "" // its retention is shorter
+	}
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -88,7 +91,7 @@ func newLane(o *options, h *host, engine, name string, nodes int, server *engine
 		return nil, err
 	}
 	for i := range nodes {
-		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, l.state(), extra)
+		n, err := newNode(o.binary, filepath.Join(l.dir, fmt.Sprintf("node%d", i+1)), l.ledgers, l.state(), extra, l.settles)
 		if err != nil {
 			return nil, err
 		}
@@ -406,9 +409,6 @@ func (l *lane) crowd(clients int, point string, addr func() string, stop <-chan 
 	var all sync.WaitGroup
 	var mu sync.Mutex
 	tools := []string{"plain", "resend", "lookup"}
-	if l.slow {
-		tools = tools[:2]
-	}
 	for range clients {
 		all.Go(func() {
 			for n := 0; ; n++ {

@@ -60,6 +60,12 @@ func mutants() []mutant {
 		{"what is looked up runs again", "sqlite", 60, "none", []edit{
 			{effect + "keyed.go", "	if found {\n", "	if found && false {\n"},
 		}},
+		{"a lookup is believed at once", "sqlite", 0, "settle", []edit{
+			{effect + "keyed.go", "	if left := o.settle(ctx) - mine.Since; left > 0 {", "	if left := o.settle(ctx) - mine.Since; false {"},
+		}},
+		{"looking begins the settle time anew", "sqlite", 0, "settle", []edit{
+			{effect + "store.go", "		if next.Sent == 0 || next.Sent > now {", "		if true {"},
+		}},
 		{"who looks forgets that it may have run", "sqlite", 0, "lookup", []edit{
 			{effect + "store.go", "	if next.State != Dispatched && next.State != Unknown {", "	if true {"},
 		}},

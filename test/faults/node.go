@@ -41,7 +41,7 @@ type node struct {
 }
 
 // newNode writes the configuration of a node. state is the section of that name.
-func newNode(binary, dir, ledger, state string, extra string) (*node, error) {
+func newNode(binary, dir, ledger, state, extra, settles string) (*node, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -56,7 +56,7 @@ effects:
   wait: 100ms
 %s  tools:
     - {tool: resend, recovery: resend_same_key}
-    - {tool: lookup, recovery: lookup, lookup: find}
+    - {tool: lookup, recovery: lookup, lookup: find%s}
 limits: {call_timeout: 20s, max_result_bytes: 4194304, max_result_tokens: 4194304}
 backends:
   - type: mcp
@@ -66,7 +66,7 @@ backends:
     tools:
       - {name: find, effect: read}
       - {name: "*", effect: write}
-`, addr, state, extra, ledger)
+`, addr, state, extra, settles, ledger)
 	n := &node{dir: dir, addr: addr, binary: binary}
 	if err := os.WriteFile(filepath.Join(dir, "newel.yaml"), []byte(config), 0o600); err != nil {
 		return nil, err

@@ -28,9 +28,9 @@ effects:
   wait: 100ms
   tools:
     - {tool: resend, recovery: resend_same_key}
-    - {tool: lookup, recovery: lookup, lookup: find}
+    - {tool: lookup, recovery: lookup, lookup: find%s}
 limits: {call_timeout: %s, max_result_bytes: 4194304, max_result_tokens: 4194304}
-%s`, n.addr, l.state(), cmp.Or(l.longest, "20s"), sections)
+%s`, n.addr, l.state(), l.settles, cmp.Or(l.longest, "20s"), sections)
 	return n.write(text)
 }
 
@@ -205,6 +205,7 @@ const hangTime = time.Second
 // connections for it. The first node has it and a calm one; the second has two calm ones, and the
 // same load: what its calls take is the measure of the others', at the same time on the same machine.
 func upstreamHangs(l *lane) error {
+	l.settles = ", settle: 10s" // as long as it hangs, at least until nothing is sent to it any more
 	hung, calm := l.nodes[0], l.nodes[1]
 	l.nodes = l.nodes[:1] // the other has a log of its own, and reads
 	defer func() {

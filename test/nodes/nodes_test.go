@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -31,7 +32,7 @@ type node struct {
 }
 
 // start runs a node. All in dir share what is in it.
-func start(t *testing.T, dir, name, redis string) *node {
+func start(t *testing.T, dir, name, redis string, more ...string) *node {
 	t.Helper()
 	addr := program.Address(t)
 	config := filepath.Join(dir, name+".yaml")
@@ -46,7 +47,7 @@ backends:
   - type: knowledge
     name: kb
     sources: [{name: docs, path: docs}]
-`, addr, name, name, addr)
+%s`, addr, name, name, addr, strings.Join(more, ""))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -210,6 +211,25 @@ func TestSessionsOutliveTheirNode(t *testing.T) {
 		t.Errorf("DELETE: %d", resp.StatusCode)
 	}
 	poll(t, 30*time.Second, "the session does not end", b, func() bool { return b.search(session, 6).status == http.StatusNotFound })
+}
+
+// A node that is stopped takes requests for a session of its own, and says nothing: another one that they
+// came to tells their clients so, and goes on with the session once it counts as gone.
+func TestFrozenNode(t *testing.T) {
+	dir, redis := world(t)
+	const limits = "limits: {queue_timeout: 1s, call_timeout: 1s}\n"
+	a, b := start(t, dir, "a", redis, limits), start(t, dir, "b", redis, limits)
+	session := a.open()
+	if r := b.search(session, 2); !r.found() {
+		t.Fatalf("by way of another node: %+v", r)
+	}
+	if err := a.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if r := b.search(session, 3); r.status != http.StatusGatewayTimeout || !strings.Contains(r.body, `"outcome_unknown"`) || !strings.Contains(r.body, `"id":3`) {
+		t.Errorf("its node is stopped: %+v", r)
+	}
+	poll(t, 20*time.Second, "the session does not go on", b, func() bool { return b.search(session, 4).found() })
 }
 
 // A node that ends in order leaves its sessions to the others at once: no request fails.

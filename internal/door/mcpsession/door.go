@@ -59,6 +59,9 @@ type Options struct {
 	Cluster *cluster.Cluster
 	Events  mcp.EventStore
 	Scope   string
+	// ForwardTimeout is how long the node that has a session may take until it begins to answer. A stream
+	// that is resumed and has nothing to say for that long has to be asked for again. [66 s]
+	ForwardTimeout time.Duration
 
 	Crowded func() bool // while it says so no session begins; nil: it never does
 
@@ -166,6 +169,9 @@ func setDefaults(o *Options) {
 	}
 	if o.MaxStreamsPerSession == 0 {
 		o.MaxStreamsPerSession = 64
+	}
+	if o.ForwardTimeout == 0 {
+		o.ForwardTimeout = 66 * time.Second
 	}
 	if o.IdleTimeout == 0 {
 		o.IdleTimeout = 30 * time.Minute

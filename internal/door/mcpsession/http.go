@@ -40,7 +40,7 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	if d.o.Cluster != nil && session != "" {
-		if !d.here(session) && d.elsewhere(w, r, session, &message) {
+		if !d.here(session) && d.elsewhere(w, r, session, &message, g.o.ForwardTimeout) {
 			return
 		}
 		d.remember(r.Context(), session, nil)

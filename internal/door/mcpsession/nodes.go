@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json" // the SDK's types speak encoding/json
+	"errors"
 	"io"
 	"log/slog"
 	"net/http"
@@ -11,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/modelcontextprotocol/go-sdk/auth"
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
@@ -109,7 +111,7 @@ func (d *Door) here(session string) bool {
 
 // elsewhere serves a request of a session that this node does not have, and reports whether it did:
 // by the node that has it, or, from now on, by this one, which is then the caller's to do.
-func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, session string, m *message) (done bool) {
+func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, session string, m *message, limit time.Duration) (done bool) {
 	found, ok, err := d.o.Cluster.Find(r.Context(), d.clusterID(session))
 	switch {
 	case err != nil:
@@ -122,8 +124,25 @@ func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, session string,
 	case found.Node.Name == "":
 		return !d.adopt(w, r, session, found.Session.User, found.Session.State, m)
 	}
-	d.o.Cluster.Forward(w, r, found.Node, session, mcpwire.PrincipalOf(r.Context()))
+	d.o.Cluster.Forward(w, r, found.Node, session, mcpwire.PrincipalOf(r.Context()), limit, func(err error) { unanswered(w, m, err) })
 	return true
+}
+
+// unanswered is what a client gets whose session's node does not answer. What a silent one was asked for
+// may have been done.
+func unanswered(w http.ResponseWriter, m *message, err error) {
+	f := &mcpwire.Failure{ID: m.id, Status: http.StatusServiceUnavailable, Code: -31503, Message: "the node of this session does not answer; try again in a moment"}
+	silent := errors.Is(err, cluster.ErrSilent)
+	if silent {
+		f.Status, f.Code = http.StatusGatewayTimeout, -31504
+	}
+	if silent && m.id != nil {
+		f.Code, f.Data = -31520, jsontext.Value(`{"code":"outcome_unknown","retryable":false}`)
+		f.Message = "the node of this session did not answer in time, and it is not known whether this was done; with an idempotency key it can be sent again, with the same one"
+	} else {
+		w.Header().Set("Retry-After", "3")
+	}
+	refuse(w, f)
 }
 
 // adopt goes on with a session whose node is gone.

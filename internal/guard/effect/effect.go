@@ -73,7 +73,10 @@ type Rule struct {
 	Tool     string        // name; * stands for any text but /
 	Recovery call.Recovery // RecoverNone: what the tool itself says
 	Lookup   string        // tool for RecoverLookup
-	Required bool          // calls without a key are refused
+	// Settle is how long after a call was last sent a lookup that does not find it is not believed: until
+	// then the tool may still do it. 0: twice the longest time of the call. Not longer than Retention.
+	Settle   time.Duration
+	Required bool // calls without a key are refused
 	// Once makes a key of who calls what with which arguments, for calls that bring none: the same
 	// call within this time is answered from the first. 0: they are two calls.
 	Once time.Duration
@@ -113,9 +116,15 @@ func New(o Options) (*Effects, error) {
 		if (r.Recovery == call.RecoverLookup) != (r.Lookup != "") {
 			return nil, fmt.Errorf("effect: the recovery of %q by lookup and the tool to look with go together", r.Tool)
 		}
+		if err := CheckSettle(r.Recovery, r.Settle); err != nil {
+			return nil, fmt.Errorf("effect: %q: %w", r.Tool, err)
+		}
+		if r.Settle > or(o.Retention, retention) {
+			return nil, fmt.Errorf("effect: the settle time of %q is longer than answers are kept, %s", r.Tool, or(o.Retention, retention))
+		}
 	}
 	o.Wait = or(o.Wait, 5*time.Second)
-	o.Retention = or(o.Retention, 24*time.Hour)
+	o.Retention = or(o.Retention, retention)
 	o.Deadline = or(o.Deadline, time.Minute)
 	o.MaxAnswer = or(o.MaxAnswer, 1<<20)
 	if o.Logger == nil {
@@ -138,6 +147,19 @@ func New(o Options) (*Effects, error) {
 	return &Effects{o: o, store: o.Store, box: box, secret: string(once), reads: newReads(o.Store, o.Logger), log: o.Logger}, nil
 }
 
+const retention = 24 * time.Hour // if nobody says otherwise
+
+// CheckSettle returns what is wrong with the time after which a lookup is believed; nil is good.
+func CheckSettle(r call.Recovery, settle time.Duration) error {
+	switch {
+	case settle < 0:
+		return errors.New("the settle time is below zero")
+	case settle > 0 && r != call.RecoverLookup:
+		return errors.New("a settle time is for the recovery by lookup alone")
+	}
+	return nil
+}
+
 func or[T ~int | ~int64](v, otherwise T) T {
 	if v == 0 {
 		return otherwise
@@ -150,11 +172,11 @@ func (e *Effects) Retention() time.Duration { return e.o.Retention }
 
 // rule returns what counts for a tool.
 func (e *Effects) rule(t *call.Capability) Rule {
-	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup, Undo: t.Undo}
+	own := Rule{Recovery: t.Recovery, Lookup: t.Lookup, Settle: t.Settle, Undo: t.Undo}
 	for _, r := range e.o.Rules {
 		if ok, _ := path.Match(r.Tool, t.Name); ok { // checked by New
 			if r.Recovery == call.RecoverNone {
-				r.Recovery, r.Lookup = own.Recovery, own.Lookup
+				r.Recovery, r.Lookup, r.Settle = own.Recovery, own.Lookup, own.Settle
 			}
 			if r.Undo == nil {
 				r.Undo = own.Undo

@@ -593,6 +593,9 @@ func TestNewRefuses(t *testing.T) {
 		"pattern":  {Store: inmem.New(), Rules: []effect.Rule{{Tool: "["}}},
 		"lookup":   {Store: inmem.New(), Rules: []effect.Rule{{Tool: "a", Recovery: call.RecoverLookup}}},
 		"once":     {Store: inmem.New(), Rules: []effect.Rule{{Tool: "a", Once: -1}}},
+		"settle":   {Store: inmem.New(), Rules: []effect.Rule{{Tool: "a", Recovery: call.RecoverLookup, Lookup: "b", Settle: -1}}},
+		"alone":    {Store: inmem.New(), Rules: []effect.Rule{{Tool: "a", Recovery: call.RecoverSafe, Settle: time.Second}}},
+		"too long": {Store: inmem.New(), Retention: time.Hour, Rules: []effect.Rule{{Tool: "a", Recovery: call.RecoverLookup, Lookup: "b", Settle: 61 * time.Minute}}},
 	} {
 		if _, err := effect.New(o); err == nil {
 			t.Errorf("%s is accepted", name)

@@ -426,7 +426,8 @@ type Finding struct {
 }
 
 // lookup asks a tool that reads whether the operation took place. The tool gets the name of the
-// operation and the arguments of the call. It holds the operation meanwhile.
+// operation and the arguments of the call. It holds the operation meanwhile. A tool that finds it is
+// believed at once, one that does not only if it was asked long enough after the call was sent.
 func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, error) {
 	tool := o.find(o.rule.Lookup)
 	if tool == nil || tool.Kind != call.Tool || tool.Effect != call.Read {
@@ -450,6 +451,12 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 	if found {
 		return o.conclude(ctx, &mine, looked, nil)
 	}
+	if left := o.settle(ctx) - mine.Since; left > 0 {
+		if _, failed := o.end(ctx, &mine, Unknown, nil, nil, call.OutcomeUnknown.String()); failed != nil {
+			return nil, o.unstored(ctx, op, failed)
+		}
+		return nil, o.unsettled(left)
+	}
 	faultpoint.Reached(faultpoint.Held)
 	o.res.Expect, o.res.From, o.res.Holder = mine.Fence, mine.Holder, rand.Text()
 	mine, held, err = o.dispatch(ctx)
@@ -460,6 +467,25 @@ func (o *operation) lookup(ctx context.Context, op *Operation) (*call.Result, er
 		return nil, busy()
 	}
 	return o.runToEnd(ctx, mine)
+}
+
+// settle is how long a lookup that finds nothing is not believed: what was sent may wait in a queue of
+// the tool, and be done long after nobody waits for its answer. Without a word of the operator that is
+// the longest time of the call, and once more as long for a tool that took it at its very end.
+func (o *operation) settle(ctx context.Context) time.Duration {
+	if o.rule.Settle > 0 {
+		return o.rule.Settle
+	}
+	return 2 * max(o.o.Deadline, o.limit(ctx)) // a run of a task may take longer than a call
+}
+
+// unsettled is what a caller gets whose call was not found while it may still be done.
+func (o *operation) unsettled(left time.Duration) error {
+	e := call.AsError(o.unknown(call.Errorf(call.OutcomeUnknown, "this call is not found, but the tool may still do what was sent to it")))
+	if e.Retryable {
+		e.RetryAfter = left
+	}
+	return e
 }
 
 // look runs the lookup tool.

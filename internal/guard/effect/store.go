@@ -46,6 +46,7 @@ type Operation struct {
 	Fence       int64  // counts who held it; who has an older number may not write
 	Holder      string // who holds it: one attempt of one caller
 	Until       int64  // end of the lease
+	Sent        int64  // when its intent was last committed; 0: never, or by an older program
 	Round       []byte // Waiting: SHA-256 of the state that continues it
 	Ended       int64  // when it ended, or 0
 	Retain      int64  // microseconds to keep it after that
@@ -58,6 +59,8 @@ type Operation struct {
 	// Lease is how long it is still held by somebody, 0 if it is not; set by the engine on reading.
 	Lease time.Duration
 	Past  bool // its retention is over; set by the engine on reading
+	// Since is how long ago it was Sent, 0 if it never was; set by the engine on reading.
+	Since time.Duration
 }
 
 // A Reservation claims an operation: a new one, or, with Expect, one that the caller has seen.
@@ -164,6 +167,9 @@ func (r *Reservation) Claim(now int64, op *Operation) (next Operation, held, rep
 		next.State = Reserved
 	} else {
 		next.State = Dispatched
+		if next.Sent == 0 || next.Sent > now { // an older program sent it, or the clock was set back: it may have been just now
+			next.Sent = now
+		}
 	}
 	next.Holder = r.Holder
 	next.Fence++
@@ -220,7 +226,7 @@ func (op *Operation) Expired(now int64, forget bool) bool {
 	return op.State.Ended() && (op.State != Unknown || forget || op.Scope == nil) && now-op.Ended > op.Retain
 }
 
-// At sets Lease and Past for a reader at time now.
+// At sets Lease, Past and Since for a reader at time now.
 func (op *Operation) At(now int64) Operation {
 	out := *op
 	out.Lease = max(0, time.Duration(op.Until-now)*time.Microsecond)
@@ -228,5 +234,8 @@ func (op *Operation) At(now int64) Operation {
 		out.Lease = 0
 	}
 	out.Past = op.Expired(now, false)
+	if op.Sent > 0 {
+		out.Since = max(0, time.Duration(now-op.Sent)*time.Microsecond)
+	}
 	return out
 }

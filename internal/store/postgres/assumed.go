@@ -27,7 +27,7 @@ var statements = map[string]string{
 	// It locks the head of the tree like begin. It fails if the head is not the one that this node wrote
 	// last, or the clock is not about what this node takes it for: division by zero.
 	stHead: "SELECT 1 / count(*) FROM (SELECT FROM newel_head WHERE id = 1 AND size = $1 AND edge = $2 AND abs(" + clock + " - $3) < 1000000 FOR UPDATE) AS head",
-	stAdd: `COPY newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
+	stAdd: `COPY newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo, sent)
 	FROM STDIN (FORMAT binary)`,
 	// It fails, too, if one of them does not stand as this node left it. It sets all that an outcome changes.
 	stEnd: fmt.Sprintf(`WITH changed AS (
@@ -193,7 +193,7 @@ func edgeOf(e *audit.Edge) []byte {
 
 // operation writes a row of stAdd.
 func (w *wire) operation(op *effect.Operation, node string) {
-	w.int16(18)
+	w.int16(19)
 	w.text(op.ID)
 	w.bytea(op.Scope)
 	w.bytea(op.Fingerprint)
@@ -212,6 +212,7 @@ func (w *wire) operation(op *effect.Operation, node string) {
 	w.text(op.Server)
 	w.text(op.Tool)
 	w.bytea(op.Undo)
+	w.bigint(op.Sent)
 }
 
 // outcomes writes stEnd.

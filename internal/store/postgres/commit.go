@@ -123,7 +123,7 @@ func (db *DB) committed(ctx context.Context, token string) (bool, error) {
 // selectOps reads operations; those of a node that is gone are held by nobody.
 var selectOps = fmt.Sprintf(`SELECT o.id, o.scope, o.fingerprint, o.state, o.fence, o.holder,
 	CASE WHEN o.state IN (%d, %d) AND (n.seen IS NULL OR n.seen < clock_timestamp() - interval '%d seconds') THEN 0 ELSE o.until END,
-	o.round, o.ended, o.retain, o.idx, o.answer, o.undo, o.tenant, o.principal, o.server, o.tool
+	o.round, o.ended, o.retain, o.idx, o.answer, o.undo, o.tenant, o.principal, o.server, o.tool, o.sent
 	FROM newel_operations o LEFT JOIN newel_nodes n ON n.id = o.node `, effect.Reserved, effect.Dispatched, int(silent.Seconds()))
 
 // begin locks the head of the tree and reads what the work names. Whoever has the lock writes alone,
@@ -203,15 +203,15 @@ func (db *DB) begin(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 }
 
 const (
-	addOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)
-	SELECT id, scope, fingerprint, state, fence, holder, $18, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo FROM
-	unnest($1::text[], $2::bytea[], $3::bytea[], $4::smallint[], $5::bigint[], $6::text[], $7::bigint[], $8::bytea[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bytea[], $13::text[], $14::text[], $15::text[], $16::text[], $17::bytea[])
-	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo)`
+	addOps = `INSERT INTO newel_operations (id, scope, fingerprint, state, fence, holder, node, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo, sent)
+	SELECT id, scope, fingerprint, state, fence, holder, $19, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo, sent FROM
+	unnest($1::text[], $2::bytea[], $3::bytea[], $4::smallint[], $5::bigint[], $6::text[], $7::bigint[], $8::bytea[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bytea[], $13::text[], $14::text[], $15::text[], $16::text[], $17::bytea[], $18::bigint[])
+	AS u(id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo, sent)`
 	// changeOps fails, and the transaction with it, if not all of them are there: division by zero.
 	changeOps = `WITH changed AS (
-	UPDATE newel_operations o SET state = u.state, fence = u.fence, holder = u.holder, node = $12, until = u.until, round = u.round, ended = u.ended, retain = u.retain, idx = u.idx, answer = u.answer, undo = u.undo
-	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[])
-	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo) WHERE o.id = u.id RETURNING 1)
+	UPDATE newel_operations o SET state = u.state, fence = u.fence, holder = u.holder, node = $13, until = u.until, round = u.round, ended = u.ended, retain = u.retain, idx = u.idx, answer = u.answer, undo = u.undo, sent = u.sent
+	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[], $12::bigint[])
+	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo, sent) WHERE o.id = u.id RETURNING 1)
 	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
 	divisionByZero = "22012"
 
@@ -280,13 +280,13 @@ func columnsOf(ops []*effect.Operation) []any {
 	id, holder, tenant, principal, server, tool := make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
 	scope, fingerprint, round, answer, undo := make([][]byte, n), make([][]byte, n), make([][]byte, n), make([][]byte, n), make([][]byte, n)
 	state := make([]int16, n)
-	fence, until, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+	fence, until, sent, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
 	for i, op := range ops {
 		id[i], scope[i], fingerprint[i], state[i], fence[i], holder[i] = op.ID, op.Scope, op.Fingerprint, int16(op.State), op.Fence, op.Holder
 		until[i], round[i], ended[i], retain[i], idx[i], answer[i] = op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer
-		tenant[i], principal[i], server[i], tool[i], undo[i] = op.Tenant, op.Principal, op.Server, op.Tool, op.Undo
+		tenant[i], principal[i], server[i], tool[i], undo[i], sent[i] = op.Tenant, op.Principal, op.Server, op.Tool, op.Undo, op.Sent
 	}
-	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo}
+	return []any{id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, tenant, principal, server, tool, undo, sent}
 }
 
 // perRow is about what an encoded row takes beside its texts and bytes.
@@ -308,17 +308,17 @@ func stateOf(ops []*effect.Operation) []any {
 	id, holder := make([]string, n), make([]string, n)
 	round, answer, undo := make([][]byte, n), make([][]byte, n), make([][]byte, n)
 	state := make([]int16, n)
-	fence, until, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
+	fence, until, sent, ended, retain, idx := make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n), make([]int64, n)
 	for i, op := range ops {
 		id[i], state[i], fence[i], holder[i], until[i], round[i] = op.ID, int16(op.State), op.Fence, op.Holder, op.Until, op.Round
-		ended[i], retain[i], idx[i], answer[i], undo[i] = op.Ended, op.Retain, op.Index, op.Answer, op.Undo
+		ended[i], retain[i], idx[i], answer[i], undo[i], sent[i] = op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Sent
 	}
-	return []any{id, state, fence, holder, until, round, ended, retain, idx, answer, undo}
+	return []any{id, state, fence, holder, until, round, ended, retain, idx, answer, undo, sent}
 }
 
 func scan(row pgx.CollectableRow) (op effect.Operation, err error) {
 	var state int16
-	err = row.Scan(&op.ID, &op.Scope, &op.Fingerprint, &state, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Undo, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
+	err = row.Scan(&op.ID, &op.Scope, &op.Fingerprint, &state, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Undo, &op.Tenant, &op.Principal, &op.Server, &op.Tool, &op.Sent)
 	op.State = effect.State(state)
 	return op, err
 }

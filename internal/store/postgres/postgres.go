@@ -128,6 +128,8 @@ CREATE INDEX newel_tasks_open ON newel_tasks (id) WHERE state < 4;
 CREATE INDEX newel_tasks_mine ON newel_tasks (owner, id);
 CREATE INDEX newel_tasks_busy ON newel_tasks (owner) WHERE state < 4;
 CREATE INDEX newel_tasks_ended ON newel_tasks (expires) WHERE state >= 4;
+`, `
+ALTER TABLE newel_operations ADD COLUMN sent bigint NOT NULL DEFAULT 0;
 `}
 
 // migrationLock keeps nodes that start together from migrating together.

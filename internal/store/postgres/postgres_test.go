@@ -192,7 +192,7 @@ func TestMigration(t *testing.T) {
 	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
 		t.Fatal(held, err)
 	}
-	if _, err := db.pool.Exec(t.Context(), "DROP TABLE newel_tasks; DROP TABLE newel_approvals; ALTER TABLE newel_operations DROP COLUMN undo; UPDATE newel_meta SET value = '1' WHERE key = 'schema'"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "DROP TABLE newel_tasks; DROP TABLE newel_approvals; ALTER TABLE newel_operations DROP COLUMN undo; ALTER TABLE newel_operations DROP COLUMN sent; UPDATE newel_meta SET value = '1' WHERE key = 'schema'"); err != nil {
 		t.Fatal(err)
 	}
 	db = open(t, dsn, key)
@@ -207,14 +207,18 @@ func TestMigration(t *testing.T) {
 func TestSchema(t *testing.T) {
 	dsn, key := engines.Postgres(t), secret.RandomKey()
 	db := open(t, dsn, key)
-	if _, err := db.pool.Exec(t.Context(), "DROP TABLE newel_tasks; UPDATE newel_meta SET value = '2' WHERE key = 'schema'"); err != nil {
+	before := storetest.Reservation("before")
+	if _, held, err := dispatch(t.Context(), db, &before); err != nil || !held {
+		t.Fatal(held, err)
+	}
+	if _, err := db.pool.Exec(t.Context(), "ALTER TABLE newel_operations DROP COLUMN sent; UPDATE newel_meta SET value = '3' WHERE key = 'schema'"); err != nil {
 		t.Fatal(err)
 	}
 	db = open(t, dsn, key)
-	if _, err := db.CountTasks(t.Context()); err != nil {
-		t.Errorf("one version on: %v", err)
+	if op, err := db.Operation(t.Context(), before.ID); err != nil || op.State != effect.Dispatched || op.Sent != 0 {
+		t.Errorf("one version on: %+v, %v", op, err)
 	}
-	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '4' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '5' WHERE key = 'schema'; ALTER TABLE newel_operations ADD COLUMN later text; ALTER TABLE newel_audit ADD COLUMN later text"); err != nil {
 		t.Fatal(err)
 	}
 	db = open(t, dsn, key)
@@ -222,7 +226,7 @@ func TestSchema(t *testing.T) {
 	if _, held, err := dispatch(t.Context(), db, &r); err != nil || !held {
 		t.Errorf("one version back: %v, %v", held, err)
 	}
-	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '5' WHERE key = 'schema'"); err != nil {
+	if _, err := db.pool.Exec(t.Context(), "UPDATE newel_meta SET value = '6' WHERE key = 'schema'"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(t.Context(), secret.New(dsn), key); err == nil || !strings.Contains(err.Error(), "newer program") {
@@ -425,7 +429,7 @@ func TestStages(t *testing.T) {
 func TestOutcomeColumns(t *testing.T) {
 	op := effect.Operation{
 		ID: "id", Scope: []byte("scope"), Fingerprint: []byte("print"), State: effect.Dispatched, Fence: 3, Holder: "holder", Until: 5, Round: []byte("round"), Ended: 6,
-		Retain: 7, Index: 8, Answer: []byte("answer"), Undo: []byte("undo"), Tenant: "tenant", Principal: "principal", Server: "server", Tool: "tool",
+		Retain: 7, Index: 8, Answer: []byte("answer"), Undo: []byte("undo"), Tenant: "tenant", Principal: "principal", Server: "server", Tool: "tool", Sent: 9,
 	}
 	for _, state := range []effect.State{effect.Waiting, effect.Completed, effect.NotExecuted, effect.Unknown} {
 		o := effect.Outcome{ID: op.ID, Fence: op.Fence, State: state, Answer: []byte("another"), Undo: []byte("another"), Round: []byte("another"), Lease: time.Hour}

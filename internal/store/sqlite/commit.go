@@ -243,10 +243,10 @@ func chunk(n int) int {
 }
 
 const (
-	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool FROM operations "
-	insertOp  = "INSERT OR ROLLBACK INTO operations (id, scope, fingerprint, state, fence, holder, until, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
-	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
-	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ?, undo = ? WHERE id = ?"
+	columns   = "SELECT id, scope, fingerprint, state, fence, holder, until, sent, round, ended, retain, idx, answer, undo, tenant, principal, server, tool FROM operations "
+	insertOp  = "INSERT OR ROLLBACK INTO operations (id, scope, fingerprint, state, fence, holder, until, sent, round, ended, retain, idx, answer, undo, tenant, principal, server, tool) VALUES "
+	opValues  = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
+	updateOp  = "UPDATE operations SET state = ?, fence = ?, holder = ?, until = ?, sent = ?, round = ?, ended = ?, retain = ?, idx = ?, answer = ?, undo = ? WHERE id = ?"
 	insertRow = "INSERT OR ROLLBACK INTO audit (idx, record, hashes, private) VALUES "
 	rowValues = "(?,?,?,?)"
 )
@@ -270,11 +270,11 @@ func (db *DB) store(ctx context.Context, b *durable.Batch, changed []*effect.Ope
 	args := db.args[:0]
 	for _, op := range changed {
 		if b.IsNew(op) {
-			args = append(args, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
+			args = append(args, op.ID, op.Scope, op.Fingerprint, int64(op.State), op.Fence, op.Holder, op.Until, op.Sent, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.Tenant, op.Principal, op.Server, op.Tool)
 		}
 	}
 	db.args = args
-	if err := db.insert(ctx, insertOp, opValues, 17, args); err != nil {
+	if err := db.insert(ctx, insertOp, opValues, 18, args); err != nil {
 		return err
 	}
 	if err := db.storeApprovals(ctx, b.Approvals()); err != nil {
@@ -320,7 +320,7 @@ func (db *DB) storeHead(ctx context.Context, b *durable.Batch) error {
 
 // update writes an operation that is there. If it is not, memory and file differ.
 func (db *DB) update(ctx context.Context, op *effect.Operation) error {
-	args := append(db.args[:0], int64(op.State), op.Fence, op.Holder, op.Until, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.ID)
+	args := append(db.args[:0], int64(op.State), op.Fence, op.Holder, op.Until, op.Sent, op.Round, op.Ended, op.Retain, op.Index, op.Answer, op.Undo, op.ID)
 	db.args = args
 	n, err := db.execute(ctx, updateOp, args)
 	if err != nil {
@@ -444,7 +444,7 @@ func scan(rows *sql.Rows) (ops []effect.Operation, err error) {
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
 		var op effect.Operation
-		err := rows.Scan(&op.ID, &op.Scope, &op.Fingerprint, &op.State, &op.Fence, &op.Holder, &op.Until, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Undo, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
+		err := rows.Scan(&op.ID, &op.Scope, &op.Fingerprint, &op.State, &op.Fence, &op.Holder, &op.Until, &op.Sent, &op.Round, &op.Ended, &op.Retain, &op.Index, &op.Answer, &op.Undo, &op.Tenant, &op.Principal, &op.Server, &op.Tool)
 		if err != nil {
 			return nil, err
 		}

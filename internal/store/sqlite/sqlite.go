@@ -217,6 +217,8 @@ CREATE INDEX tasks_open ON tasks (id, state, until, expires, created) WHERE stat
 CREATE INDEX tasks_mine ON tasks (owner, id);
 CREATE INDEX tasks_busy ON tasks (owner) WHERE state < 4;
 CREATE INDEX tasks_ended ON tasks (expires) WHERE state >= 4;
+`, `
+ALTER TABLE operations ADD COLUMN sent INTEGER NOT NULL DEFAULT 0;
 `}
 
 // migrate brings the schema up to date, one version a transaction: a crash between two leaves the

@@ -133,7 +133,7 @@ func TestMigration(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, db, "done", effect.Completed)
-	for _, text := range []string{"DROP TABLE tasks", "DROP TABLE approvals", "ALTER TABLE operations DROP COLUMN undo", "UPDATE meta SET value = '1' WHERE key = 'schema'"} {
+	for _, text := range []string{"DROP TABLE tasks", "DROP TABLE approvals", "ALTER TABLE operations DROP COLUMN undo", "ALTER TABLE operations DROP COLUMN sent", "UPDATE meta SET value = '1' WHERE key = 'schema'"} {
 		if _, err := db.conn.ExecContext(t.Context(), text); err != nil {
 			t.Fatal(err)
 		}
@@ -152,25 +152,33 @@ func TestMigration(t *testing.T) {
 // TestSchema is a file of a program of the next version, which only adds, and of one after that.
 func TestSchema(t *testing.T) {
 	file, key := filepath.Join(t.TempDir(), "state.db"), secret.RandomKey()
-	change := func(text string) {
+	with := func(do func(db *DB)) {
 		t.Helper()
 		db := open(t, file, key)
-		if _, err := db.conn.ExecContext(t.Context(), text); err != nil {
-			t.Fatal(err)
-		}
+		do(db)
 		closed(t, db)
 		db.stmts, db.execs, db.conn, db.read, db.write, db.held, db.owner = nil, nil, nil, nil, nil, nil, nil
 	}
-	change("DROP TABLE tasks; UPDATE meta SET value = '2' WHERE key = 'schema'") // of the version before
+	change := func(text string) {
+		t.Helper()
+		with(func(db *DB) {
+			if _, err := db.conn.ExecContext(t.Context(), text); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	with(func(db *DB) { write(t, db, "before", effect.Completed) })
+	change("ALTER TABLE operations DROP COLUMN sent; UPDATE meta SET value = '3' WHERE key = 'schema'") // of the version before
 	newer, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatalf("one version on: %v", err)
 	}
-	if _, err := newer.CountTasks(t.Context()); err != nil {
-		t.Errorf("one version on: %v", err)
+	scope := sha256.Sum256([]byte("before"))
+	if op, err := newer.Find(t.Context(), scope[:]); err != nil || op.State != effect.Completed || op.Sent != 0 {
+		t.Errorf("one version on: %+v, %v", op, err)
 	}
 	closed(t, newer)
-	change("UPDATE meta SET value = '4' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
+	change("UPDATE meta SET value = '5' WHERE key = 'schema'; ALTER TABLE operations ADD COLUMN later TEXT; ALTER TABLE audit ADD COLUMN later TEXT")
 	db, err := Open(t.Context(), file, key, 0)
 	if err != nil {
 		t.Fatalf("one version back: %v", err)
@@ -178,7 +186,7 @@ func TestSchema(t *testing.T) {
 	write(t, db, "k", effect.Completed)
 	storetest.Check(t, db)
 	closed(t, db)
-	change("UPDATE meta SET value = '5' WHERE key = 'schema'")
+	change("UPDATE meta SET value = '6' WHERE key = 'schema'")
 	if _, err := Open(t.Context(), file, key, 0); err == nil || !strings.Contains(err.Error(), "newer program") {
 		t.Errorf("two versions back: %v", err)
 	}

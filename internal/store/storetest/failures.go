@@ -110,7 +110,7 @@ func one(t *testing.T, e Engine, f *faulty, name string, recovery call.Recovery)
 		return r, nil
 	}
 	if recovery == call.RecoverLookup {
-		pay.Lookup = look.Name
+		pay.Lookup, pay.Settle = look.Name, time.Microsecond
 	}
 	effects, err := effect.New(effect.Options{Store: f, Key: secret.RandomKey(), Wait: 10 * time.Millisecond})
 	if err != nil {

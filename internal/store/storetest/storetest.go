@@ -33,7 +33,7 @@ type Engine interface {
 // returns another node of the same state as well, or nil if there can only be one.
 func Run(t *testing.T, open func(t *testing.T) (engine, other Engine)) {
 	for name, test := range map[string]func(*testing.T, Engine, Engine){
-		"states": states, "claims": claims, "again": again, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets, "erase": erases, "erased by age": erasedByAge,
+		"states": states, "claims": claims, "again": again, "sent": sent, "waiting": waits, "abandoned": abandoned, "prune": prunes, "forget": forgets, "erase": erases, "erased by age": erasedByAge,
 		"unkeyed": unkeyed, "concurrent writers": concurrent, "one of many": oneOfMany, "approvals": approvals, "approvals run out": approvalsRunOut, "approvals are used once": approvalsOnce, "approvals are given back": approvalsBack, "approvals, every failure": approvalsEveryFailure, "every failure": everyFailure, "canceled": canceled,
 		"tasks": tasks, "task scopes": taskScopes, "task claims": taskClaims, "due tasks": dueTasks, "task pages": taskPages, "task expiry": taskExpiry,
 	} {
@@ -280,6 +280,48 @@ func again(t *testing.T, e, other Engine) {
 }
 
 // waits is a call whose backend asked its caller.
+// sent is when an intent was committed: neither how it ended nor a look at what became of it changes that.
+func sent(t *testing.T, e, other Engine) {
+	r := Reservation("sent")
+	reserved, _, err := e.Reserve(t.Context(), &r)
+	if err != nil || reserved.Sent != 0 || reserved.Since != 0 {
+		t.Fatalf("reserved, it was sent at %d (%v), %v", reserved.Sent, reserved.Since, err)
+	}
+	op, _ := dispatch(t, e, func() effect.Reservation {
+		next := r
+		next.From, next.Holder, next.Expect = r.Holder, rand.Text(), reserved.Fence
+		return next
+	}())
+	at := op.Sent
+	if at == 0 {
+		t.Fatal("dispatched, it was never sent")
+	}
+	passes := func(what string) {
+		t.Helper()
+		before := find(t, other, "sent")
+		eventually(t, what, func() bool { return find(t, other, "sent").Since > before.Since })
+		if found := find(t, other, "sent"); found.Sent != at {
+			t.Errorf("%s: it was sent at %d, not %d", what, found.Sent, at)
+		}
+	}
+	passes("dispatched")
+	if err := complete(t, e, effect.Outcome{ID: op.ID, Fence: op.Fence, State: effect.Unknown}); err != nil {
+		t.Fatal(err)
+	}
+	passes("unknown")
+	look := r
+	look.Holder, look.Expect, look.Recover = rand.Text(), op.Fence, true
+	mine, held, err := other.Reserve(t.Context(), &look)
+	if err != nil || !held || mine.Sent != at || mine.Since <= 0 {
+		t.Fatalf("looked for, it was sent at %d, %v ago (held %v), %v", mine.Sent, mine.Since, held, err)
+	}
+	passes("looked for")
+	look.From, look.Holder, look.Expect = look.Holder, rand.Text(), mine.Fence
+	if op, held = dispatch(t, other, look); !held || op.Sent <= at || op.Since != 0 {
+		t.Errorf("sent again, it was sent at %d, %v ago (held %v)", op.Sent, op.Since, held)
+	}
+}
+
 func waits(t *testing.T, e, other Engine) {
 	unkeyed := Reservation("")
 	dispatch(t, e, unkeyed)
