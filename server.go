@@ -74,7 +74,9 @@ func place() string {
 }
 
 // Handler returns the server as an http.Handler: /mcp, /health, /ready and /metrics. The error
-// joins everything that is wrong with what was added. Run should run beside it.
+// joins everything that is wrong with what was added. Run should run beside it. A stream on which a
+// client of a session listens takes its connection out of the http.Server (http.Hijacker), which does
+// not wait for it then: Run does.
 func (s *Server) Handler() (http.Handler, error) {
 	h, err := s.build()
 	if err != nil {

@@ -95,9 +95,10 @@ type Door struct {
 	kept        map[string]*kept
 	adopted     map[string]*adopted
 
-	adopting sync.Mutex    // one at a time
-	leaving  chan struct{} // closed when sessions are left to other nodes
-	leave    sync.Once
+	lines    lines
+	adopting sync.Mutex      // one at a time
+	leaving  context.Context // ends when sessions are left to other nodes
+	leave    context.CancelFunc
 }
 
 // A server is what the SDK tells a session when it starts; the session keeps to it.
@@ -122,9 +123,10 @@ func New(o Options) (*Door, error) {
 	setDefaults(&o)
 	d := &Door{
 		o: o, streams: map[string]int{}, owners: map[string]string{}, running: map[string]int{}, generations: map[string]*Generation{},
-		kept: map[string]*kept{}, adopted: map[string]*adopted{}, leaving: make(chan struct{}), tasks: newFollowed(o.Tasks),
+		kept: map[string]*kept{}, adopted: map[string]*adopted{}, tasks: newFollowed(o.Tasks),
 		shown: shown{sessions: map[*mcp.ServerSession]map[string]*view{}},
 	}
+	d.leaving, d.leave = context.WithCancel(context.Background())
 	first, err := d.Next(o)
 	if err != nil {
 		return nil, err
@@ -387,7 +389,7 @@ const (
 // them, only open streams end.
 func (d *Door) Close() {
 	if d.o.Cluster != nil {
-		d.leave.Do(func() { close(d.leaving) })
+		d.leave()
 		return
 	}
 	for _, server := range d.all() {
@@ -399,8 +401,10 @@ func (d *Door) Close() {
 	}
 }
 
-// Run passes changes on to sessions until ctx ends, then ends all sessions.
+// Run passes changes on to sessions until ctx ends, then ends all sessions and waits until their
+// streams have said so.
 func (d *Door) Run(ctx context.Context) error {
+	defer d.lines.wait()
 	defer d.Close()
 	if d.o.Tasks != nil {
 		var telling sync.WaitGroup

@@ -2,7 +2,6 @@ package mcpsession
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"io"
 	"math"
@@ -50,7 +49,9 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 			refuse(w, &mcpwire.Failure{ID: message.id, Status: http.StatusTooManyRequests, Code: -31429, Message: "this session is at its limit of " + strconv.Itoa(g.o.MaxStreamsPerSession) + " open requests; finish some first"})
 			return
 		}
-		defer d.done(session)
+		if r.Method != http.MethodGet { // that ends with its stream
+			defer d.done(session)
+		}
 	}
 	key := ""
 	if session != "" && message.id != nil && message.method != "" {
@@ -69,25 +70,14 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	r.Header.Set(headerPeer, r.RemoteAddr)
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
 	out := &writer{w: w, id: message.id, timeout: g.o.WriteTimeout}
-	ctx, cancel := context.WithCancel(r.Context())
-	if r.Method == http.MethodGet && d.o.Cluster != nil {
-		r = r.WithContext(ctx)
-		go func() { // ends with the request
-			select {
-			case <-d.leaving:
-				cancel()
-			case <-ctx.Done():
-			}
-		}()
+	if r.Method == http.MethodGet && session != "" {
+		d.stream(w, r, out, session)
+		return
 	}
-	if r.Method == http.MethodGet || message.method != "" {
+	if message.method != "" {
 		defer out.keepAlive(d.o.KeepAlive)()
 	}
-	if r.Method == http.MethodGet && session != "" {
-		defer d.listen(session, out.event)()
-	}
 	d.handler.ServeHTTP(out, r)
-	cancel()
 	out.finish()
 	if opened := w.Header().Get("Mcp-Session-Id"); session == "" && opened != "" {
 		d.own(opened, ownerOf(r))
@@ -270,6 +260,7 @@ type writer struct {
 	w        http.ResponseWriter
 	id       jsontext.Value
 	timeout  time.Duration
+	line     *line      // takes the connection when a stream begins; nil: that stays where it is
 	mu       sync.Mutex // one write at a time: events are never interleaved with comments
 	status   int
 	plain    *bytes.Buffer // a plain-text error, held back
@@ -304,6 +295,10 @@ func (w *writer) begin(status int) {
 		w.stream = true
 		w.written = time.Now()
 		h.Set("X-Accel-Buffering", "no")
+		if w.line != nil && w.line.take(h, status) {
+			w.w = w.line
+			return
+		}
 	}
 	w.w.WriteHeader(status)
 }
