@@ -24,6 +24,8 @@ type writes struct {
 	call, plain, row    work
 	ratio, low, highest float64 // of calls and rows, over the rounds
 	packed              float64 // the ratio, where commits of rows wait for more rows, as those of calls do
+	own                 work    // rows that each writer commits by itself; nothing where one writes at a time
+	overOwn             float64 // the ratio of calls and those
 }
 
 // work is how many a second, and the CPU time of one.
@@ -78,6 +80,10 @@ func (b *bench) durable(ctx context.Context) ([]writes, error) {
 		w := writes{engine: engine, call: of("call"), plain: of("plain"), row: of("row")}
 		w.ratio, w.low, w.highest = spread(found["call-over-row"])
 		w.packed, _, _ = spread(found["call-over-packed"])
+		if len(found["call-over-own"]) > 0 {
+			w.own = of("own")
+			w.overOwn, _, _ = spread(found["call-over-own"])
+		}
 		all = append(all, w)
 	}
 	return all, nil
@@ -115,6 +121,9 @@ func writeRates(w *tabwriter.Writer, all []writes) {
 		fmt.Fprintf(w, "\twithout it\t%.0f\t%.1f\t%.3f\n", one.plain.rate, one.plain.cpu, one.call.rate/one.plain.rate)
 		fmt.Fprintf(w, "\town grouped commits\t%.0f\t%.1f\t%.2f (%.2f to %.2f); %.2f where they wait for more rows\n",
 			one.row.rate, one.row.cpu, one.ratio, one.low, one.highest, one.packed)
+		if one.own.rate > 0 {
+			fmt.Fprintf(w, "\tcommits of each writer's own\t%.0f\t%.1f\t%.2f\n", one.own.rate, one.own.cpu, one.overOwn)
+		}
 	}
 }
 

@@ -300,7 +300,7 @@ func (s *Server) launch() error {
 	s.output = &program.Log{}
 	args := []string{"-c", guardian("QUIT"), "sh", // immediate shutdown
 		filepath.Join(s.bin, "postgres"), "-D", s.data, "-p", strconv.Itoa(s.port),
-		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=50"}
+		"-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=100"}
 	if !s.synced {
 		// The data lives as long as the machine runs: what is written, though not synced, survives Stop.
 		args = append(args, "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "shared_buffers=16MB", "-c", "autovacuum=off")

@@ -30,10 +30,10 @@ func classify(err error) error {
 	return fmt.Errorf("%w: %w", effect.ErrAway, err)
 }
 
-// commit implements durable.Commit, in two round trips: lock and read, then write and commit. Where the
+// commit implements durable.Staged, in two round trips: lock and read, then write and commit. Where the
 // work is of a kind that depends on nothing but what this node wrote last, it is one: the server
 // checks that this still stands, and if not, everything is done again.
-func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
+func (db *DB) commit(ctx context.Context, work []*durable.Work, more func() []*durable.Work) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	conn, err := db.pool.Acquire(ctx)
@@ -41,26 +41,23 @@ func (db *DB) commit(ctx context.Context, work []*durable.Work) error {
 		return classify(err)
 	}
 	defer conn.Release() // one that is not idle any more is closed by the pool
-	if ops, ok := db.known.assume(work); ok {
-		b := durable.NewBatch(db.known.now(), db.known.edge.Clone(), ops, nil)
-		err := db.write(ctx, conn, work, b, true)
-		var pg *pgconn.PgError
-		if !errors.As(err, &pg) || pg.Code != divisionByZero && pg.Code[:2] != "23" {
-			return err
+	if db.known.usable() {
+		if ops, ok := db.known.recall(work); ok {
+			err := db.commitKnown(ctx, conn, &work, ops, more)
+			if !otherwise(err) {
+				return err
+			}
+			db.known.doubt()
+			durable.Again(work)
 		}
-		db.known.doubt()
-		durable.Again(work)
+	}
+	for next := more(); len(next) > 0; next = more() {
+		work = append(work, next...)
 	}
 	b, err := db.begin(ctx, conn, work)
 	if err != nil {
 		return classify(errors.Join(err, rollback(conn)))
 	}
-	return db.write(ctx, conn, work, b, false)
-}
-
-// write does the work on a batch and commits it. assumed says that the batch is what this node
-// remembers; then no transaction has begun.
-func (db *DB) write(ctx context.Context, conn *pgxpool.Conn, work []*durable.Work, b *durable.Batch, assumed bool) error {
 	for _, u := range work {
 		b.Apply(u)
 	}
@@ -73,7 +70,12 @@ func (db *DB) write(ctx context.Context, conn *pgxpool.Conn, work []*durable.Wor
 	}
 	token := rand.Text()
 	durable.Committing(work)
-	sent, err := db.store(ctx, conn, b, changed, token, assumed)
+	sent, err := db.store(ctx, conn, b, changed, token)
+	return db.ended(ctx, conn, b, changed, token, sent, err)
+}
+
+// ended takes over what became of a commit with a token; sent says whether it may have reached the server.
+func (db *DB) ended(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string, sent bool, err error) error {
 	if err == nil {
 		db.known.learn(b, changed)
 		return nil
@@ -211,36 +213,19 @@ const (
 	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[], $12::bigint[])
 	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo, sent) WHERE o.id = u.id RETURNING 1)
 	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
-	// changeKnown fails, too, if one of them does not stand as this node left it.
-	changeKnown = `WITH changed AS (
-	UPDATE newel_operations o SET state = u.state, fence = u.fence, holder = u.holder, node = $15, until = u.until, round = u.round, ended = u.ended, retain = u.retain, idx = u.idx, answer = u.answer, undo = u.undo, sent = u.sent
-	FROM unnest($1::text[], $2::smallint[], $3::bigint[], $4::text[], $5::bigint[], $6::bytea[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bytea[], $11::bytea[], $12::bigint[], $13::smallint[], $14::bigint[])
-	AS u(id, state, fence, holder, until, round, ended, retain, idx, answer, undo, sent, old_state, old_fence) WHERE o.id = u.id AND o.state = u.old_state AND o.fence = u.old_fence RETURNING 1)
-	SELECT 1 / (count(*) = cardinality($1::text[]))::int FROM changed`
-	// takeHead locks the head of the tree like begin. It fails if the head is not the one that this node
-	// wrote last, or the clock is not about what this node takes it for.
-	takeHead = `WITH head AS (
-	UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1 AND size = $3 AND edge = $4 AND abs(` + clock + ` - $5) < 1000000 RETURNING 1)
-	SELECT 1 / count(*) FROM head`
 	divisionByZero = "22012"
 
+	grow    = "UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1"
+	here    = "INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last"
 	putRows = `INSERT INTO newel_audit (idx, record, hashes, private) SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[], $4::bytea[])`
 )
 
 // store writes a batch and commits. sent says whether the commit may have reached the server.
-func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string, assumed bool) (sent bool, err error) {
+func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, changed []*effect.Operation, token string) (sent bool, err error) {
 	q := &pgx.Batch{}
 	edge, err := b.Edge.MarshalBinary()
 	if err != nil {
 		return false, err
-	}
-	if assumed {
-		before, err := db.known.edge.MarshalBinary()
-		if err != nil {
-			return false, err
-		}
-		q.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
-		q.Queue(takeHead, b.Edge.Size, edge, db.known.edge.Size, before, b.Now)
 	}
 	if len(b.Removed) > 0 {
 		q.Queue("DELETE FROM newel_operations WHERE id = ANY($1)", b.Removed)
@@ -256,10 +241,7 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 	if len(fresh) > 0 {
 		q.Queue(addOps, append(roomFor(sizeOf(fresh), columnsOf(fresh)), db.node)...)
 	}
-	if len(known) > 0 && assumed {
-		states, fences := db.known.before(known)
-		q.Queue(changeKnown, append(roomFor(sizeOf(known), stateOf(known)), states, fences, db.node)...)
-	} else if len(known) > 0 {
+	if len(known) > 0 {
 		q.Queue(changeOps, append(roomFor(sizeOf(known), stateOf(known)), db.node)...)
 	}
 	if len(b.Pruned) > 0 {
@@ -282,14 +264,12 @@ func (db *DB) store(ctx context.Context, conn *pgxpool.Conn, b *durable.Batch, c
 			idx[i], record[i], hashes[i], private[i] = r.Index, r.Record, r.Hashes, r.Private
 		}
 		q.Queue(putRows, roomFor(bytes, []any{idx, record, hashes, private})...)
-		if !assumed {
-			q.Queue("UPDATE newel_head SET size = $1, edge = $2 WHERE id = 1", b.Edge.Size, edge)
-		}
+		q.Queue(grow, b.Edge.Size, edge)
 	}
 	for _, e := range b.Erased {
 		q.Queue("UPDATE newel_audit SET private = $1 WHERE idx = ANY($2) AND length(private) > $3", e.Mark, e.Records, len(e.Mark))
 	}
-	q.Queue("INSERT INTO newel_nodes VALUES ($1, clock_timestamp(), $2) ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, last = excluded.last", db.node, token)
+	q.Queue(here, db.node, token)
 	q.Queue("COMMIT")
 	return true, conn.SendBatch(ctx, q).Close()
 }

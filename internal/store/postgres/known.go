@@ -14,7 +14,7 @@ import (
 type known struct {
 	fresh  bool // edge is the head, for all we know
 	edge   audit.Edge
-	ops    map[string]effect.Operation
+	ops    map[string]*effect.Operation
 	clock  int64     // of the database, in microseconds
 	at     time.Time // when it was that
 	doubts int       // for how many commits it is not relied on
@@ -34,17 +34,20 @@ func (k *known) now() int64 { return k.clock + time.Since(k.at).Microseconds() }
 
 func (k *known) setClock(now int64) { k.clock, k.at = now, time.Now() }
 
-// assume returns the operations that work changes, and whether all of it is of a kind that either
-// changes what is stored as it would if everything stood as it is remembered, or is refused.
-func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
+// usable reports whether a commit may rely on what is remembered.
+func (k *known) usable() bool {
 	if k.doubts > 0 {
 		k.doubts--
-		return nil, false
+		return false
 	}
-	if !k.fresh || time.Since(k.at) > clockAge {
-		return nil, false
-	}
-	seen := map[string]bool{}
+	return k.fresh && time.Since(k.at) <= clockAge
+}
+
+// recall returns the operations that work changes, and whether all of it is of a kind that either
+// changes what is stored as it would if everything stood as it is remembered, or is refused.
+func (k *known) recall(work []*durable.Work) (ops []effect.Operation, ok bool) {
+	ops = make([]effect.Operation, 0, len(work))
+	seen := make(map[string]bool, len(work))
 	for _, u := range work {
 		switch id := u.Fresh(); {
 		case u.Append != nil:
@@ -60,7 +63,7 @@ func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
 			}
 			if !seen[o.ID] {
 				seen[o.ID] = true
-				ops = append(ops, op)
+				ops = append(ops, *op)
 			}
 		default:
 			return nil, false
@@ -69,25 +72,15 @@ func (k *known) assume(work []*durable.Work) (ops []effect.Operation, ok bool) {
 	return ops, true
 }
 
-// before returns how operations stood that were assumed.
-func (k *known) before(ops []*effect.Operation) (states []int16, fences []int64) {
-	states, fences = make([]int16, len(ops)), make([]int64, len(ops))
-	for i, op := range ops {
-		old := k.ops[op.ID]
-		states[i], fences[i] = int16(old.State), old.Fence
-	}
-	return states, fences
-}
-
 // learn remembers what was committed.
 func (k *known) learn(b *durable.Batch, changed []*effect.Operation) {
 	k.fresh, k.edge = true, b.Edge
 	if k.ops == nil || len(k.ops) > maxKnown {
-		k.ops = map[string]effect.Operation{}
+		k.ops = map[string]*effect.Operation{}
 	}
 	for _, op := range changed {
 		if op.State == effect.Dispatched {
-			k.ops[op.ID] = *op
+			k.ops[op.ID] = op // nobody changes it: the next batch gets a copy
 		} else {
 			delete(k.ops, op.ID)
 		}

@@ -1,7 +1,7 @@
 // Package postgres keeps operations and the audit log in a database: the engine of many nodes.
 //
 // Start reading at [Open], then [DB.Run]. commit.go is where many callers' work becomes one
-// transaction.
+// transaction; assumed.go is the short way of it, which wire.go sends past the driver.
 //
 // It promises: what was acknowledged was committed by the server, with synchronous_commit; the
 // nodes of one database write one tree without gaps, because each transaction begins with the
@@ -38,7 +38,9 @@ type DB struct {
 	*durable.Writer
 	pool  *pgxpool.Pool
 	node  string
-	known known // of the one writer
+	known known          // of the one writer
+	wire  wire           // of the one writer
+	batch *durable.Batch // of the one writer, for what is written on what is remembered
 }
 
 var (
@@ -86,7 +88,7 @@ func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err er
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	where := fmt.Sprintf("%s:%d", cfg.ConnConfig.Host, cfg.ConnConfig.Port)
-	db := &DB{node: rand.Text()}
+	db := &DB{node: rand.Text(), batch: durable.NewBatch(0, audit.Edge{}, nil, nil)}
 	if db.pool, err = pgxpool.NewWithConfig(ctx, cfg); err != nil {
 		return nil, fmt.Errorf("the state at %s cannot be opened: %w", where, err)
 	}
@@ -94,7 +96,7 @@ func Open(ctx context.Context, dsn secret.String, key secret.Key) (_ *DB, err er
 		db.pool.Close()
 		return nil, fmt.Errorf("the state at %s cannot be opened: %w", where, err)
 	}
-	db.Writer = durable.NewWriter(db.commit)
+	db.Writer = durable.NewStaged(db.commit)
 	return db, nil
 }
 

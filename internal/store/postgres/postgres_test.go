@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -171,7 +173,7 @@ func TestChangedRowGone(t *testing.T) {
 	if _, err := db.pool.Exec(t.Context(), "DELETE FROM newel_operations"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token", false); err == nil {
+	if _, err := db.store(t.Context(), conn, b, b.Changed(), "token"); err == nil {
 		t.Error("an operation that is gone was changed")
 	}
 	if err := rollback(conn); err != nil {
@@ -315,4 +317,129 @@ func TestRemembered(t *testing.T) {
 		t.Errorf("found %+v, %v", op, err)
 	}
 	storetest.Check(t, b)
+}
+
+// TestStages is work that comes while the first of it is being written: all of it is one transaction, also
+// where the last of it shows that something stands otherwise, and nothing of it where the connection ends.
+func TestStages(t *testing.T) {
+	dsn, key := engines.Postgres(t), secret.RandomKey()
+	a, b := open(t, dsn, key), open(t, dsn, key)
+	intent := func(key string) *durable.Work {
+		r := storetest.Reservation(key)
+		return &durable.Work{Dispatch: &effect.Intent{Reservation: r, Entry: storetest.Entry("intent", r.ID)}}
+	}
+	// run has a commit the first of some work, and the rest of it when it asks for more.
+	run := func(between func(), last ...*durable.Work) (all []*durable.Work, err error) {
+		t.Helper()
+		begin := storetest.Reservation("begin " + rand.Text())
+		a.known.doubts = 0
+		if _, held, err := dispatch(t.Context(), a, &begin); err != nil || !held || !a.known.fresh {
+			t.Fatal(held, err)
+		}
+		var stages [][]*durable.Work
+		for range 3 {
+			var stage []*durable.Work
+			for range portion {
+				stage = append(stage, intent(rand.Text()))
+			}
+			stages = append(stages, stage)
+		}
+		outcome := effect.Outcome{ID: begin.ID, Fence: 1, State: effect.Completed, Answer: []byte("answer"), Entry: storetest.Entry("outcome", begin.ID)}
+		stages = append(stages, append(last, &durable.Work{Complete: &outcome}))
+		all = slices.Concat(stages[:3]...)
+		a.known.doubts = 0
+		return all, a.commit(t.Context(), stages[0], func() (next []*durable.Work) {
+			if len(stages) == 2 {
+				between()
+			}
+			if stages = stages[min(1, len(stages)):]; len(stages) > 0 {
+				next = stages[0]
+			}
+			return next
+		})
+	}
+	held := func(work []*durable.Work) {
+		t.Helper()
+		for _, u := range work {
+			op, err := b.Operation(t.Context(), u.ID())
+			if u.ID() == "" {
+				op, err = b.Find(t.Context(), u.Scope())
+			}
+			if u.Err != nil || !u.Held || err != nil || op.State != effect.Dispatched || op.Index != u.Index {
+				t.Fatalf("%v, %v; found %+v, %v", u.Held, u.Err, op, err)
+			}
+		}
+	}
+	nothing := func() {}
+	idle := func() { // or a node that stands still would hold the head for ever
+		deadline := time.Now().Add(10 * time.Second)
+		for waiting := false; !waiting; {
+			err := b.pool.QueryRow(t.Context(), "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'").Scan(&waiting)
+			if err != nil || time.Now().After(deadline) {
+				t.Fatalf("the server does not count how long it waits: %v", err)
+			}
+		}
+	}
+	work, err := run(idle)
+	if err != nil || a.known.doubts > 0 {
+		t.Fatalf("as it is remembered: %v, %d doubts", err, a.known.doubts)
+	}
+	held(work)
+
+	taken := intent("taken")
+	if work, err = run(nothing, taken); err != nil {
+		t.Fatal(err)
+	}
+	held(append(work, taken))
+	again := intent("taken")
+	if work, err = run(nothing, again); err != nil || again.Held || again.Op.ID != taken.Dispatch.ID || a.known.doubts == 0 {
+		t.Errorf("a key that is not new: %+v, %v, %v", again.Op, again.Held, err)
+	}
+	held(work)
+
+	ask := &durable.Work{Ask: storetest.Request("approval")}
+	if work, err = run(nothing, ask); err != nil || ask.Approval == nil || !ask.Held || a.known.doubts == 0 {
+		t.Errorf("work of another kind: %+v, %v", ask.Approval, err)
+	}
+	held(work)
+
+	before, err := b.Head(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kill := func() {
+		if _, err := b.pool.Exec(t.Context(), "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err = run(kill); !errors.Is(err, effect.ErrAway) {
+		t.Errorf("the connection ended: %v", err)
+	}
+	if after, err := b.Head(t.Context()); err != nil || after.Size != before.Size+1 {
+		t.Errorf("the log has %d records, %v; want one more than %d", after.Size, err, before.Size)
+	}
+	if work, err = run(nothing); err != nil {
+		t.Errorf("after that: %v", err)
+	}
+	held(work)
+	storetest.Check(t, a)
+}
+
+// TestOutcomeColumns is that an outcome changes nothing of an operation but what stEnd writes.
+func TestOutcomeColumns(t *testing.T) {
+	op := effect.Operation{
+		ID: "id", Scope: []byte("scope"), Fingerprint: []byte("print"), State: effect.Dispatched, Fence: 3, Holder: "holder", Until: 5, Round: []byte("round"), Ended: 6,
+		Retain: 7, Index: 8, Answer: []byte("answer"), Undo: []byte("undo"), Tenant: "tenant", Principal: "principal", Server: "server", Tool: "tool", Sent: 9,
+	}
+	for _, state := range []effect.State{effect.Waiting, effect.Completed, effect.NotExecuted, effect.Unknown} {
+		o := effect.Outcome{ID: op.ID, Fence: op.Fence, State: state, Answer: []byte("another"), Undo: []byte("another"), Round: []byte("another"), Lease: time.Hour}
+		next, _, err := o.Apply(100, &op)
+		if err != nil {
+			t.Fatal(err)
+		}
+		next.State, next.Until, next.Round, next.Ended, next.Index, next.Answer, next.Undo = op.State, op.Until, op.Round, op.Ended, op.Index, op.Answer, op.Undo
+		if !reflect.DeepEqual(next, op) {
+			t.Errorf("%v: %+v, want %+v", state, next, op)
+		}
+	}
 }

@@ -39,5 +39,5 @@ func BenchmarkWrites(b *testing.B) {
 		return plain.within(ctx, func() error {
 			return plain.insert(ctx, "INSERT OR ROLLBACK INTO plain (key, data) VALUES ", "(?,?)", 2, args)
 		})
-	})
+	}, nil)
 }

@@ -41,12 +41,14 @@ type side struct {
 //   - plain: the same calls of a tool that has no effect, and so without the guarantee;
 //   - row: rows of the size that one call leaves behind, each in one commit with those that wait when
 //     the last commit ended;
-//   - packed: the same, where a commit also waits for those who are about to come, as ours do.
+//   - packed: the same, where a commit also waits for those who are about to come, as ours do;
+//   - own, if there is one: the same, each committed by its writer, on a connection of its own: what
+//     engines call group commit is that such commits share a sync.
 //
 // All have as many callers as Writers, each of which waits for its call or row. They take turns; b.N
 // is how many each has. Of each it reports how many a second and the CPU time of this process, and of
 // calls and rows the median ratio of a turn, with the tenth and the ninetieth of a hundred turns.
-func Compare(b *testing.B, e Engine, commit func(ctx context.Context, rows [][]byte) error) {
+func Compare(b *testing.B, e Engine, commit func(ctx context.Context, rows [][]byte) error, own func(ctx context.Context, row []byte) error) {
 	b.Helper()
 	row, packed := newGroup(commit, false), newGroup(commit, true)
 	defer row.close()
@@ -55,6 +57,9 @@ func Compare(b *testing.B, e Engine, commit func(ctx context.Context, rows [][]b
 	plain := &side{name: "plain", run: calls(b, e, call.Read)}
 	rows, most := &side{name: "row", run: row.row}, &side{name: "packed", run: packed.row}
 	sides := []*side{keyed, rows, plain, most}
+	if own != nil {
+		sides = append(sides, &side{name: "own", run: func(int64) error { return own(context.Background(), newRow()) }})
+	}
 	for _, s := range sides {
 		s.turn(b, slice) // what is done once
 		s.calls, s.took, s.cpu, s.rates = 0, 0, 0, nil
@@ -72,6 +77,9 @@ func Compare(b *testing.B, e Engine, commit func(ctx context.Context, rows [][]b
 	}
 	over(b, keyed, rows)
 	over(b, keyed, most)
+	if own != nil {
+		over(b, keyed, sides[len(sides)-1])
+	}
 }
 
 // over reports the ratio of two sides, taken in each turn.
@@ -195,10 +203,16 @@ func (g *group) gather(first queued) []queued {
 	return batch
 }
 
-// row has a row committed. Its first 32 bytes are random.
+// newRow returns a row. Its first 32 bytes are random: its key.
+func newRow() []byte {
+	row := make([]byte, RowBytes)
+	_, _ = rand.Read(row[:32]) // it never fails
+	return row
+}
+
+// row has a row committed.
 func (g *group) row(int64) error {
-	r := queued{make([]byte, RowBytes), make(chan error, 1)}
-	_, _ = rand.Read(r.data[:32]) // its key
+	r := queued{newRow(), make(chan error, 1)}
 	g.queue <- r
 	return <-r.done
 }
