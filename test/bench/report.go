@@ -153,11 +153,12 @@ func report(out io.Writer, p plan, f *figures) error {
 		Access float64            `json:"auth_policy_cpu_over_floor"`
 		Idles  float64            `json:"idle_session_own_kib"`
 		Writes map[string]float64 `json:"write_over_engine_group_commit"`
+		Rows   map[string]float64 `json:"write_over_rows_in_one_commit"`
 		Reads  float64            `json:"read_slowdown"`
 		growing
 	}{round(path), round(sdk), round(mcpgo), round(listRatio), round(largeRatio), round(idle), round(first),
 		round(hopRatio), round(sdkHop), round(slowest), round(access), round(f.sessions.own),
-		map[string]float64{"sqlite": round(rateOf(f.writes, "sqlite")), "postgres": round(rateOf(f.writes, "postgres"))}, round(1 + effect/(1000*(cpu-effect/1000))), grow(f)})
+		byEngine(f.writes, writes.overEngine), byEngine(f.writes, func(w writes) float64 { return w.ratio }), round(1 + effect/(1000*(cpu-effect/1000))), grow(f)})
 	if err != nil {
 		return err
 	}
