@@ -132,11 +132,7 @@ func (t *transaction) write() {
 	if !t.begun {
 		t.begun = true
 		w.run(stBegin)
-		w.bind(stHead, 3)
-		w.bigint(t.db.known.edge.Size)
-		w.bytea(edgeOf(&t.db.known.edge))
-		w.bigint(b.Now)
-		w.execute()
+		w.run(stHead, number(t.db.known.edge.Size), edgeOf(&t.db.known.edge), number(b.Now))
 	}
 	var fresh, known []*effect.Operation
 	for _, op := range b.Changed() {
@@ -148,26 +144,22 @@ func (t *transaction) write() {
 		}
 	}
 	if len(fresh) > 0 {
-		w.beginCopy(stAdd)
+		r := w.rows()
 		for _, op := range fresh {
-			w.operation(op, t.db.node)
+			r = r.operation(op, t.db.node)
 		}
-		w.endCopy()
+		w.copy(stAdd, r)
 	}
 	if len(known) > 0 {
 		w.outcomes(known)
 	}
 	if len(b.Rows) > 0 {
-		w.beginCopy(stRows)
+		r := w.rows()
 		for i := range b.Rows {
-			r := &b.Rows[i]
-			w.int16(4)
-			w.bigint(r.Index)
-			w.bytea(r.Record)
-			w.bytea(r.Hashes)
-			w.bytea(r.Private)
+			one := &b.Rows[i]
+			r = r.int16(4).bigint(one.Index).bytea(one.Record).bytea(one.Hashes).bytea(one.Private)
 		}
-		w.endCopy()
+		w.copy(stRows, r)
 	}
 	b.Written()
 }
@@ -175,14 +167,8 @@ func (t *transaction) write() {
 // end puts the rest into the buffer.
 func (t *transaction) end(token string) {
 	w, edge := &t.db.wire, &t.batch.Edge
-	w.bind(stGrow, 2)
-	w.bigint(edge.Size)
-	w.bytea(edgeOf(edge))
-	w.execute()
-	w.bind(stHere, 2)
-	w.text(t.db.node)
-	w.text(token)
-	w.execute()
+	w.run(stGrow, number(edge.Size), edgeOf(edge))
+	w.run(stHere, []byte(t.db.node), []byte(token))
 	w.run(stCommit)
 }
 
@@ -191,41 +177,24 @@ func edgeOf(e *audit.Edge) []byte {
 	return b
 }
 
-// operation writes a row of stAdd.
-func (w *wire) operation(op *effect.Operation, node string) {
-	w.int16(19)
-	w.text(op.ID)
-	w.bytea(op.Scope)
-	w.bytea(op.Fingerprint)
-	w.smallint(int(op.State))
-	w.bigint(op.Fence)
-	w.text(op.Holder)
-	w.text(node)
-	w.bigint(op.Until)
-	w.bytea(op.Round)
-	w.bigint(op.Ended)
-	w.bigint(op.Retain)
-	w.bigint(op.Index)
-	w.bytea(op.Answer)
-	w.text(op.Tenant)
-	w.text(op.Principal)
-	w.text(op.Server)
-	w.text(op.Tool)
-	w.bytea(op.Undo)
-	w.bigint(op.Sent)
+// operation is a row of stAdd.
+func (r rows) operation(op *effect.Operation, node string) rows {
+	r = r.int16(19).text(op.ID).bytea(op.Scope).bytea(op.Fingerprint).smallint(int(op.State)).bigint(op.Fence).text(op.Holder).text(node)
+	r = r.bigint(op.Until).bytea(op.Round).bigint(op.Ended).bigint(op.Retain).bigint(op.Index).bytea(op.Answer)
+	return r.text(op.Tenant).text(op.Principal).text(op.Server).text(op.Tool).bytea(op.Undo).bigint(op.Sent)
 }
 
-// outcomes writes stEnd.
+// outcomes has stEnd run.
 func (w *wire) outcomes(ops []*effect.Operation) {
-	w.bind(stEnd, 9)
-	w.array(pgtype.TextOID, len(ops), func(i int) { w.text(ops[i].ID) })
-	w.array(pgtype.Int8OID, len(ops), func(i int) { w.bigint(ops[i].Fence) })
-	w.array(pgtype.Int2OID, len(ops), func(i int) { w.smallint(int(ops[i].State)) })
-	w.array(pgtype.Int8OID, len(ops), func(i int) { w.bigint(ops[i].Until) })
-	w.array(pgtype.ByteaOID, len(ops), func(i int) { w.bytea(ops[i].Round) })
-	w.array(pgtype.Int8OID, len(ops), func(i int) { w.bigint(ops[i].Ended) })
-	w.array(pgtype.Int8OID, len(ops), func(i int) { w.bigint(ops[i].Index) })
-	w.array(pgtype.ByteaOID, len(ops), func(i int) { w.bytea(ops[i].Answer) })
-	w.array(pgtype.ByteaOID, len(ops), func(i int) { w.bytea(ops[i].Undo) })
-	w.execute()
+	n := len(ops)
+	w.run(stEnd,
+		array(pgtype.TextOID, n, func(r rows, i int) rows { return r.text(ops[i].ID) }),
+		array(pgtype.Int8OID, n, func(r rows, i int) rows { return r.bigint(ops[i].Fence) }),
+		array(pgtype.Int2OID, n, func(r rows, i int) rows { return r.smallint(int(ops[i].State)) }),
+		array(pgtype.Int8OID, n, func(r rows, i int) rows { return r.bigint(ops[i].Until) }),
+		array(pgtype.ByteaOID, n, func(r rows, i int) rows { return r.bytea(ops[i].Round) }),
+		array(pgtype.Int8OID, n, func(r rows, i int) rows { return r.bigint(ops[i].Ended) }),
+		array(pgtype.Int8OID, n, func(r rows, i int) rows { return r.bigint(ops[i].Index) }),
+		array(pgtype.ByteaOID, n, func(r rows, i int) rows { return r.bytea(ops[i].Answer) }),
+		array(pgtype.ByteaOID, n, func(r rows, i int) rows { return r.bytea(ops[i].Undo) }))
 }

@@ -11,12 +11,13 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-// A wire collects messages to the server (PostgreSQL's protocol 3.0, extended query and COPY) in one
-// buffer that is used again for the next commit: what many calls write is encoded once, and copied
-// nowhere. The zero value is empty. It is used by one goroutine at a time.
+// A wire collects messages to the server in one buffer that is used again for the next commit: what many
+// calls write is encoded once, and the driver keeps no copy of it. The zero value is empty. It is used by
+// one goroutine at a time.
 type wire struct {
-	buf []byte
-	at  int // of the length of the message that is being written
+	buf   []byte // messages
+	spare rows   // memory for the rows of the next COPY
+	err   error  // one of them could not be encoded: nothing of buf may be sent
 
 	owed int // answers to what was flushed
 }
@@ -26,122 +27,96 @@ const maxWire = 4 << 20
 
 func (w *wire) clear() {
 	if cap(w.buf) > maxWire {
-		w.buf = nil
+		w.buf, w.spare = nil, nil
 	}
-	w.buf = w.buf[:0]
+	w.buf, w.err = w.buf[:0], nil
 }
 
-func (w *wire) int16(v int)   { w.buf = binary.BigEndian.AppendUint16(w.buf, uint16(v)) } //nolint:gosec // small numbers, or -1
-func (w *wire) int32(v int)   { w.buf = binary.BigEndian.AppendUint32(w.buf, uint32(v)) } //nolint:gosec // lengths of what is in memory, or -1
-func (w *wire) int64(v int64) { w.buf = binary.BigEndian.AppendUint64(w.buf, uint64(v)) } //nolint:gosec // the same bits
-func (w *wire) name(s string) { w.buf = append(append(w.buf, s...), 0) }
-
-func (w *wire) message(kind byte) {
-	w.buf = append(w.buf, kind)
-	w.at = len(w.buf)
-	w.int32(0)
-}
-
-func (w *wire) end() {
-	binary.BigEndian.PutUint32(w.buf[w.at:], uint32(len(w.buf)-w.at)) //nolint:gosec // the server refuses more than a GiB
-}
-
-// bind begins the arguments of a prepared statement; so many fields follow.
-func (w *wire) bind(statement string, fields int) {
-	w.message('B')
-	w.name("") // of the portal
-	w.name(statement)
-	w.int16(1)
-	w.int16(pgtype.BinaryFormatCode) // of all of them
-	w.int16(fields)
-}
-
-// execute ends the arguments and has the statement run.
-func (w *wire) execute() {
-	w.int16(0) // results as text
-	w.end()
-	w.message('E')
-	w.name("")
-	w.int32(0) // all rows
-	w.end()
-}
-
-// run has a statement without arguments run.
-func (w *wire) run(statement string) {
-	w.bind(statement, 0)
-	w.execute()
-}
-
-// beginCopy has a prepared COPY run; rows follow.
-func (w *wire) beginCopy(statement string) {
-	w.run(statement)
-	w.message('d')
-	w.buf = append(w.buf, "PGCOPY\n\xff\r\n\x00"...)
-	w.int32(0) // no flags
-	w.int32(0) // no more header
-}
-
-func (w *wire) endCopy() {
-	w.int16(-1)
-	w.end()
-	w.message('c')
-	w.end()
-}
-
-// The fields of statements and rows.
-
-func (w *wire) bigint(v int64) {
-	w.int32(8)
-	w.int64(v)
-}
-
-func (w *wire) smallint(v int) {
-	w.int32(2)
-	w.int16(v)
-}
-
-func (w *wire) text(s string) {
-	w.int32(len(s))
-	w.buf = append(w.buf, s...)
-}
-
-// bytea writes NULL for nil.
-func (w *wire) bytea(b []byte) {
-	if b == nil {
-		w.int32(-1)
+func (w *wire) add(m pgproto3.FrontendMessage) {
+	if w.err != nil {
 		return
 	}
-	w.int32(len(b))
-	w.buf = append(w.buf, b...)
+	if b, err := m.Encode(w.buf); err != nil {
+		w.err = err
+	} else {
+		w.buf = b
+	}
 }
 
-// array writes n elements of a type, at least one.
-func (w *wire) array(oid, n int, element func(i int)) {
-	at := len(w.buf)
-	w.int32(0) // its length
-	w.int32(1) // one dimension
-	w.int32(1) // with NULLs
-	w.int32(oid)
-	w.int32(n)
-	w.int32(1) // its first index
-	for i := range n {
-		element(i)
+// run has a prepared statement run, with arguments in the binary format.
+func (w *wire) run(statement string, args ...[]byte) {
+	w.add(&pgproto3.Bind{PreparedStatement: statement, ParameterFormatCodes: []int16{pgtype.BinaryFormatCode}, Parameters: args})
+	w.add(&pgproto3.Execute{})
+}
+
+// copy has a prepared COPY of rows run, which are begun with w.rows.
+func (w *wire) copy(statement string, r rows) {
+	w.run(statement)
+	r = r.int16(-1)
+	w.add(&pgproto3.CopyData{Data: r})
+	w.add(&pgproto3.CopyDone{})
+	w.spare = r
+}
+
+// rows is what COPY takes in the binary format: of each row the number of fields, and the fields.
+type rows []byte
+
+// rows begins rows in memory that is not used any more.
+func (w *wire) rows() rows {
+	return append(w.spare[:0], "PGCOPY\n\xff\r\n\x00"+ // what it is
+		"\x00\x00\x00\x00"+ // no flags
+		"\x00\x00\x00\x00"...) // no more header
+}
+
+func (r rows) int16(v int) rows { return binary.BigEndian.AppendUint16(r, uint16(v)) } //nolint:gosec // small numbers, or -1
+func (r rows) int32(v int) rows { return binary.BigEndian.AppendUint32(r, uint32(v)) } //nolint:gosec // lengths of what is in memory, or -1
+
+// Fields.
+
+func (r rows) bigint(v int64) rows {
+	return binary.BigEndian.AppendUint64(r.int32(8), uint64(v)) //nolint:gosec // the same bits
+}
+
+func (r rows) smallint(v int) rows { return r.int32(2).int16(v) }
+
+func (r rows) text(s string) rows { return append(r.int32(len(s)), s...) }
+
+// bytea writes NULL for nil.
+func (r rows) bytea(b []byte) rows {
+	if b == nil {
+		return r.int32(-1)
 	}
-	binary.BigEndian.PutUint32(w.buf[at:], uint32(len(w.buf)-at-4)) //nolint:gosec // the server refuses more than a GiB
+	return append(r.int32(len(b)), b...)
+}
+
+// array returns an argument of n elements of a type, at least one: they are like fields.
+func array(oid, n int, element func(r rows, i int) rows) []byte {
+	r := rows(make([]byte, 0, 20+n*16)).int32(1).int32(1).int32(oid).int32(n).int32(1) // dimensions, with NULLs, the first index is 1
+	for i := range n {
+		r = element(r, i)
+	}
+	return r
+}
+
+// number is a bigint as an argument.
+func number(v int64) []byte {
+	return binary.BigEndian.AppendUint64(nil, uint64(v)) //nolint:gosec // the same bits
 }
 
 // flush sends what is in the buffer, on a connection that was synced before the first time, and waits for
 // no answer. It ends with a Sync: from there on the server counts how long it hears nothing, and a node
 // that stands still does not hold its transaction for ever. If it goes wrong, the connection is closed.
 func (w *wire) flush(ctx context.Context, conn *pgconn.PgConn) error {
-	if len(w.buf) == 0 {
+	if len(w.buf) == 0 && w.err == nil {
 		return nil
 	}
-	w.message('S')
-	w.end()
+	w.add(&pgproto3.Sync{})
 	way := conn.Conn()
 	deadline, _ := ctx.Deadline()
-	err := way.SetDeadline(deadline)
+	err := w.err
+	if err == nil {
+		err = way.SetDeadline(deadline)
+	}
 	if err == nil {
 		_, err = way.Write(w.buf)
 	}
