@@ -27,7 +27,7 @@ type edit struct{ file, old, new string }
 // mutants are the mistakes that would cost somebody money.
 func mutants() []mutant {
 	const upstream, keys = "internal/backend/mcpupstream/", "internal/identity/verify/"
-	const effect, store, lite, pg = "internal/guard/effect/", "internal/durable/durable.go", "internal/store/sqlite/", "internal/store/postgres/"
+	const effect, store, lite, pg = "internal/guard/effect/", "internal/durable/batch.go", "internal/store/sqlite/", "internal/store/postgres/"
 	const tasks = "internal/task/"
 	return []mutant{
 		{"nothing is synced (SQLite)", "sqlite", 60, "none", []edit{
