@@ -3,6 +3,7 @@ package effect_test
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,7 +18,7 @@ import (
 type queue struct {
 	*bench
 	hangs time.Duration // from a call until it is done; 0: it is never done
-	done  int
+	done  atomic.Int64
 }
 
 func newQueue(t *testing.T, o effect.Options, hangs time.Duration) *queue {
@@ -25,14 +26,14 @@ func newQueue(t *testing.T, o effect.Options, hangs time.Duration) *queue {
 	q := &queue{hangs: hangs}
 	q.bench = newBench(t, o, func(context.Context, *call.Call) (*call.Result, error) {
 		if q.hangs > 0 {
-			time.AfterFunc(q.hangs, func() { q.done++ })
+			time.AfterFunc(q.hangs, func() { q.done.Add(1) })
 		}
 		return nil, call.Errorf(call.Timeout, "no answer")
 	})
 	time.Sleep(time.Second) // the time at which a store is made is no time to it
 	look := &call.Capability{Kind: call.Tool, Name: "find", Effect: call.Read, Run: func(context.Context, *call.Call) (*call.Result, error) {
 		r := call.Text("says the tool")
-		r.Structured = fmt.Appendf(nil, `{"found":%v}`, q.done > 0)
+		r.Structured = fmt.Appendf(nil, `{"found":%v}`, q.done.Load() > 0)
 		return r, nil
 	}}
 	q.tool.Recovery, q.tool.Lookup = call.RecoverLookup, look.Name
@@ -78,8 +79,8 @@ func TestQueued(t *testing.T) {
 			}
 		}
 		q.ran(1)
-		if q.done != 1 {
-			t.Errorf("it was done %d times", q.done)
+		if n := q.done.Load(); n != 1 {
+			t.Errorf("it was done %d times", n)
 		}
 	})
 }
