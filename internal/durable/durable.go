@@ -57,7 +57,7 @@ const maxBatch = 256
 
 // stage is how much work is worth a stage while more is about to come: less, and what each statement
 // costs by itself counts; more, and the engine waits for callers that could be at work meanwhile.
-const stage = 16
+const stage = 24
 
 // NewWriter returns a writer over commit, which gets all of its work at once.
 func NewWriter(commit Commit) *Writer {
