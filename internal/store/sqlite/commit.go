@@ -236,10 +236,13 @@ func (db *DB) loaded(ctx context.Context, work []*durable.Work, trust bool) ([]e
 // parameters.
 const maxChunk = 64
 
-// chunk is how many of n rows the next statement takes: a power of two, so that few statements stay
-// prepared.
+// chunk is how many of n rows the next statement takes: up to seven, or a multiple of eight, so that few
+// statements stay prepared and two at most are needed.
 func chunk(n int) int {
-	return min(1<<(bits.Len(uint(n))-1), maxChunk)
+	if n < 8 {
+		return n
+	}
+	return min(n&^7, maxChunk)
 }
 
 const (
