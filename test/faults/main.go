@@ -112,12 +112,18 @@ type result struct {
 	found    []Violation
 }
 
+// errInterrupted ends a run that was cut off: what it found says nothing about the program.
+var errInterrupted = errors.New("interrupted")
+
 // suite runs everything once and prints the table.
 func suite(ctx context.Context, o *options, out io.Writer) error {
 	if err := o.prepare(ctx); err != nil {
 		return err
 	}
 	r, err := run(ctx, o)
+	if ctx.Err() != nil {
+		return errors.Join(errInterrupted, os.RemoveAll(o.dir))
+	}
 	if r != nil {
 		r.print(out)
 	}
@@ -172,6 +178,10 @@ func long(ctx context.Context, o *options, out io.Writer) error {
 			return err
 		}
 		r, err := run(ctx, &one)
+		if ctx.Err() != nil {
+			fmt.Fprintf(os.Stderr, "faults: %d cycles without a violation so far; the run that was under way is done again\n", p.Total.Cycles)
+			return errors.Join(errInterrupted, os.RemoveAll(one.dir))
+		}
 		if err != nil || r.Violations > 0 {
 			r.print(out)
 			fmt.Fprintf(os.Stderr, "faults: do it again with -cycles %d -seed %d; what was written is in %s\n", one.cycles, one.seed, one.dir)
