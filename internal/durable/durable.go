@@ -55,9 +55,9 @@ type Writer struct {
 // maxBatch bounds the work of one transaction, so that nobody waits for too many others.
 const maxBatch = 256
 
-// stage is how much work is worth a stage while more is about to come: less, and what each statement
+// Stage is how much work is worth a stage while more is about to come: less, and what each statement
 // costs by itself counts; more, and the engine waits for callers that could be at work meanwhile.
-const stage = 24
+const Stage = 24
 
 // NewWriter returns a writer over commit, which gets all of its work at once.
 func NewWriter(commit Commit) *Writer {
@@ -68,7 +68,7 @@ func NewWriter(commit Commit) *Writer {
 
 // NewStaged returns a writer over commit.
 func NewStaged(commit Staged) *Writer {
-	return &Writer{commit: commit, most: maxBatch, stage: stage, failed: make(chan struct{})}
+	return &Writer{commit: commit, most: maxBatch, stage: Stage, failed: make(chan struct{})}
 }
 
 // Failed is closed when the store can no longer be trusted; Fatal then says why.

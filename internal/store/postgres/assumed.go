@@ -41,10 +41,6 @@ var statements = map[string]string{
 	stCommit: "COMMIT",
 }
 
-// portion is how much work is sent while more is about to come: less, and what each statement costs by
-// itself counts; more, and the server waits for callers that could be at work meanwhile.
-const portion = 32
-
 // errOtherwise says that something is not as this node remembers, or that it does not remember it.
 var errOtherwise = errors.New("something stands otherwise")
 
@@ -76,12 +72,11 @@ func (db *DB) commitKnown(ctx context.Context, conn *pgxpool.Conn, work *[]*dura
 	}
 	db.wire.clear()
 	defer db.wire.giveUp(t.conn) // nothing is owed, unless something here panics
-	for stage, waits := *work, 0; len(stage) > 0; {
+	for stage := *work; len(stage) > 0; {
 		for _, u := range stage {
 			t.batch.Apply(u)
 		}
-		if waits += len(stage); waits >= portion {
-			waits = 0
+		if len(stage) >= durable.Stage { // more are about to come
 			t.write()
 			if err := db.wire.flush(ctx, t.conn); err != nil {
 				return db.ended(ctx, conn, t.batch, nil, "", false, err)

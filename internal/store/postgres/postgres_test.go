@@ -339,7 +339,7 @@ func TestStages(t *testing.T) {
 		var stages [][]*durable.Work
 		for range 3 {
 			var stage []*durable.Work
-			for range portion {
+			for range durable.Stage {
 				stage = append(stage, intent(rand.Text()))
 			}
 			stages = append(stages, stage)
