@@ -2,6 +2,7 @@ package catalog
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -124,5 +125,45 @@ func TestRecursiveSchemasAreTaken(t *testing.T) {
 	many := `{"f":{"and":[` + strings.Repeat(leaf+",", 20_000) + leaf + `]}}`
 	if err := build(t, tool("x", schema)).tools["x"].capability.Check(jsontext.Value(many)); err != nil {
 		t.Error(err)
+	}
+}
+
+// What is too large for its schema is refused without copies of it, which cost more than the look.
+func TestRefusalsCopyLittle(t *testing.T) {
+	const size = 3_900_000
+	snapshot, err := Build([]Source{{Backend: "b", Capabilities: []*call.Capability{
+		tool("simple", `{"type":"object","properties":{"n":{"type":"number"},"p":{"type":"string"}}}`),
+		tool("other", `{"type":"object","properties":{"n":{"type":"number"},"p":{"type":"string","pattern":"^([a-z]+)*$"},"re":{"format":"regex"}}}`),
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := jsontext.Value(`{"n":` + strings.Repeat("9", size) + `}`)
+	text := jsontext.Value(`{"p":"` + strings.Repeat("a", size) + `!"}`)
+	for name, tt := range map[string]struct {
+		tool string
+		args jsontext.Value
+		most uint64 // bytes
+	}{
+		"a number":                  {"other", number, 16 << 10},
+		"a number, simply":          {"simple", number, 16 << 10},
+		"a text that is taken":      {"simple", text, 16 << 10},
+		"a text, for the validator": {"other", text, 2*size + size/10}, // and for its error
+	} {
+		check := snapshot.Tool(tt.tool).Check
+		least := uint64(1 << 62)
+		for range 5 { // the first one makes what is kept
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			err := check(tt.args)
+			runtime.ReadMemStats(&after)
+			least = min(least, after.TotalAlloc-before.TotalAlloc)
+			if (err == nil) != strings.Contains(name, "taken") {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		if least > tt.most {
+			t.Errorf("%s: %d bytes were allocated, more than %d", name, least, tt.most)
+		}
 	}
 }

@@ -173,8 +173,9 @@ func bound(v any, into **float64) bool {
 // decoders are shared: making one costs more than reading typical arguments.
 var decoders = sync.Pool{New: func() any { return &reader{} }}
 
+// A reader reads arguments where they lie: a decoder copies from every source but a bytes.Buffer.
 type reader struct {
-	src bytes.Reader
+	src bytes.Buffer
 	dec jsontext.Decoder
 }
 
@@ -185,7 +186,7 @@ func (q *quick) accepts(args jsontext.Value) bool {
 	}
 	r := decoders.Get().(*reader)
 	defer decoders.Put(r)
-	r.src.Reset(args)
+	r.src = *bytes.NewBuffer(args)
 	r.dec.Reset(&r.src)
 	return q.next(&r.dec)
 }
@@ -204,15 +205,15 @@ func (q *quick) next(d *jsontext.Decoder) bool {
 	case '[':
 		return q.array(d)
 	}
-	t, err := d.ReadToken()
+	v, err := d.ReadValue()
 	if err != nil {
 		return false
 	}
 	switch q.kind {
 	case '"':
-		return q.text(t.String())
+		return q.text(v)
 	case '0':
-		return q.number(t.String())
+		return q.number(v)
 	}
 	return true
 }
@@ -268,7 +269,11 @@ func (q *quick) array(d *jsontext.Decoder) bool {
 	return err == nil && n >= q.minItems && (q.maxItems < 0 || n <= q.maxItems)
 }
 
-func (q *quick) text(s string) bool {
+func (q *quick) text(v jsontext.Value) bool {
+	if q.enum == nil && q.minLen <= 0 && q.maxLen < 0 && q.pattern == nil {
+		return true
+	}
+	s := unquote(v)
 	if q.enum != nil && !q.enum[s] {
 		return false
 	}
@@ -283,13 +288,13 @@ func (q *quick) text(s string) bool {
 
 // number accepts plain decimal numbers that a float64 compares exactly; others are left to the
 // full validator.
-func (q *quick) number(s string) bool {
-	if len(s) > 15 {
+func (q *quick) number(v jsontext.Value) bool {
+	if len(v) > 15 {
 		return false
 	}
 	whole := true
-	for i := range len(s) {
-		switch s[i] {
+	for i := range len(v) {
+		switch v[i] {
 		case 'e', 'E':
 			return false
 		case '.':
@@ -302,7 +307,7 @@ func (q *quick) number(s string) bool {
 	if q.minimum == nil && q.maximum == nil {
 		return true
 	}
-	f, err := strconv.ParseFloat(s, 64)
+	f, err := strconv.ParseFloat(string(v), 64)
 	if err != nil {
 		return false
 	}

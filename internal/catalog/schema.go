@@ -191,11 +191,33 @@ func tidy(err error) string {
 
 // decode returns a strict JSON value as Go values, with numbers that keep their precision.
 func decode(raw jsontext.Value) (any, error) {
-	d := jsontext.NewDecoder(bytes.NewReader(raw))
+	d := jsontext.NewDecoder(bytes.NewBuffer(raw)) // which is read where it lies
 	return decodeNext(d)
 }
 
+// unquote returns the text of a JSON string that a decoder has passed.
+func unquote(v jsontext.Value) string {
+	if bytes.IndexByte(v, '\\') < 0 {
+		return string(v[1 : len(v)-1])
+	}
+	s, err := jsontext.AppendUnquote(nil, v)
+	if err != nil {
+		return "" // it was passed
+	}
+	return string(s)
+}
+
 func decodeNext(d *jsontext.Decoder) (any, error) {
+	if k := d.PeekKind(); k == '"' || k == '0' {
+		v, err := d.ReadValue()
+		if err != nil {
+			return nil, err
+		}
+		if k == '0' {
+			return number(v)
+		}
+		return unquote(v), nil
+	}
 	t, err := d.ReadToken()
 	if err != nil {
 		return nil, err
@@ -205,10 +227,6 @@ func decodeNext(d *jsontext.Decoder) (any, error) {
 		return nil, nil
 	case 't', 'f':
 		return t.Bool(), nil
-	case '"':
-		return t.String(), nil
-	case '0':
-		return number(t.String())
 	case '[':
 		arr := []any{}
 		for d.PeekKind() != ']' {
@@ -324,10 +342,11 @@ const maxExponent = 400
 const maxDigits = 1000
 
 // number returns a JSON number with all its digits.
-func number(s string) (json.Number, error) {
-	if len(s) > maxDigits {
-		return "", fmt.Errorf("the number %.20s… has more than %d digits", s, maxDigits)
+func number(v jsontext.Value) (json.Number, error) {
+	if len(v) > maxDigits {
+		return "", fmt.Errorf("the number %s… has more than %d digits", string(v[:20]), maxDigits)
 	}
+	s := string(v)
 	if i := strings.IndexAny(s, "eE"); i >= 0 {
 		if e, err := strconv.Atoi(s[i+1:]); err != nil || e > maxExponent || e < -maxExponent {
 			return "", fmt.Errorf("the number %.20s is out of range", s)

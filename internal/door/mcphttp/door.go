@@ -86,11 +86,36 @@ func New(o Options) (*Door, error) {
 	return &Door{opts: o}, nil
 }
 
-// buffers hold messages while they are decoded; what a call keeps is copied out of them.
-var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+// buffers hold messages until they are decoded; what a call keeps is copied out of them. Large ones have
+// buffers of their own: to make room for 4 MiB, step by step, costs more than to read them, and small
+// ones must not keep that much.
+var (
+	buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+	large   = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+)
 
-// maxPooled keeps a rare large message from staying in memory.
+// maxPooled is the size of what is not large.
 const maxPooled = 64 << 10
+
+// bufferFor returns an empty buffer for a body of so many bytes, -1 if that is not known.
+func bufferFor(size int64) *bytes.Buffer {
+	pool := &buffers
+	if size < 0 || size > maxPooled {
+		pool = &large
+	}
+	buf := pool.Get().(*bytes.Buffer)
+	buf.Reset()
+	return buf
+}
+
+// release gives a buffer back.
+func release(buf *bytes.Buffer) {
+	if buf.Cap() <= maxPooled {
+		buffers.Put(buf)
+		return
+	}
+	large.Put(buf)
+}
 
 // ServeHTTP implements http.Handler.
 func (d *Door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -129,41 +154,41 @@ func (d *Door) post(w http.ResponseWriter, r *http.Request) {
 		d.refuse(w, r, f, 0)
 		return
 	}
-	buf := buffers.Get().(*bytes.Buffer)
-	buf.Reset()
+	buf := bufferFor(r.ContentLength)
 	if f := d.read(w, r, buf); f != nil {
 		d.refuse(w, r, f, buf.Len())
-		return // the buffer may have grown to the bound: it is not kept
+		release(buf)
+		return
 	}
 	if stateless(r, buf.Bytes()) {
-		d.stateless(w, r, buf.Bytes())
-		if buf.Cap() <= maxPooled {
-			buffers.Put(buf)
+		m, f := d.opts.Codec.Decode(buf.Bytes())
+		size := buf.Len()
+		release(buf)
+		if f != nil {
+			d.refuse(w, r, f, size)
+			return
 		}
+		d.stateless(w, r, m)
 		return
 	}
 	if f := unknownRevision(r, buf.Bytes()); f != nil {
 		d.refuse(w, r, f, buf.Len())
+		release(buf)
 		return
 	}
-	r.Body = io.NopCloser(bytes.NewReader(buf.Bytes()))
+	r.Body = io.NopCloser(bytes.NewReader(buf.Bytes())) // who reads it has the buffer, for as long as that takes
 	r.ContentLength = int64(buf.Len())
 	d.session(w, r, buf.Bytes())
 }
 
-// stateless serves one message of revision 2026-07-28, from bytes to bytes.
-func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
-	m, f := d.opts.Codec.Decode(body)
-	if f != nil {
-		d.refuse(w, r, f, len(body))
-		return
-	}
+// stateless serves one message of revision 2026-07-28.
+func (d *Door) stateless(w http.ResponseWriter, r *http.Request, m *mcpwire.Message) {
 	if m.IsNotification() {
 		w.WriteHeader(http.StatusAccepted) // the revision defines none over HTTP
 		return
 	}
 	if f := d.checkHeaders(r, m); f != nil {
-		d.refuse(w, r, f, len(body))
+		d.refuse(w, r, f, m.Size)
 		return
 	}
 	out := d.reply(w, r)
@@ -173,18 +198,18 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 		send = out.event
 	}
 	if !events && !accepts(r, "application/json") {
-		d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "send Accept: application/json, text/event-stream", Cause: call.Malformed}, len(body))
+		d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "send Accept: application/json, text/event-stream", Cause: call.Malformed}, m.Size)
 		return
 	}
 	c, f := d.opts.Codec.Call(m, d.from(r), send)
 	if f != nil {
-		d.refuse(w, r, f, len(body))
+		d.refuse(w, r, f, m.Size)
 		return
 	}
 	ctx := r.Context() // ends when the client goes away: that is how this revision cancels
 	if c.Kind == call.Subscribe {
 		if !events {
-			d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "a subscription needs Accept: text/event-stream", Cause: call.Malformed}, len(body))
+			d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "a subscription needs Accept: text/event-stream", Cause: call.Malformed}, m.Size)
 			return
 		}
 		var stop func()

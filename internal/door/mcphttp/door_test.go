@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -403,6 +404,48 @@ func TestOversize(t *testing.T) {
 }
 
 // Who sends a byte now and then is not waited for, whether it says how long the message is or not.
+// Large messages have room that is used again: to make it anew costs more than to read and refuse them.
+func TestLargeMessagesUseRoomAgain(t *testing.T) {
+	w := newWorld(t)
+	w.opts.MaxMessageBytes = 4 << 20
+	const size = 3_900_000
+	request := func(body string, length int64) *http.Request {
+		r := httptest.NewRequest(http.MethodPost, "http://localhost/mcp", strings.NewReader(body))
+		r.ContentLength = length
+		for k, v := range map[string]string{"Content-Type": "application/json", "Accept": "application/json, text/event-stream", "Mcp-Protocol-Version": mcpwire.Revision, "Mcp-Method": "tools/call", "Mcp-Name": "echo"} {
+			r.Header.Set(k, v)
+		}
+		return r
+	}
+	number := `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"echo","arguments":{"text":` + strings.Repeat("9", size) + `},"_meta":{"io.modelcontextprotocol/protocolVersion":"` + mcpwire.Revision + `","io.modelcontextprotocol/clientCapabilities":{}}}}`
+	for name, tt := range map[string]struct {
+		body   string
+		length int64
+		want   string
+		most   uint64 // bytes
+	}{
+		"its arguments are kept": {number, int64(len(number)), "more than 1000 digits", size + size/10},
+		"nothing is kept":        {strings.Repeat("[", size), size, "nested deeper", 64 << 10},
+		"it is too long":         {strings.Repeat("a", 5<<20), -1, "larger than", 64 << 10},
+	} {
+		least := uint64(1 << 62)
+		for range 20 { // what is to be used again may be collected
+			in, out := request(tt.body, tt.length), httptest.NewRecorder()
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			w.ServeHTTP(out, in)
+			runtime.ReadMemStats(&after)
+			least = min(least, after.TotalAlloc-before.TotalAlloc)
+			if !strings.Contains(out.Body.String(), tt.want) {
+				t.Fatalf("%s: %d %.300s", name, out.Code, out.Body)
+			}
+		}
+		if least > tt.most {
+			t.Errorf("%s: %d bytes were allocated, more than %d", name, least, tt.most)
+		}
+	}
+}
+
 func TestSlowBody(t *testing.T) {
 	w := newWorld(t)
 	w.opts.BodyTimeout = 300 * time.Millisecond // a sixth for each piece

@@ -21,9 +21,15 @@ import (
 // metaRevision is what a message of the stateless revision carries in its body.
 var metaRevision = []byte(`"io.modelcontextprotocol/protocolVersion"`)
 
+// nearEnd is how far from either end of a body its _meta is looked for first.
+const nearEnd = 4 << 10
+
 // stateless decides the era of a POST: by what its body carries, which is the source of truth,
 // then by its headers. It decides only who answers: either side checks the message whole.
 func stateless(r *http.Request, body []byte) bool {
+	if n := len(body); n > 2*nearEnd && (bytes.Contains(body[:nearEnd], metaRevision) || bytes.Contains(body[n-nearEnd:], metaRevision)) {
+		return true // it is seldom in the middle, and to look through 4 MB takes as long as to serve many calls
+	}
 	if bytes.Contains(body, metaRevision) {
 		return true
 	}

@@ -96,7 +96,10 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	if r.Method != http.MethodPost {
 		return message{}, nil
 	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, int64(g.o.MaxMessageBytes)+1))
+	var in bytes.Buffer
+	in.Grow(int(min(max(r.ContentLength, 0), int64(g.o.MaxMessageBytes))) + bytes.MinRead) // it was read before: so much is there
+	_, err := in.ReadFrom(io.LimitReader(r.Body, int64(g.o.MaxMessageBytes)+1))
+	body := in.Bytes()
 	if err != nil {
 		return message{}, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end"}
 	}
