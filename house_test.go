@@ -19,7 +19,7 @@ const modulePath = "newel.dev/newel"
 // from its own. A package that stands on none fails: a new idea gets a place here first.
 var floors = []string{
 	"internal/faultpoint",
-	"call internal/strictjson internal/secret internal/nearest internal/pattern internal/egress internal/certs internal/identity/claim internal/identity/jws",
+	"call internal/lane internal/strictjson internal/secret internal/nearest internal/pattern internal/egress internal/certs internal/identity/claim internal/identity/jws",
 	"internal/module internal/catalog internal/process internal/policy internal/audit internal/redact internal/answer internal/identity/dpop",
 	"internal/identity/issuer internal/redact/*",
 	"internal/config internal/guard/* internal/task internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",

@@ -21,6 +21,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/lane"
 	"newel.dev/newel/internal/mcpwire"
 )
 
@@ -160,8 +161,7 @@ func (d *Door) post(w http.ResponseWriter, r *http.Request) {
 		release(buf)
 		return
 	}
-	if stateless(r, buf.Bytes()) {
-		m, f := d.opts.Codec.Decode(buf.Bytes())
+	if m, f := d.decode(r, buf.Bytes()); m != nil || f != nil {
 		size := buf.Len()
 		release(buf)
 		if f != nil {
@@ -181,14 +181,28 @@ func (d *Door) post(w http.ResponseWriter, r *http.Request) {
 	d.session(w, r, buf.Bytes())
 }
 
+// decode decodes a message of revision 2026-07-28 and holds the headers against it, or returns neither a
+// message nor a failure for one of the session revisions. Large ones wait for their turn.
+func (d *Door) decode(r *http.Request, body []byte) (*mcpwire.Message, *mcpwire.Failure) {
+	leave, err := lane.Enter(r.Context(), len(body))
+	if err != nil {
+		return nil, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "the request was given up before its turn", Cause: call.Canceled}
+	}
+	defer leave()
+	if !stateless(r, body) {
+		return nil, nil
+	}
+	m, f := d.opts.Codec.Decode(body)
+	if f == nil && !m.IsNotification() {
+		f = d.checkHeaders(r, m)
+	}
+	return m, f
+}
+
 // stateless serves one message of revision 2026-07-28.
 func (d *Door) stateless(w http.ResponseWriter, r *http.Request, m *mcpwire.Message) {
 	if m.IsNotification() {
 		w.WriteHeader(http.StatusAccepted) // the revision defines none over HTTP
-		return
-	}
-	if f := d.checkHeaders(r, m); f != nil {
-		d.refuse(w, r, f, m.Size)
 		return
 	}
 	out := d.reply(w, r)

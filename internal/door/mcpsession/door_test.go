@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -22,6 +23,7 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
+	"newel.dev/newel/internal/lane"
 	"newel.dev/newel/internal/mcpwire"
 )
 
@@ -584,3 +586,37 @@ func TestStdio(t *testing.T) {
 }
 
 var _ json.Marshaler = (*result)(nil)
+
+func TestLargeMessagesTakeTurns(t *testing.T) {
+	w := newWorld(t, never)
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	answer := func(ctx context.Context, size int) string {
+		r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/", strings.NewReader("["+strings.Repeat(" ", size)))
+		out := httptest.NewRecorder()
+		w.ServeHTTP(out, r)
+		return out.Body.String()
+	}
+	var leaves []func()
+	for range max(1, runtime.GOMAXPROCS(0)-1) {
+		leave, err := lane.Enter(t.Context(), lane.Large)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaves = append(leaves, leave)
+	}
+	if got := answer(over, lane.Large); !strings.Contains(got, "given up before its turn") {
+		t.Errorf("a large message out of turn: %s", got)
+	}
+	if got := answer(over, 10); !strings.Contains(got, "not valid JSON") {
+		t.Errorf("a small message has to wait: %s", got)
+	}
+	for _, leave := range leaves {
+		leave()
+	}
+	for range 2 * len(leaves) {
+		if got := answer(t.Context(), lane.Large); !strings.Contains(got, "not valid JSON") {
+			t.Errorf("a large message: %s", got)
+		}
+	}
+}

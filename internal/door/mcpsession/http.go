@@ -15,6 +15,7 @@ import (
 	stdjson "github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
+	"newel.dev/newel/internal/lane"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/strictjson"
 )
@@ -91,7 +92,7 @@ type message struct {
 	size   int
 }
 
-// read reads and checks the body, strictly, and puts it back.
+// read reads and checks the body, strictly, and puts it back. Large ones wait for their turn.
 func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	if r.Method != http.MethodPost {
 		return message{}, nil
@@ -103,6 +104,11 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	if err != nil {
 		return message{}, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: "the body could not be read to its end"}
 	}
+	leave, err := lane.Enter(r.Context(), len(body))
+	if err != nil {
+		return message{}, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "the request was given up before its turn"}
+	}
+	defer leave()
 	if err := strictjson.Check(body, strictjson.Limits{Bytes: g.o.MaxMessageBytes}); err != nil {
 		f := &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32700, Message: err.Error()}
 		var e *strictjson.Error

@@ -2,14 +2,15 @@
 //
 // Refuses: arguments that do not fit, with an error that says what to send instead. Needs: the
 // Check that the catalog compiled; a target without one is refused. Fails: closed. Records:
-// nothing of its own. Costs: well under a microsecond for simple schemas, a few otherwise. It
-// never changes the arguments: what was checked is what runs.
+// nothing of its own. Costs: well under a microsecond for simple schemas, a few otherwise;
+// large arguments take turns (internal/lane). It never changes the arguments: what was checked is what runs.
 package validate
 
 import (
 	"context"
 
 	"newel.dev/newel/call"
+	"newel.dev/newel/internal/lane"
 )
 
 // Guard is the guard of the validate step.
@@ -23,7 +24,7 @@ func Guard(next call.Handler) call.Handler {
 			if c.Target.Check == nil {
 				return nil, call.Errorf(call.Internal, "internal error")
 			}
-			if err := c.Target.Check(c.Args); err != nil {
+			if err := check(ctx, c); err != nil {
 				return nil, err
 			}
 		case call.Complete:
@@ -33,6 +34,16 @@ func Guard(next call.Handler) call.Handler {
 		}
 		return next(ctx, c)
 	}
+}
+
+// check holds the arguments against the schema; large ones wait for their turn.
+func check(ctx context.Context, c *call.Call) error {
+	leave, err := lane.Enter(ctx, len(c.Args))
+	if err != nil {
+		return err
+	}
+	defer leave()
+	return c.Target.Check(c.Args)
 }
 
 // known refuses completion of a prompt argument that the prompt does not have.
