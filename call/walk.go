@@ -9,7 +9,7 @@ import (
 // EachMember calls f for each member of a JSON object, in order. v is only valid during the
 // call of f. Anything but an object is an error.
 func EachMember(obj jsontext.Value, f func(name string, v jsontext.Value)) error {
-	d := jsontext.NewDecoder(bytes.NewReader(obj))
+	d := jsontext.NewDecoder(bytes.NewBuffer(obj))
 	t, err := d.ReadToken()
 	if err != nil {
 		return err
@@ -36,7 +36,7 @@ func EachMember(obj jsontext.Value, f func(name string, v jsontext.Value)) error
 // EachElement calls f for each element of a JSON array, in order. v is only valid during the
 // call of f. Anything but an array is an error.
 func EachElement(arr jsontext.Value, f func(v jsontext.Value)) error {
-	d := jsontext.NewDecoder(bytes.NewReader(arr))
+	d := jsontext.NewDecoder(bytes.NewBuffer(arr))
 	t, err := d.ReadToken()
 	if err != nil {
 		return err

@@ -47,6 +47,9 @@ func clientOf(s *mcp.ServerSession) call.Client {
 func origin(c *call.Call, h http.Header) {
 	c.Credential.Peer = h.Get(headerPeer)
 	c.Size, _ = strconv.Atoi(h.Get(headerSize)) // set by ServeHTTP
+	if large := h.Get(headerArguments); large != "" {
+		c.Args = []byte(large)
+	}
 	c.Key = mcpwire.IdempotencyKey(h.Get("Idempotency-Key"))
 	c.Trace = call.Trace{Correlation: h.Get("X-Correlation-Id"), Parent: h.Get("Traceparent"), State: h.Get("Tracestate"), Baggage: h.Get("Baggage")}
 }

@@ -380,6 +380,8 @@ const (
 	headerPeer = "X-Newel-Peer"
 	headerSize = "X-Newel-Size"
 	headerKey  = "X-Newel-Key"
+	// headerArguments has the arguments of a large call.
+	headerArguments = "X-Newel-Arguments"
 	// headerGeneration names the generation that a request came to.
 	headerGeneration = "X-Newel-Generation"
 )

@@ -620,3 +620,45 @@ func TestLargeMessagesTakeTurns(t *testing.T) {
 		}
 	}
 }
+
+// What the SDK would read eight times over it does not get to see.
+func TestLargeArgumentsGoAroundTheSDK(t *testing.T) {
+	for message, want := range map[string][2]string{
+		`{"id":1,"params":{"name":"n","arguments":{"a":[{}]},"_meta":{}},"method":"tools/call"}`: {`{"a":[{}]}`, `{"id":1,"params":{"name":"n","arguments":{},"_meta":{}},"method":"tools/call"}`},
+		` { "params" : { "x":{"arguments":{"b":1}}, "arguments" : { "a":1 } } } `:                {`{ "a":1 }`, ` { "params" : { "x":{"arguments":{"b":1}}, "arguments" : {} } } `},
+		`{"params":{"arguments":[1]}}`:             {},
+		`{"params":{"name":"n"},"arguments":{}}`:   {},
+		`{"params":[{"arguments":{}}]}`:            {},
+		`{"method":"params"}`:                      {},
+		`{"method":"params","params":"arguments"}`: {},
+	} {
+		arguments, rest := takeArguments([]byte(message))
+		if string(arguments) != want[0] || string(rest) != want[1] {
+			t.Errorf("%s: %s and %s", message, arguments, rest)
+		}
+	}
+
+	var seen *call.Call
+	w := newWorld(t, func(_ context.Context, c *call.Call) (*call.Result, error) { seen = c; return call.Text("ok"), nil })
+	var passed []int64 // bytes of messages
+	sdk := w.handler
+	w.handler = http.HandlerFunc(func(out http.ResponseWriter, r *http.Request) {
+		passed = append(passed, r.ContentLength)
+		sdk.ServeHTTP(out, r)
+	})
+	session := w.raw(t, "2025-11-25", `{}`)
+	passed = nil
+	for _, args := range []string{`{"text":"` + strings.Repeat("a", lane.Large) + `","n":1.50}`, `{"text":"small"}`} {
+		resp := session.send(t, http.MethodPost, `{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":`+args+`,"_meta":{"progressToken":"p"}}}`, "X-Newel-Arguments", `{"of":"somebody else"}`)
+		if body, err := io.ReadAll(resp.Body); err != nil || !strings.Contains(string(body), `"text":"ok"`) {
+			t.Fatalf("%v %.300s", err, body)
+		}
+		resp.Body.Close()
+		if string(seen.Args) != args || seen.Name != "x" || !seen.Progress || seen.Size < len(args) {
+			t.Errorf("%.30s…: the call has %.60s of %d bytes, %+v", args, seen.Args, len(seen.Args), seen.Progress)
+		}
+	}
+	if len(passed) != 2 || passed[0] > 200 || passed[1] > 200 {
+		t.Errorf("the SDK was given messages of %d bytes", passed)
+	}
+}

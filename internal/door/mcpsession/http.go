@@ -7,6 +7,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,6 +71,11 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	r.Header.Set(headerKey, key)
 	r.Header.Set(headerPeer, r.RemoteAddr)
 	r.Header.Set(headerSize, strconv.Itoa(message.size))
+	r.Header.Del(headerArguments)
+	if message.arguments != nil {
+		r.Header.Set(headerArguments, string(message.arguments))
+		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(message.rest)), int64(len(message.rest))
+	}
 	out := &writer{w: w, id: message.id, timeout: g.o.WriteTimeout}
 	if r.Method == http.MethodGet && session != "" {
 		d.stream(w, r, out, session)
@@ -85,11 +91,18 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// checked is for JSON that was checked before: to look for duplicate names again takes most of the time
+// where there are many names.
+var checked = jsontext.AllowDuplicateNames(true)
+
 // message is what has to be known of a message before the SDK reads it.
 type message struct {
 	id     jsontext.Value
 	method string
 	size   int
+	// arguments of a large call, which go around the SDK: it reads a message eight times over. rest is the
+	// message without them. Nil: they go through it.
+	arguments, rest []byte
 }
 
 // read reads and checks the body, strictly, and puts it back. Large ones wait for their turn.
@@ -124,7 +137,7 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	}
 	switch jsontext.Value(body).Kind() {
 	case '{':
-		if stdjson.Unmarshal(body, &envelope) != nil {
+		if stdjson.Unmarshal(body, &envelope, checked) != nil {
 			return m, &mcpwire.Failure{Status: http.StatusBadRequest, Code: -32600, Message: "the message is not a JSON-RPC object"}
 		}
 		m.id, m.method = envelope.ID, envelope.Method
@@ -138,10 +151,42 @@ func (g *Generation) read(r *http.Request) (message, *mcpwire.Failure) {
 	}
 	if m.method == "tools/call" {
 		body = lift(body)
+		if len(body) >= lane.Large {
+			m.arguments, m.rest = takeArguments(body)
+		}
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	r.ContentLength = int64(len(body))
 	return m, nil
+}
+
+// takeArguments takes the arguments, an object, out of a tools/call that was checked, and returns them and
+// the message with {} in their place; or nil, if it does not have them.
+func takeArguments(body []byte) (arguments, rest []byte) {
+	d := jsontext.NewDecoder(bytes.NewBuffer(body), checked)
+	for _, name := range []string{"params", "arguments"} {
+		if t, err := d.ReadToken(); err != nil || t.Kind() != '{' {
+			return nil, nil
+		}
+		for {
+			t, err := d.ReadToken()
+			if err != nil || t.Kind() != '"' {
+				return nil, nil
+			}
+			if t.String() == name {
+				break
+			}
+			if d.SkipValue() != nil {
+				return nil, nil
+			}
+		}
+	}
+	v, err := d.ReadValue()
+	if err != nil || v.Kind() != '{' {
+		return nil, nil
+	}
+	end := int(d.InputOffset())
+	return v, slices.Concat(body[:end-len(v)], []byte("{}"), body[end:])
 }
 
 // census is how many sessions there were, and whose.
