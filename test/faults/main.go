@@ -262,8 +262,10 @@ type task struct {
 	do           func(l *lane) error
 }
 
-// workers is how many tasks are done at once: they wait most of the time.
-const workers = 8
+const (
+	workers = 8  // tasks at once: they wait most of the time
+	ofLane  = 80 // crashes of one task
+)
 
 // run runs all tasks, those that take long first.
 func run(ctx context.Context, o *options) (_ *result, err error) {
@@ -369,9 +371,11 @@ func (o *options) tasks() (all []task) {
 		}
 		if cycles > 0 {
 			upkeep := max(3, cycles/50)
-			all = append(all,
-				task{name: "crash", engine: engine, nodes: 1, long: true, do: func(l *lane) error { return l.cycles(cycles - upkeep) }},
-				task{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }})
+			all = append(all, task{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }})
+			for from := 0; from < cycles-upkeep; from += ofLane {
+				count := min(ofLane, cycles-upkeep-from)
+				all = append(all, task{name: fmt.Sprintf("crash%d", from), engine: engine, nodes: 1, long: true, do: func(l *lane) error { return l.cycles(from, count) }})
+			}
 		}
 		for _, t := range slices.Concat(scenarios(), variants()) {
 			if o.wants(t.name) && (t.engine == "" || t.engine == engine) {
