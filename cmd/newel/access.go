@@ -20,10 +20,13 @@ import (
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/identity/devserver"
+	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/policy/cedar"
 	"newel.dev/newel/internal/policy/opa"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/redis"
 )
 
 // publicURL is the address of the server as clients write it, without path.
@@ -37,9 +40,26 @@ func publicURL(c *config.Config, listen net.Addr) string {
 	return scheme(c) + "://" + c.Listen
 }
 
+// common is what nodes that serve one address know together of who calls; nil: each knows its own. They
+// need what only they can read: the same Redis, and the same key.
+func common(f *config.File, shared *redis.DB) (*dpop.Shared, error) {
+	if shared == nil || f.Config.State.Engine == "memory" {
+		return nil, nil
+	}
+	key, err := secret.OpenKey(from(f.Dir, f.Config.State.KeyFile))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("state.key_file"), err)
+	}
+	nonces, err := key.Derive("newel dpop nonces")
+	if err != nil {
+		return nil, err
+	}
+	return &dpop.Shared{Key: nonces, Store: shared.Proofs()}, nil
+}
+
 // identities makes what tells who is calling; nil means that nobody is asked. Positions of what is
 // wrong come from f.
-func identities(f *config.File, base string, fed *federation) (*assembly.Identities, *assembly.Access, error) {
+func identities(f *config.File, base string, fed *federation, together *dpop.Shared) (*assembly.Identities, *assembly.Access, error) {
 	c := &f.Config
 	a := &c.Auth
 	if a.Mode == "none" {
@@ -79,7 +99,7 @@ func identities(f *config.File, base string, fed *federation) (*assembly.Identit
 	if err != nil {
 		return nil, nil, err
 	}
-	tokens, err := verify.New(verify.Options{Resource: resources[0], Tenants: tenantsOf(c, resources[0]), Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required"})
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Tenants: tenantsOf(c, resources[0]), Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required", Proofs: together})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}

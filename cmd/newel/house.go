@@ -89,6 +89,14 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
+	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	together, err := common(f, shared)
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	// Who logged in stays so, and keys of issuers that cannot be asked now are still known.
 	authSettings := []any{c.Auth, base, resourcesOf(c, base), tenantsOf(c, base+"/mcp"), digest(signingKeys(f)...)}
 	door, err := reuse(o, before, "auth", authSettings, func() (*doorkeeper, func(context.Context) error, error) {
@@ -96,7 +104,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		if err != nil {
 			return nil, nil, err
 		}
-		who, access, err := identities(f, base, fed)
+		who, access, err := identities(f, base, fed, together)
 		return &doorkeeper{who, access, fed}, nil, err
 	})
 	if err != nil {
@@ -192,10 +200,6 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		stored, err := artifacts(f, st.key, base, listen != nil)
 		return stored, nil, err
 	})
-	if err != nil {
-		return nil, exit(exitFailed, err)
-	}
-	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}

@@ -45,7 +45,8 @@ type Options struct {
 	TokenLife time.Duration // of access tokens [5 min], at most an hour
 	LoginLife time.Duration // after which a person logs in again, however often tokens were refreshed [24 h]
 
-	DPoPRequired bool // whether tokens are bound to a key of their client only (RFC 9449)
+	DPoPRequired bool         // whether tokens are bound to a key of their client only (RFC 9449)
+	Proofs       *dpop.Shared // with other nodes that serve URL; nil: there are none
 
 	Assertion AssertionFunc // for the grant of RFC 7523; nil: it is not offered
 
@@ -117,7 +118,7 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{o: o, host: u.Host, clients: clients, proofs: dpop.New(nil), codes: map[string]*code{}, logins: map[string]*session{}, people: map[string][]string{}}, nil
+	return &Server{o: o, host: u.Host, clients: clients, proofs: dpop.New("issuer", o.Proofs), codes: map[string]*code{}, logins: map[string]*session{}, people: map[string][]string{}}, nil
 }
 
 func setDefaults(o *Options) {

@@ -123,8 +123,8 @@ func (s *Server) begin(l *session) (refresh string) {
 func (p *Person) key() string { return p.Tenant + "\x00" + p.Subject }
 
 func (s *Server) token(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("DPoP-Nonce", s.proofs.Nonce(s.o.Now())) // RFC 9449, section 8.2
 	i, p, problem := s.answer(r)
+	w.Header().Set("DPoP-Nonce", s.proofs.Nonce(s.o.Now())) // RFC 9449, section 8.2
 	if problem != nil {
 		status := http.StatusBadRequest
 		switch problem.Code {
@@ -133,6 +133,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("WWW-Authenticate", "Basic")
 		case "temporarily_unavailable":
 			status = http.StatusServiceUnavailable
+			w.Header().Set("Retry-After", "1")
 		}
 		refuse(w, status, problem)
 		return
@@ -172,13 +173,9 @@ func (s *Server) answer(r *http.Request) (*issue, *presenter, *Refusal) {
 	var proof *dpop.Proof
 	if proofs := r.Header.Values("DPoP"); proofs != nil || s.o.DPoPRequired {
 		var err error
-		proof, err = s.proofs.Judge(&dpop.Request{Proofs: proofs, Method: http.MethodPost, URL: s.o.URL + "/oauth/token"}, "", s.o.Now())
-		switch {
-		case errors.Is(err, dpop.ErrNonce):
-			return nil, nil, &Refusal{dpop.UseNonce, "the proof needs the nonce that comes with this answer"}
-		case err != nil:
-			s.log(r.Context(), "a DPoP proof is refused", err)
-			return nil, nil, badProof
+		proof, err = s.proofs.Judge(r.Context(), &dpop.Request{Proofs: proofs, Method: http.MethodPost, URL: s.o.URL + "/oauth/token"}, "", s.o.Now())
+		if err != nil {
+			return nil, nil, s.refuseProof(r, err)
 		}
 		p.thumbprint = proof.Thumbprint
 	}
@@ -194,15 +191,24 @@ func (s *Server) answer(r *http.Request) (*issue, *presenter, *Refusal) {
 		problem = &Refusal{"unsupported_grant_type", "grant_type must be one of those in the metadata of this server"}
 	}
 	if proof != nil && problem == nil { // now it is no stranger who makes us remember it
-		if err := s.proofs.Spend(proof, s.o.Now()); err != nil {
-			s.log(r.Context(), "a DPoP proof is refused", err)
-			return nil, nil, badProof
+		if err := s.proofs.Spend(r.Context(), proof, s.o.Now()); err != nil {
+			return nil, nil, s.refuseProof(r, err)
 		}
 	}
 	return i, p, problem
 }
 
-var badProof = &Refusal{"invalid_dpop_proof", "the DPoP proof is missing or not valid"}
+// refuseProof says what is wrong with a DPoP proof, as far as its client is told.
+func (s *Server) refuseProof(r *http.Request, err error) *Refusal {
+	if errors.Is(err, dpop.ErrNonce) {
+		return &Refusal{dpop.UseNonce, "the proof needs the nonce that comes with this answer"}
+	}
+	s.log(r.Context(), "a DPoP proof is refused", err)
+	if errors.Is(err, dpop.ErrBusy) {
+		return &Refusal{"temporarily_unavailable", "the DPoP proof cannot be remembered now; try again in a moment"}
+	}
+	return &Refusal{"invalid_dpop_proof", "the DPoP proof is missing or not valid"}
+}
 
 func bad(why string) *Refusal { return &Refusal{"invalid_grant", why} }
 
