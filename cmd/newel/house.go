@@ -22,6 +22,7 @@ import (
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
+	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/nearest"
 	"newel.dev/newel/internal/policy"
@@ -93,7 +94,10 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	together, err := common(f, shared)
+	together, err := reuse(o, before, "common", nil, func() (*dpop.Shared, func(context.Context) error, error) {
+		together, err := common(f, shared)
+		return together, nil, err
+	})
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
