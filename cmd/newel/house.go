@@ -22,7 +22,6 @@ import (
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/guard/authenticate"
-	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/module"
 	"newel.dev/newel/internal/nearest"
 	"newel.dev/newel/internal/policy"
@@ -94,9 +93,9 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	together, err := reuse(o, before, "common", nil, func() (*dpop.Shared, func(context.Context) error, error) {
-		together, err := common(f, shared)
-		return together, nil, err
+	known, err := reuse(o, before, "common", []any{c.Auth.Mode, grants(c, base)}, func() (*together, func(context.Context) error, error) {
+		known, err := common(f, base, shared)
+		return known, nil, err
 	})
 	if err != nil {
 		return nil, exit(exitFailed, err)
@@ -108,7 +107,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		if err != nil {
 			return nil, nil, err
 		}
-		who, access, err := identities(f, base, fed, together)
+		who, access, err := identities(f, base, fed, known.proofs)
 		return &doorkeeper{who, access, fed}, nil, err
 	})
 	if err != nil {
@@ -248,7 +247,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		return nil, exit(exitFailed, err)
 	}
 	authorization, err := reuse(o, before, "login", []any{authSettings, scopes}, func() (http.Handler, func(context.Context) error, error) {
-		h, err := loginServer(f, base, scopes, door.fed, t.logger)
+		h, err := loginServer(f, base, scopes, door.fed, known, t.logger)
 		return h, nil, err
 	})
 	if err != nil {

@@ -374,19 +374,20 @@ func TestLoginsEnd(t *testing.T) {
 func TestLoginsAreBounded(t *testing.T) {
 	w := newWorld(t, nil)
 	first := w.token(w.form("app", nil))
-	for range maxOfOne {
+	for range logins.OfOne {
 		w.token(w.form("app", nil))
 	}
 	if a := w.token(refreshForm("app", first.Refresh)); a.Error != "invalid_grant" {
 		t.Errorf("the oldest login of one person lives on: %+v", a)
 	}
-	if n := len(w.s.logins); n != maxOfOne {
+	kept := w.s.o.Store.(*Memory)
+	if n := len(kept.kinds[logins]); n != logins.OfOne {
 		t.Errorf("%d logins", n)
 	}
 	w.now = w.now.Add(25 * time.Hour)
 	w.token(w.form("app", nil))
-	if len(w.s.logins) != 1 || len(w.s.people) != 1 || len(w.s.codes) != 1 {
-		t.Errorf("what has expired stays: %d, %d, %d", len(w.s.logins), len(w.s.people), len(w.s.codes))
+	if len(kept.kinds[logins]) != 1 || len(kept.owners) != 1 || len(kept.kinds[codes]) != 1 {
+		t.Errorf("what has expired stays: %d, %d, %d", len(kept.kinds[logins]), len(kept.owners), len(kept.kinds[codes]))
 	}
 }
 
