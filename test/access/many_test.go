@@ -259,6 +259,27 @@ func TestLoginAtAllNodes(t *testing.T) {
 		}
 	}
 
+	// So with a refresh token.
+	for range 5 {
+		old := good("a login", redeem(browse(t, newBrowser(t), ask, atClient)))
+		var got [4]tokens
+		var all sync.WaitGroup
+		for i := range got {
+			all.Go(func() { got[i] = refresh(old.Refresh) })
+		}
+		all.Wait()
+		n := 0
+		for _, one := range got {
+			if one.Access != "" {
+				n++
+				refused("of a refresh token that was copied", refresh(one.Refresh))
+			}
+		}
+		if n > 1 {
+			t.Fatalf("renewed %d times with one token", n)
+		}
+	}
+
 	// Node 1 has begun a login and dies.
 	b.send(first, second)
 	five := good("a login before", redeem(browse(t, newBrowser(t), ask, atClient)))
