@@ -38,8 +38,8 @@ const (
 	maxName      = 100 // characters
 	maxFetches   = 8   // at once
 	clientIdle   = 30 * 24 * time.Hour
-	clientUsed   = time.Hour // how exactly it is known when a client was here last
-	registerMost = 60        // in a minute, by everybody together
+	clientUsed   = time.Minute // how exactly it is known when a client was here last
+	registerMost = 60          // in a minute, by everybody together
 	cardLife     = 5 * time.Minute
 	cardRetry    = 30 * time.Second // after a document that could not be read
 )

@@ -17,8 +17,8 @@ type Proofs struct{ db *DB }
 var _ dpop.Store = (*Proofs)(nil)
 
 // Proofs returns what remembers them. A server that evicts keys (maxmemory-policy) forgets them too
-// early and does not know; one that was started again, filled or not, and one that another took over
-// from, begins a new era.
+// early and does not know; one that was started again, filled or not, and one that took over from
+// another, begins a new era. Who may not ask for INFO notices only that it is empty.
 func (db *DB) Proofs() *Proofs { return &Proofs{db} }
 
 // findEra puts the era of this run of the server into the variable era. One that has begun is forgotten

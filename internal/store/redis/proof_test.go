@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"errors"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -158,5 +159,22 @@ func TestProofsWithoutRedis(t *testing.T) {
 		if ttl := db.client.PTTL(t.Context(), k).Val(); ttl <= 0 || ttl > time.Hour {
 			t.Errorf("%s stays for %v", k, ttl)
 		}
+	}
+}
+
+// Rights that many give to programs do: without dangerous commands.
+func TestProofsWithFewRights(t *testing.T) {
+	s := engines.Redis(t)
+	if err := open(t, s.URL).client.Do(t.Context(), "ACL", "SETUSER", "few", "on", ">walnut", "~{newel}:*", "+@all", "-@dangerous").Err(); err != nil {
+		t.Fatal(err)
+	}
+	_, host, _ := strings.Cut(s.URL, "@")
+	node := proofNode(t, "redis://few:walnut@"+host, "resource")
+	proof := proofOf(t, nonce(t, node))
+	if err := show(t, node, proof); err != nil {
+		t.Fatal(err)
+	}
+	if err := show(t, node, proof); err == nil {
+		t.Error("a proof was taken twice")
 	}
 }
