@@ -2,10 +2,13 @@ package redis
 
 import (
 	"bytes"
+	"errors"
+	"net"
 	"strings"
 	"testing"
 	"time"
 
+	"newel.dev/newel/internal/identity/dpop"
 	"newel.dev/newel/internal/identity/issuer"
 	"newel.dev/newel/internal/secret"
 	"newel.dev/newel/internal/store/logintest"
@@ -87,5 +90,26 @@ func TestLoginsAreSealed(t *testing.T) {
 	s.Stop()
 	if _, err := read(a, at); err == nil {
 		t.Error("Redis is away, and nobody says so")
+	}
+}
+
+// A Redis that takes questions and never answers is away too, soon.
+func TestSilence(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() // the connections that wait in it are never taken
+	address := "redis://" + l.Addr().String()
+	logins, proofs := loginNode(t, address, secret.RandomKey(), loginServer), proofNode(t, address, "resource")
+	began := time.Now()
+	if ok, err := logins.Add(t.Context(), issuer.Place{Kind: &issuer.Kind{Name: "silent", Most: 1}}, []byte("1"), time.Minute); ok || err == nil {
+		t.Errorf("a login is kept: %v, %v", ok, err)
+	}
+	if err := show(t, proofs, proofOf(t, "")); !errors.Is(err, dpop.ErrBusy) {
+		t.Errorf("a proof: %v", err)
+	}
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("both took %v", took)
 	}
 }
