@@ -83,7 +83,6 @@ type Door struct {
 	current atomic.Pointer[Generation]
 	tasks   *followed
 	shown   shown
-	told    atomic.Int64 // announcements to sessions
 
 	mu          sync.Mutex        // guards what is below
 	streams     map[string]int    // open requests per session

@@ -3,7 +3,6 @@ package mcpsession
 import (
 	"context"
 	"sync"
-	"time"
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
@@ -110,23 +109,12 @@ func (r *shown) drop(there map[*mcp.ServerSession]bool) {
 	}
 }
 
-// The SDK tells one session after the other. Where there are thousands, it is held up now and then: on
-// a machine of few processors calls would wait behind them all.
-const (
-	toldAtOnce = 64
-	toldPause  = 2 * time.Millisecond
-)
-
 // onlyNews keeps from a session what is no news to it.
 func (d *Door) onlyNews(next mcp.MethodHandler) mcp.MethodHandler {
 	return func(ctx context.Context, method string, req mcp.Request) (mcp.Result, error) {
-		announces := listsOf(method) != nil
 		s, ok := req.GetSession().(*mcp.ServerSession)
-		if now := d.current.Load().o.Shown; ok && now != nil && announces && !d.shown.news(s, method, now) {
+		if now := d.current.Load().o.Shown; ok && now != nil && listsOf(method) != nil && !d.shown.news(s, method, now) {
 			return nil, nil
-		}
-		if (announces || method == "notifications/resources/updated") && d.told.Add(1)%toldAtOnce == 0 {
-			time.Sleep(toldPause)
 		}
 		return next(ctx, method, req)
 	}
