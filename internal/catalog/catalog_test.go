@@ -3,13 +3,9 @@ package catalog
 import (
 	"context"
 	"fmt"
-	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -283,55 +279,6 @@ func TestHubMergesForSlowListeners(t *testing.T) {
 		}
 		if len(h.listeners) != 0 {
 			t.Error("a listener stayed")
-		}
-	})
-}
-
-// A change that thousands hear of must not have them all run at once: calls would wait behind them.
-func TestHubWakesSomeAtATime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := NewHub()
-		ctx, cancel := context.WithCancel(t.Context())
-		atOnce := int64(wokenAtOnce * runtime.GOMAXPROCS(0))
-		var told, toldAll atomic.Int64
-		var all sync.WaitGroup
-		for range 3*atOnce - 1 {
-			all.Go(func() {
-				_ = h.Listen(ctx, nil, &call.Filter{ToolsChanged: true, PromptsChanged: true}, func(call.Notification) error { told.Add(1); return nil })
-			})
-		}
-		all.Go(func() {
-			_ = h.ListenAll(ctx, &call.Filter{ToolsChanged: true, PromptsChanged: true}, func(call.Notification) error { toldAll.Add(1); return nil })
-		})
-		synctest.Wait()
-		begun := time.Now()
-		h.ListChanged(call.ListTools, false)
-		for i := range int64(3) {
-			synctest.Wait()
-			if got, want := told.Load(), min((i+1)*atOnce, 3*atOnce-1); got != want {
-				t.Fatalf("after %v %d have heard, not %d", time.Since(begun), got, want)
-			}
-			if toldAll.Load() != 1 {
-				t.Fatal("who passes it on to others had to wait")
-			}
-			time.Sleep(beat)
-		}
-		// Two changes while one waits are one visit, and nobody misses one.
-		h.ListChanged(call.ListTools, false)
-		h.ListChanged(call.ListPrompts, false)
-		time.Sleep(3 * beat)
-		synctest.Wait()
-		if got, want := told.Load(), 3*(3*atOnce-1); got != want {
-			t.Errorf("%d notifications, not %d", got, want)
-		}
-		// Those that went away before their turn are not kept.
-		h.ListChanged(call.ListTools, false)
-		cancel()
-		all.Wait()
-		time.Sleep(4 * beat)
-		synctest.Wait()
-		if h.due != nil || h.woken != 0 {
-			t.Errorf("%d are due and %d count as woken when nobody is there", len(h.due), h.woken)
 		}
 	})
 }

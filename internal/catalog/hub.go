@@ -3,10 +3,8 @@ package catalog
 import (
 	"context"
 	"maps"
-	"runtime"
 	"slices"
 	"sync"
-	"time"
 
 	"newel.dev/newel/call"
 )
@@ -25,28 +23,18 @@ type Hub struct {
 	mu        sync.Mutex // guards what is below
 	listeners map[*listener]struct{}
 	followed  map[string]struct{} // at most maxFollowed
-	due       []*listener         // whom to wake, in this order, each once
-	woken     int                 // in this beat
 }
-
-// Subscribers are woken some at a time: if thousands that hear of one change were to run at once,
-// calls would wait behind them all. Few hear at once, 10,000 within half a second.
-const (
-	wokenAtOnce = 32 // for each processor
-	beat        = 2 * time.Millisecond
-)
 
 // maxFollowed bounds how many resources are remembered for [Hub.FollowAgain].
 const maxFollowed = 10_000
 
-// listener holds what one subscriber has yet to hear; views, pending and due are guarded by Hub.mu.
+// listener holds what one subscriber has yet to hear; pending is guarded by Hub.mu.
 type listener struct {
 	filter  *call.Filter
 	all     bool // updates of any resource, and changes of any list
 	who     *call.Principal
 	views   map[call.Kind]string // digests of what it was shown last, of lists that it asked for
 	pending []call.Notification
-	due     bool // it stands in Hub.due
 	wake    chan struct{}
 }
 
@@ -64,7 +52,7 @@ func (h *Hub) ListenAll(ctx context.Context, f *call.Filter, deliver func(call.N
 func (h *Hub) Listen(ctx context.Context, who *call.Principal, f *call.Filter, deliver func(call.Notification) error, first ...call.Notification) error {
 	l := &listener{filter: f, who: who, views: map[call.Kind]string{}, pending: first, wake: make(chan struct{}, 1)}
 	if len(first) > 0 {
-		l.rouse()
+		l.wake <- struct{}{}
 	}
 	return h.listen(ctx, l, deliver)
 }
@@ -180,46 +168,9 @@ func (h *Hub) publish(n call.Notification, wanted func(*listener) bool) {
 			continue
 		}
 		l.pending = append(l.pending, n)
-		if l.all { // it stands for others
-			l.rouse()
-		} else if !l.due {
-			l.due = true
-			h.due = append(h.due, l)
+		select {
+		case l.wake <- struct{}{}:
+		default:
 		}
-	}
-	h.wakeSome()
-}
-
-// wakeSome wakes as many of those that are due as may be in one beat, and has the others wait for the
-// next one. mu is held.
-func (h *Hub) wakeSome() {
-	some := min(len(h.due), wokenAtOnce*runtime.GOMAXPROCS(0)-h.woken)
-	if some == 0 {
-		return
-	}
-	for _, l := range h.due[:some] {
-		l.due = false
-		l.rouse()
-	}
-	clear(h.due[:some])
-	if h.due = h.due[some:]; len(h.due) == 0 {
-		h.due = nil
-	}
-	if h.woken += some; h.woken > some {
-		return // the beat goes on
-	}
-	time.AfterFunc(beat, func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.woken = 0
-		h.wakeSome()
-	})
-}
-
-// rouse has a listener look at what is pending.
-func (l *listener) rouse() {
-	select {
-	case l.wake <- struct{}{}:
-	default:
 	}
 }
