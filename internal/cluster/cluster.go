@@ -17,7 +17,9 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
@@ -197,10 +199,21 @@ type passed struct {
 // asked for.
 var ErrSilent = errors.New("it did not begin to answer in time")
 
-// Forward passes a request on to another node and its answer back. The answer has to begin within
-// limit, which counts from here; how long it then goes on is not bounded. failed answers the request
-// when it does not, with [ErrSilent], or when the node cannot be reached.
-func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, session string, who *call.Principal, limit time.Duration, failed func(err error)) {
+// errFroze is why an answer that had begun is given up.
+var errFroze = errors.New("it says nothing any more")
+
+// Patience is how long another node may say nothing.
+type Patience struct {
+	Begin time.Duration // until its answer begins, from when it is asked
+	Quiet time.Duration // while that goes on: an event stream has to give signs of life more often
+}
+
+// Forward passes a request on to another node and its answer back. failed answers the request when
+// that does not begin in time, with [ErrSilent], or when the node cannot be reached. An answer that has
+// begun may go on for as long as it likes. When nothing comes of it any more it ends here as if the
+// node had died: the connection breaks before the end of the answer, so that the client knows that there
+// is more to it, and Forward panics with [http.ErrAbortHandler].
+func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, session string, who *call.Principal, p Patience, failed func(err error)) {
 	target, err := url.Parse(to.Address)
 	if err != nil {
 		failed(err)
@@ -214,20 +227,24 @@ func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, sessi
 	// Not the transport's own bound, which begins when all is sent: a node that reads nothing is silent too.
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	silent := time.AfterFunc(limit, func() { cancel(ErrSilent) })
+	silent := time.AfterFunc(p.Begin, func() { cancel(ErrSilent) })
 	defer silent.Stop()
 	proxy := &httputil.ReverseProxy{
 		Transport: c.o.Transport, FlushInterval: -1,
 		ErrorLog: slog.NewLogLogger(c.o.Logger.Handler(), slog.LevelDebug),
-		Rewrite: func(p *httputil.ProxyRequest) {
-			p.SetURL(target)
-			p.Out.Host = p.In.Host // the name that the client used: the other node checks it too
-			p.Out.Header.Set(header, token)
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.SetURL(target)
+			pr.Out.Host = pr.In.Host // the name that the client used: the other node checks it too
+			pr.Out.Header.Set(header, token)
 		},
-		ModifyResponse: func(*http.Response) error {
+		ModifyResponse: func(resp *http.Response) error {
 			if !silent.Stop() {
 				return ErrSilent
 			}
+			resp.Body = watch(resp.Body, p.Quiet, func() {
+				c.o.Logger.LogAttrs(r.Context(), slog.LevelWarn, "a session's node says nothing any more, and its answer is given up", slog.String("node", to.Address), slog.Duration("silence", p.Quiet))
+				cancel(errFroze)
+			})
 			return nil
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
@@ -239,6 +256,25 @@ func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, sessi
 		},
 	}
 	proxy.ServeHTTP(w, r.WithContext(ctx))
+}
+
+// watched is an answer of which something has to come now and then. No goroutine waits for that: there
+// are many streams. While the client takes what came before, the node owes nothing.
+type watched struct {
+	io.ReadCloser
+	quiet time.Duration
+	froze *time.Timer // runs while something is waited for
+}
+
+func watch(answer io.ReadCloser, quiet time.Duration, froze func()) *watched {
+	return &watched{answer, quiet, time.AfterFunc(math.MaxInt64, froze)}
+}
+
+// Read implements io.Reader.
+func (w *watched) Read(b []byte) (int, error) {
+	w.froze.Reset(w.quiet)
+	defer w.froze.Stop()
+	return w.ReadCloser.Read(b)
 }
 
 // Accept returns who sent a request that another node passed on; ok is false if none did. It fails if

@@ -9,7 +9,9 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"newel.dev/newel/internal/egress"
@@ -22,14 +24,14 @@ type nowhere struct{ Store }
 const longest = 20 * time.Second
 
 // front returns the address of a node that passes everything on to another one.
-func front(t *testing.T, to string, limit time.Duration, failed func(w http.ResponseWriter, err error)) string {
+func front(t *testing.T, to string, p Patience, failed func(w http.ResponseWriter, err error)) string {
 	t.Helper()
 	c, err := New(Options{Address: "http://127.0.0.1:1", Key: make([]byte, 32), Store: nowhere{}, Transport: egress.Transport(egress.Options{Loopback: true})})
 	if err != nil {
 		t.Fatal(err)
 	}
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c.Forward(w, r, Node{Name: "other", Address: to}, "s", nil, limit, func(err error) { failed(w, err) })
+		c.Forward(w, r, Node{Name: "other", Address: to}, "s", nil, p, func(err error) { failed(w, err) })
 	}))
 	t.Cleanup(srv.Close)
 	return srv.URL
@@ -97,7 +99,7 @@ func TestSilentNode(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			why := make(chan error, 1)
-			to := front(t, c.to, 100*time.Millisecond, func(w http.ResponseWriter, err error) {
+			to := front(t, c.to, Patience{100 * time.Millisecond, longest}, func(w http.ResponseWriter, err error) {
 				why <- err
 				w.WriteHeader(http.StatusTeapot)
 			})
@@ -126,7 +128,7 @@ func TestOpenStream(t *testing.T) {
 		}
 	}))
 	defer other.Close()
-	const limit = 200 * time.Millisecond
+	limit := Patience{200 * time.Millisecond, longest}
 	stream := post(t, front(t, other.URL, limit, func(_ http.ResponseWriter, err error) { t.Error(err) }), "{}")
 	if stream.StatusCode != http.StatusOK {
 		t.Fatal(stream.Status)
@@ -149,4 +151,86 @@ func TestOpenStream(t *testing.T) {
 	if lines.Scan() || lines.Err() != nil {
 		t.Errorf("after its end: %q, %v", lines.Text(), lines.Err())
 	}
+}
+
+// An answer of a node that says nothing any more breaks off, whatever it is: what came before is there, and
+// its end is not.
+func TestFrozenAnswer(t *testing.T) {
+	for name, head := range map[string]string{
+		"a stream":           "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+		"within a chunk":     "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n8\r\nhalf",
+		"an answer":          "Content-Type: application/json\r\nContent-Length: 8\r\n\r\nhalf",
+		"without its length": "Content-Type: application/json\r\n\r\nhalf",
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			left := make(chan error, 1) // how the other node finds that nobody reads any more
+			go func() {
+				c, err := l.Accept()
+				if err != nil {
+					left <- err
+					return
+				}
+				defer c.Close()
+				in := bufio.NewReader(c)
+				r, err := http.ReadRequest(in)
+				if err == nil {
+					_, err = io.Copy(io.Discard, r.Body)
+				}
+				if err == nil {
+					_, err = io.WriteString(c, "HTTP/1.1 200 OK\r\n"+head)
+				}
+				if err == nil {
+					_, err = in.ReadByte()
+				}
+				left <- err
+			}()
+			to := front(t, "http://"+l.Addr().String(), Patience{longest, 100 * time.Millisecond}, func(_ http.ResponseWriter, err error) { t.Error(err) })
+			resp := post(t, to, "{}")
+			said, err := io.ReadAll(resp.Body)
+			if string(said) != "half" || !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("it says %q, %v", said, err)
+			}
+			if err := <-left; !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the other node was left with %v", err)
+			}
+		})
+	}
+}
+
+// Any byte is a sign of life, and only a wait for the next counts: not what the client takes to read.
+func TestSignsOfLife(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const quiet = time.Minute
+		body, node := io.Pipe()
+		froze := make(chan time.Time, 1)
+		w := watch(body, quiet, func() {
+			froze <- time.Now()
+			_ = node.CloseWithError(errFroze)
+		})
+		go func() {
+			for range 100 {
+				time.Sleep(quiet - 1)
+				_, _ = node.Write([]byte{':'}) // it is read
+			}
+		}()
+		var b [1]byte
+		for i := range 100 {
+			if _, err := w.Read(b[:]); err != nil {
+				t.Fatalf("after %d: %v", i, err)
+			}
+		}
+		time.Sleep(10 * quiet) // the client takes its time
+		waits := time.Now()
+		if _, err := w.Read(b[:]); !errors.Is(err, errFroze) {
+			t.Errorf("it goes on: %v", err)
+		}
+		if at := <-froze; at.Sub(waits) != quiet {
+			t.Errorf("given up after %v", at.Sub(waits))
+		}
+	})
 }

@@ -51,6 +51,9 @@ const (
 	renewSlack  = 2 * time.Minute
 	sweepEvery  = 10 * time.Second
 	maxFollowed = 1000 // subscriptions that go along to another node
+	// quietIntervals is how many intervals of comments a stream that another node serves may be silent for.
+	// Two may pass between an event and the next comment (writer.keepAlive).
+	quietIntervals = 3
 )
 
 func (d *Door) clusterID(session string) string { return d.o.Scope + " " + session }
@@ -124,7 +127,8 @@ func (d *Door) elsewhere(w http.ResponseWriter, r *http.Request, session string,
 	case found.Node.Name == "":
 		return !d.adopt(w, r, session, found.Session.User, found.Session.State, m)
 	}
-	d.o.Cluster.Forward(w, r, found.Node, session, mcpwire.PrincipalOf(r.Context()), limit, func(err error) { unanswered(w, m, err) })
+	patience := cluster.Patience{Begin: limit, Quiet: quietIntervals * d.o.KeepAlive} // all nodes keep their streams alive in the same way
+	d.o.Cluster.Forward(w, r, found.Node, session, mcpwire.PrincipalOf(r.Context()), patience, func(err error) { unanswered(w, m, err) })
 	return true
 }
 
