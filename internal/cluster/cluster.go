@@ -5,6 +5,9 @@
 // two seconds. A request that is passed on carries who sent it, sealed with a key that all nodes
 // share, so that nobody else can say so: a proof that came with it is good for one time only.
 //
+// A node that was stopped, and counted as gone meanwhile, is in another [Cluster.Term] when it goes on:
+// it asks whose its sessions are before it uses them.
+//
 // Fails: while the store is away a node serves its own sessions, and says of others that it cannot
 // tell. It keeps nothing durable.
 package cluster
@@ -24,6 +27,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -51,15 +55,16 @@ type Store interface {
 	Alive(ctx context.Context, n Node, ttl time.Duration) error
 	// Gone says that a node is not there any more.
 	Gone(ctx context.Context, name string) error
-	// Keep writes a session of its owner, for ttl. It changes nothing if another node has it by now.
-	Keep(ctx context.Context, s Session, ttl time.Duration) error
+	// Keep writes a session of its owner, for ttl. It changes nothing if another node has it by now; then
+	// mine is false.
+	Keep(ctx context.Context, s Session, ttl time.Duration) (mine bool, err error)
 	// Find returns a session and its node; the node has no name if it is gone. ok is false if there is
 	// no such session.
 	Find(ctx context.Context, id string) (s Session, n Node, ok bool, err error)
 	// TakeOver makes to the owner of a session, if from still is and is gone.
 	TakeOver(ctx context.Context, id, from, to string) (bool, error)
-	// Forget ends a session.
-	Forget(ctx context.Context, id string) error
+	// Forget ends a session of owner. It changes nothing if another node has it by now.
+	Forget(ctx context.Context, id, owner string) error
 }
 
 // Options configure a Cluster. All but Logger are required.
@@ -83,6 +88,14 @@ const (
 type Cluster struct {
 	o    Options
 	node Node
+
+	mu    sync.Mutex // guards what is below
+	term  uint64
+	held  bool      // nobody else takes sessions of this node
+	until time.Time // while that lasts, without another word to the store
+	tried time.Time // to say so again after it was over
+	gone  bool      // it was said that this node is not there any more
+	away  time.Time // it failed: until then it is not asked to keep anything
 }
 
 // New checks the options.
@@ -110,6 +123,9 @@ func (c *Cluster) Run(ctx context.Context) error {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
+			c.mu.Lock()
+			c.gone = true
+			c.mu.Unlock()
 			limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTime)
 			defer cancel()
 			if err := c.o.Store.Gone(limited, c.node.Name); err != nil {
@@ -121,9 +137,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 }
 
 func (c *Cluster) alive(ctx context.Context) {
-	limited, cancel := context.WithTimeout(ctx, storeTime)
-	defer cancel()
-	if err := c.o.Store.Alive(limited, c.node, aliveFor); err != nil && ctx.Err() == nil {
+	if err := c.Start(ctx); err != nil && ctx.Err() == nil {
 		c.o.Logger.LogAttrs(ctx, slog.LevelWarn, "the other nodes cannot be told that this one is there", slog.String("error", err.Error()))
 	}
 }
@@ -132,22 +146,86 @@ func (c *Cluster) alive(ctx context.Context) {
 func (c *Cluster) Start(ctx context.Context) error {
 	limited, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	return c.o.Store.Alive(limited, c.node, aliveFor)
+	said := time.Now()
+	if err := c.o.Store.Alive(limited, c.node, aliveFor); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.look()
+	if !c.held {
+		c.term++
+	}
+	c.held, c.until = true, said.Add(aliveFor)
+	return nil
 }
 
-// Keep writes a session of this node, for ttl.
-func (c *Cluster) Keep(ctx context.Context, s Session, ttl time.Duration) error {
+// Term returns a number that is another one after this node may have counted as gone, as one does that was
+// stopped for a while: what it had before may be another node's by now, and [Cluster.Keep] says so. It
+// says first that this node is there again, so that what Keep says then lasts.
+func (c *Cluster) Term(ctx context.Context) uint64 {
+	c.mu.Lock()
+	c.look()
+	again := !c.held && !c.gone && time.Since(c.tried) > storeTime // in vain once a second
+	if again {
+		c.tried = time.Now()
+	}
+	c.mu.Unlock()
+	if again {
+		c.alive(ctx)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.gone {
+		c.term++ // anything may be taken at any time
+	}
+	return c.term
+}
+
+// look finds out whether the time is over. It is over by either clock: a machine that sleeps may stop the
+// one, and the other one may be set. mu is held.
+func (c *Cluster) look() {
+	if now := time.Now(); c.held && (now.After(c.until) || now.Round(0).After(c.until.Round(0))) {
+		c.held = false
+		c.term++
+	}
+}
+
+// ErrAway says that the store has just failed, and was not asked.
+var ErrAway = errors.New("the store has just failed")
+
+// Keep writes a session of this node, for ttl. mine is false if another node has it by now. After the store
+// failed it is asked again once a second, for one session: there are many. For all others it is [ErrAway]
+// until it answers.
+func (c *Cluster) Keep(ctx context.Context, s Session, ttl time.Duration) (mine bool, err error) {
+	c.mu.Lock()
+	now := time.Now()
+	away := now.Before(c.away)
+	if !away && !c.away.IsZero() {
+		c.away = now.Add(2 * storeTime) // this one asks
+	}
+	c.mu.Unlock()
+	if away {
+		return false, ErrAway
+	}
 	s.Owner = c.node.Name
 	limited, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	return c.o.Store.Keep(limited, s, ttl)
+	mine, err = c.o.Store.Keep(limited, s, ttl)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.away = time.Time{}
+	if err != nil {
+		c.away = time.Now().Add(storeTime)
+	}
+	return mine, err
 }
 
-// Forget ends a session.
+// Forget ends a session of this node.
 func (c *Cluster) Forget(ctx context.Context, id string) error {
 	limited, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	return c.o.Store.Forget(limited, id)
+	return c.o.Store.Forget(limited, id, c.node.Name)
 }
 
 // Found is where a session is.

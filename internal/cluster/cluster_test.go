@@ -234,3 +234,76 @@ func TestSignsOfLife(t *testing.T) {
 		}
 	})
 }
+
+// told is a store that nodes tell that they are there, and that may fail.
+type told struct {
+	Store
+	alive, kept int
+	err         error
+}
+
+// Alive implements Store.
+func (s *told) Alive(context.Context, Node, time.Duration) error {
+	s.alive++
+	return s.err
+}
+
+// Keep implements Store.
+func (s *told) Keep(context.Context, Session, time.Duration) (bool, error) {
+	s.kept++
+	return s.err == nil, s.err
+}
+
+// A node that may have counted as gone is in another term, and says that it is there before it is asked for
+// that; while the store is away it does so once a second.
+func TestTerms(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &told{}
+		c, err := New(Options{Address: "http://127.0.0.1:1", Key: make([]byte, 32), Store: s, Transport: egress.Transport(egress.Options{})})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		first := c.Term(t.Context())
+		for range 10 {
+			time.Sleep(aliveFor - 1)
+			if err := c.Start(t.Context()); err != nil || c.Term(t.Context()) != first {
+				t.Errorf("it was there all the time: %d, then %d, %v", first, c.Term(t.Context()), err)
+			}
+		}
+		said := s.alive
+		time.Sleep(aliveFor + 1)
+		second := c.Term(t.Context())
+		if second == first || s.alive != said+1 {
+			t.Errorf("it was gone: %d, then %d; it said %d times that it is back", first, second, s.alive-said)
+		}
+		time.Sleep(aliveFor)
+		if now := c.Term(t.Context()); now != second {
+			t.Errorf("it is there again: %d, then %d", second, now)
+		}
+		time.Sleep(time.Nanosecond)
+		if err := c.Start(t.Context()); err != nil || c.Term(t.Context()) == second {
+			t.Errorf("it was gone, and said that it is there: still %d, %v", second, err)
+		}
+
+		s.err, s.alive = errors.New("the store is away"), 0
+		time.Sleep(aliveFor + 1)
+		third := c.Term(t.Context())
+		for range 300 { // 3 s
+			time.Sleep(10 * time.Millisecond)
+			if _, err := c.Keep(t.Context(), Session{}, time.Minute); err == nil || c.Term(t.Context()) != third {
+				t.Fatalf("the store is away: %d, then %d, %v", third, c.Term(t.Context()), err)
+			}
+		}
+		if s.alive < 2 || s.alive > 4 || s.kept < 2 || s.kept > 4 {
+			t.Errorf("in 3 s the store was told %d times that the node is there, and asked %d times to keep something", s.alive, s.kept)
+		}
+		s.err = nil
+		time.Sleep(2 * storeTime)
+		if mine, err := c.Keep(t.Context(), Session{}, time.Minute); !mine || err != nil || c.Term(t.Context()) == third {
+			t.Errorf("the store is back: %d still, %v, %v", third, mine, err)
+		}
+	})
+}

@@ -94,6 +94,7 @@ type Door struct {
 	servers     []*server
 	kept        map[string]*kept
 	adopted     map[string]*adopted
+	lost        map[copyOf]struct{} // copies of sessions that other nodes have; some may have ended
 
 	lines    lines
 	adopting sync.Mutex      // one at a time
@@ -123,7 +124,7 @@ func New(o Options) (*Door, error) {
 	setDefaults(&o)
 	d := &Door{
 		o: o, streams: map[string]int{}, owners: map[string]string{}, running: map[string]int{}, generations: map[string]*Generation{},
-		kept: map[string]*kept{}, adopted: map[string]*adopted{}, tasks: newFollowed(o.Tasks),
+		kept: map[string]*kept{}, adopted: map[string]*adopted{}, lost: map[copyOf]struct{}{}, tasks: newFollowed(o.Tasks),
 		shown: shown{sessions: map[*mcp.ServerSession]map[string]*view{}},
 	}
 	d.leaving, d.leave = context.WithCancel(context.Background())
@@ -135,8 +136,12 @@ func New(o Options) (*Door, error) {
 	if o.Events == nil {
 		d.o.Events = newReplay(o.RetainBytes)
 	}
+	store := d.o.Events
+	if o.Cluster != nil {
+		store = &events{d.o.Events, d, nil}
+	}
 	d.handler = mcp.NewStreamableHTTPHandler(func(r *http.Request) *mcp.Server { return d.generation(r.Header).server.Server }, &mcp.StreamableHTTPOptions{
-		EventStore:                 d.o.Events,
+		EventStore:                 store,
 		SessionTimeout:             o.IdleTimeout,
 		MaxRequestBodyBytes:        -1,   // read has bounded it
 		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin

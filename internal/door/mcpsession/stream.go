@@ -84,7 +84,8 @@ func (d *Door) serveStream(ctx context.Context, cancel context.CancelFunc, out *
 	defer cancel()
 	defer d.done(session)
 	if d.o.Cluster != nil {
-		defer context.AfterFunc(d.leaving, cancel)()
+		out.had = d.had(session)
+		defer context.AfterFunc(out.had, cancel)()
 	}
 	defer out.keepAlive(d.o.KeepAlive)()
 	defer d.listen(session, out.event)()
