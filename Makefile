@@ -2,6 +2,10 @@
 .DEFAULT_GOAL := help
 SHELL := bash -o pipefail
 
+# All is built in one way, that of releases, so that what one target has compiled is there for the next.
+export CGO_ENABLED := 0
+export GOFLAGS += -trimpath
+
 FUZZTIME ?= 20s
 BENCHFLAGS ?=
 FAULTSFLAGS ?=
@@ -12,7 +16,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 build: ## build dist/newel
-	CGO_ENABLED=0 go build -trimpath -o dist/newel ./cmd/newel
+	go build -o dist/newel ./cmd/newel
 
 test: ## run all tests, real databases and clients included (needs postgresql, npm)
 	go test ./...
@@ -23,7 +27,7 @@ test: ## run all tests, real databases and clients included (needs postgresql, n
 	cd test/s3 && go test ./...
 
 race: ## run the tests that use goroutines with the race detector (needs a C compiler)
-	go test -race . ./call/... ./internal/... ./neweltest/... ./test/gateway/... ./test/https/...
+	CGO_ENABLED=1 go test -race . ./call/... ./internal/... ./neweltest/... ./test/gateway/... ./test/https/...
 
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(git ls-files -co --exclude-standard '*.go' | xargs gofmt -l); \

@@ -25,7 +25,6 @@ func upstreams(ctx context.Context, here, temp, newel string, got Report) error 
 	if err != nil {
 		return err
 	}
-	const atOnce = 3
 	room := make(chan struct{}, atOnce)
 	var all sync.WaitGroup
 	var mu sync.Mutex

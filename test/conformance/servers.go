@@ -93,24 +93,32 @@ var leftOut = map[string]map[string]string{
 	},
 }
 
-// ask runs both requirement sets against one subject and adds what they found.
-func ask(ctx context.Context, here, temp string, s subject, got Report) error {
+// ask runs both requirement sets against one subject.
+func (s *subject) ask(ctx context.Context, here, temp string) error {
 	url, stop, err := s.start(ctx, temp)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", s.name, err)
 	}
 	defer stop()
 	for _, revision := range revisions {
-		results := filepath.Join(temp, s.name+revision)
-		if err := suite(ctx, here, url, revision, results); err != nil {
-			return err
+		if err := suite(ctx, here, url, revision, s.results(temp, revision)); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
 		}
+	}
+	return nil
+}
+
+func (s *subject) results(temp, revision string) string { return filepath.Join(temp, s.name+revision) }
+
+// add adds what the suite found at a subject.
+func (s *subject) add(got Report, temp string) error {
+	for _, revision := range revisions {
 		key := revision
 		if s.name != "" {
 			key = s.name + "/" + revision
 		}
-		if err := got.Read(key, results); err != nil {
-			return err
+		if err := got.Read(key, s.results(temp, revision)); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
 		}
 		maps.DeleteFunc(got, func(k string, _ *Outcome) bool {
 			// Of these six servers one has tasks; test/gateway has what becomes of them.
@@ -141,7 +149,12 @@ func (s *subject) start(ctx context.Context, temp string) (url string, stop func
 	if s.gateway == "" {
 		return "http://" + addr + "/mcp", stop, nil
 	}
-	config := filepath.Join(temp, s.name+".yaml")
+	dir := filepath.Join(temp, s.name) // its own: a gateway keeps its state beside its configuration
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		stop()
+		return "", nil, err
+	}
+	config := filepath.Join(dir, "newel.yaml")
 	text := s.gateway
 	if addr != "" {
 		text = fmt.Sprintf(text, addr)

@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// cycles crashes the lane's node so many times, at every point in turn, and settles every call.
-func (l *lane) cycles(count int) error {
+// cycles crashes the lane's node so many times, at every point in turn beginning with one, and settles
+// every call.
+func (l *lane) cycles(first, count int) error {
 	n := l.nodes[0]
 	if err := l.restart(n, false); err != nil {
 		return err
@@ -20,7 +21,7 @@ func (l *lane) cycles(count int) error {
 		if i += done; i >= count {
 			break
 		}
-		p := all[i%len(all)]
+		p := all[(first+i)%len(all)]
 		o := l.operation(p.tools[l.rand.IntN(len(p.tools))])
 		if err := p.crash(l, n, o); err != nil {
 			return fmt.Errorf("%s, %s: %w", p.name, p.what, err)

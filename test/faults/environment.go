@@ -17,26 +17,26 @@ import (
 // scenarios are faults of the environment, and two nodes.
 func scenarios() []task {
 	return []task{
-		{name: "E1", engine: "postgres", nodes: 1, own: true, do: databaseGoes},
+		{name: "E1", engine: "postgres", nodes: 1, own: true, long: true, do: databaseGoes},
 		{name: "E2", engine: "sqlite", nodes: 1, do: diskFails},
 		{name: "E3", engine: "sqlite", nodes: 2, do: upstreamHangs},
 		{name: "E7", engine: "sqlite", nodes: 1, do: providerGoes},
 		{name: "E8", engine: "sqlite", nodes: 1, do: keysTurn},
-		{name: "E9", engine: "postgres", nodes: 1, dsn: "&search_path=public,pg_catalog", do: clockJumps},
+		{name: "E9", engine: "postgres", nodes: 1, dsn: "&search_path=public,pg_catalog", long: true, do: clockJumps},
 		{name: "E10", nodes: 1, do: callerGoes},
 		{name: "E13", engine: "sqlite", nodes: 1, do: childMisbehaves},
-		{name: "E14", engine: "sqlite", nodes: 1, do: networkBreaks},
+		{name: "E14", engine: "sqlite", nodes: 1, long: true, do: networkBreaks},
 		{name: "E15", engine: "sqlite", nodes: 1, do: configurationChanges},
 		{name: "E16", engine: "sqlite", nodes: 1, do: headCannotBePublished},
 		{name: "E17", engine: "postgres", nodes: 2, do: quotaStoreGoes},
-		{name: "E18", engine: "sqlite", nodes: 1, do: programChanges},
+		{name: "E18", engine: "sqlite", nodes: 1, long: true, do: programChanges},
 		{name: "E18", engine: "postgres", nodes: 2, do: programChanges},
 		{name: "E19", engine: "sqlite", nodes: 1, do: everythingAtOnce},
 		{name: "E19", engine: "postgres", nodes: 2, own: true, do: everythingAtOnce},
-		{name: "lookup", nodes: 1, do: finderDies},
+		{name: "lookup", nodes: 1, long: true, do: finderDies},
 		{name: "settle", nodes: 1, do: ledgerHolds},
 		{name: "mrtr", nodes: 1, do: stateIsUsedAgain},
-		{name: "two", engine: "postgres", nodes: 2, do: holderSleeps},
+		{name: "two", engine: "postgres", nodes: 2, long: true, do: holderSleeps},
 	}
 }
 

@@ -245,10 +245,10 @@ func build(ctx context.Context, to, overlay string) error {
 	return program.Build(ctx, to, program.Newel, flags...)
 }
 
-// A host runs database servers.
+// A host runs the servers of one task.
 type host struct {
 	*engines.Host
-	shared *engines.Server // of its lanes
+	shared *engines.Server // PostgreSQL of all tasks; nil: without
 }
 
 // A task is one lane with what is done to it.
@@ -258,10 +258,16 @@ type task struct {
 	extra        string // of effects, in the configuration
 	dsn          string // added to that of the database
 	own          bool   // needs a database server of its own
+	long         bool   // it takes more than half a minute: it begins first
 	do           func(l *lane) error
 }
 
-// run runs all lanes: those of each engine one after the other, the engines at once.
+const (
+	workers = 8  // tasks at once: they wait most of the time
+	ofLane  = 80 // crashes of one task
+)
+
+// run runs all tasks, those that take long first.
 func run(ctx context.Context, o *options) (_ *result, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -269,41 +275,50 @@ func run(ctx context.Context, o *options) (_ *result, err error) {
 	r := &result{Seed: o.seed, lines: map[string]map[string]*Line{}}
 	bar := newBar(o.cycles, o.quiet)
 	defer bar.done()
+	work := o.tasks()
 	var mu sync.Mutex
-	var all sync.WaitGroup
-	for i, engine := range o.engines {
-		share := o.cycles / len(o.engines)
-		if i == 0 {
-			share += o.cycles % len(o.engines)
+	do := func(shared *engines.Server, t task) error {
+		return engines.Hosted(ctx, func(servers *engines.Host) error {
+			v, err := t.run(ctx, o, &host{servers, shared}, bar)
+			mu.Lock()
+			defer mu.Unlock()
+			if v != nil {
+				r.add(t.engine, v)
+			}
+			if o.first && r.Violations > 0 {
+				cancel()
+			}
+			return err
+		})
+	}
+	err = engines.Hosted(ctx, func(servers *engines.Host) (failed error) {
+		var shared *engines.Server
+		if slices.Contains(o.engines, "postgres") {
+			shared = engines.Start(servers)
 		}
-		crashes, others := tasks(o, engine, share)
-		for _, lanes := range [][]task{crashes, others, o.chosen(variants(), engine)} {
+		next := make(chan task, len(work))
+		for _, t := range work {
+			next <- t
+		}
+		close(next)
+		var all sync.WaitGroup
+		for range workers {
 			all.Go(func() {
-				failed := engines.Hosted(ctx, func(servers *engines.Host) error {
-					h := &host{Host: servers}
-					for _, t := range lanes {
-						v, err := t.run(ctx, o, h, bar)
-						if v != nil {
-							mu.Lock()
-							r.add(engine, v)
-							mu.Unlock()
-							if o.first && len(v.Violations) > 0 {
-								cancel()
-							}
-						}
-						if err != nil {
-							return fmt.Errorf("%s on %s: %w", t.name, engine, err)
-						}
+				for t := range next {
+					if err := do(shared, t); err != nil {
+						mu.Lock()
+						failed = errors.Join(failed, fmt.Errorf("%s on %s: %w", t.name, t.engine, err))
+						mu.Unlock()
 					}
-					return nil
-				})
-				mu.Lock()
-				defer mu.Unlock()
-				err = errors.Join(err, failed)
+					if ctx.Err() != nil {
+						return
+					}
+				}
 			})
 		}
-	}
-	all.Wait()
+		all.Wait()
+		return failed
+	})
 	r.Seconds = int(time.Since(begun).Seconds())
 	r.bound()
 	return r, err
@@ -339,39 +354,46 @@ func (t *task) run(ctx context.Context, o *options, h *host, bar *bar) (*Verdict
 	return check(e), failed
 }
 
-// server returns the database server that the lanes share, or one of its own.
+// server returns the database server that the tasks share, or one of its own.
 func (h *host) server(own bool) *engines.Server {
 	if own {
 		return engines.Start(h)
 	}
-	if h.shared == nil {
-		h.shared = engines.Start(h)
-	}
 	return h.shared
 }
 
-// tasks are what is done on one engine: crashes, and what else goes wrong.
-func tasks(o *options, engine string, cycles int) (crashes, others []task) {
-	if cycles > 0 {
-		upkeep := max(3, cycles/50)
-		crashes = []task{
-			{name: "crash", engine: engine, nodes: 1, do: func(l *lane) error { return l.cycles(cycles - upkeep) }},
-			{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }},
+// tasks are what is done: crashes, and what else goes wrong.
+func (o *options) tasks() (all []task) {
+	for i, engine := range o.engines {
+		cycles := o.cycles / len(o.engines)
+		if i == 0 {
+			cycles += o.cycles % len(o.engines)
+		}
+		if cycles > 0 {
+			upkeep := max(3, cycles/50)
+			all = append(all, task{name: "upkeep", engine: engine, nodes: 1, extra: "  retention: 1ms\n", do: func(l *lane) error { return l.upkeep(upkeep) }})
+			for from := 0; from < cycles-upkeep; from += ofLane {
+				count := min(ofLane, cycles-upkeep-from)
+				all = append(all, task{name: fmt.Sprintf("crash%d", from), engine: engine, nodes: 1, long: true, do: func(l *lane) error { return l.cycles(from, count) }})
+			}
+		}
+		for _, t := range slices.Concat(scenarios(), variants()) {
+			if o.wants(t.name) && (t.engine == "" || t.engine == engine) {
+				t.engine = engine
+				all = append(all, t)
+			}
 		}
 	}
-	return crashes, o.chosen(scenarios(), engine)
-}
-
-// chosen are those of the scenarios that are wanted on an engine.
-func (o *options) chosen(all []task, engine string) (out []task) {
-	for _, s := range all {
-		if !o.wants(s.name) || s.engine != "" && s.engine != engine {
-			continue
+	slices.SortStableFunc(all, func(a, b task) int {
+		switch {
+		case a.long == b.long:
+			return 0
+		case a.long:
+			return -1
 		}
-		s.engine = engine
-		out = append(out, s)
-	}
-	return out
+		return 1
+	})
+	return all
 }
 
 // wants reports whether a scenario was asked for.

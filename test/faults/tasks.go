@@ -18,8 +18,8 @@ import (
 func variants() []task {
 	return []task{
 		{name: "tasks", nodes: 1, do: tasksCrash},
-		{name: "takeover", engine: "postgres", nodes: 2, do: workerDies},
-		{name: "approvals", nodes: 1, do: approvalsCrash},
+		{name: "takeover", engine: "postgres", nodes: 2, long: true, do: workerDies},
+		{name: "approvals", nodes: 1, long: true, do: approvalsCrash},
 		{name: "expiry", nodes: 1, do: approvalsRunOut},
 		{name: "answers", nodes: 1, do: answersComeAgain},
 	}

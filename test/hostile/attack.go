@@ -21,8 +21,15 @@ import (
 	"time"
 )
 
-// attacker is the address that attacks come from: another one than the neighbour's.
-var attacker = net.IPv4(127, 0, 0, 2)
+// attacker is the address that attacks come from: another one than the neighbour's. Callers have one of
+// their own: attackers who take all connections that one address may have leave them none.
+var (
+	attacker = net.IPv4(127, 0, 0, 2)
+	caller   = net.IPv4(127, 0, 0, 3)
+)
+
+// callers is how many call at once.
+const callers = 16
 
 // attack runs one kind of attack for some time and prints what it met, as JSON.
 func attack(kind, addr string, most time.Duration) error {
@@ -31,10 +38,12 @@ func attack(kind, addr string, most time.Duration) error {
 	report := &report{numbers: map[string]float64{}}
 	kind, which, _ := strings.Cut(kind, ":")
 	do, ok := map[string]func(){
-		"slow":     func() { crowd(200, func() { holdSlow(ctx, addr, which, report) }) },
-		"deaf":     func() { crowd(100, func() { holdDeaf(ctx, addr, report) }) },
-		"calls":    func() { crowd(16, func() { callAll(ctx, addr, strings.Split(which, ","), 8*time.Second, report) }) },
-		"often":    func() { crowd(16, func() { callAll(ctx, addr, strings.Split(which, ","), time.Second, report) }) },
+		"slow": func() { crowd(200, func() { holdSlow(ctx, addr, which, report) }) },
+		"deaf": func() { crowd(100, func() { holdDeaf(ctx, addr, report) }) },
+		"calls": func() {
+			crowd(callers, func() { callAll(ctx, addr, strings.Split(which, ","), 8*time.Second, report) })
+		},
+		"often":    func() { crowd(callers, func() { callAll(ctx, addr, strings.Split(which, ","), time.Second, report) }) },
 		"bombs":    func() { crowd(2, func() { sendBombs(ctx, addr, report) }) },
 		"streams":  func() { n, _ := strconv.Atoi(which); holdStreams(ctx, addr, n, report) },
 		"listen":   func() { crowd(2, func() { openStreams(ctx, addr, which, report) }) },
@@ -76,8 +85,10 @@ func (r *report) max(name string, v float64) {
 
 // dial connects from the attackers' address. A small buffer lets whoever does not read hold up the
 // other side soon.
-func dial(ctx context.Context, addr string) (net.Conn, error) {
-	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: attacker}, Control: func(_, _ string, c syscall.RawConn) error {
+func dial(ctx context.Context, addr string) (net.Conn, error) { return dialFrom(ctx, attacker, addr) }
+
+func dialFrom(ctx context.Context, from net.IP, addr string) (net.Conn, error) {
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: from}, Control: func(_, _ string, c syscall.RawConn) error {
 		var failed error
 		err := c.Control(func(fd uintptr) {
 			failed = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4<<10)
@@ -191,14 +202,16 @@ func holdDeaf(ctx context.Context, addr string, r *report) {
 	}
 }
 
-// client is that of an attacker.
-func client() *http.Client {
-	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) { return dial(ctx, addr) }}, Timeout: 30 * time.Second}
+// client is that of an attacker at an address.
+func client(from net.IP) *http.Client {
+	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+		return dialFrom(ctx, from, addr)
+	}}, Timeout: 30 * time.Second}
 }
 
 // callAll calls tools one after the other, about every pause: what they do is the hostile server's business.
 func callAll(ctx context.Context, addr string, tools []string, pause time.Duration, r *report) {
-	c := client()
+	c := client(caller)
 	for i := rand.IntN(len(tools)); ctx.Err() == nil; i++ {
 		every(ctx, pause)
 		nonce := fmt.Sprintf("attack-%d", i)

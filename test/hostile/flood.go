@@ -41,44 +41,44 @@ func streams(ctx context.Context, s *stage) error {
 	}
 	neighbour := s.neighbours(ctx, 2*neighbours)
 	defer neighbour.cancel()
+	err := neighbour.held(ctx, func() (before, during time.Duration, err error) { return s.besideStreams(ctx, neighbour, n) })
+	if err != nil {
+		return err
+	}
+	return s.drain(ctx, max(100, n/4))
+}
+
+// besideStreams opens the streams, measures what they take and the neighbour beside them, and waits until
+// nothing is left of them.
+func (s *stage) besideStreams(ctx context.Context, neighbour *neighbour, n int) (before, during time.Duration, err error) {
 	low := s.lowest(ctx)
-	before := neighbour.windows(ctx, 3)
+	before = neighbour.windows(ctx, 3)
 	base := low()
 	first, err := s.takes()
 	if err != nil {
-		return err
+		return 0, 0, err
 	}
 	wait, err := s.attack(fmt.Sprintf("streams:%d", n), streamsTime(n))
 	if err != nil {
-		return err
+		return 0, 0, err
 	}
 	if err := s.streamsOpen(n); err != nil {
-		return err
+		return 0, 0, err
 	}
 	if err := s.idle(neighbour, n, first); err != nil {
-		return err
+		return 0, 0, err
 	}
 	at, calls := time.Now(), neighbour.count()
 	low = s.lowest(ctx)
-	during := neighbour.windows(ctx, 5)
+	during = neighbour.windows(ctx, 5)
 	s.figure("memory in use of one", (low()-base)/float64(n)/1024, perStream>>10, "KiB")
 	s.figure("calls a second beside them", float64(neighbour.count()-calls)/time.Since(at).Seconds(), 0, "")
 	report, err := wait()
 	if err != nil {
-		return err
+		return 0, 0, err
 	}
-	s.figure("neighbour, p99 before", milliseconds(before), 0, "ms")
-	if during > 2*before { // it may be the machine that is slower now
-		before = max(before, neighbour.windows(ctx, 3))
-	}
-	s.figure("neighbour, p99 beside the streams (median of windows)", milliseconds(during), 2*milliseconds(before), "ms")
 	s.judgeStreams(report, n)
-	if err := s.allGone(first, n); err != nil {
-		return err
-	}
-	neighbour.cancel()
-	neighbour.done.Wait()
-	return s.drain(ctx, max(100, n/4))
+	return before, during, s.allGone(first, n)
 }
 
 func streamsTime(n int) time.Duration { return 20*time.Second + time.Duration(n)*2*time.Millisecond }
@@ -471,7 +471,7 @@ func openStreams(ctx context.Context, addr, token string, r *report) {
 
 // openSessions begins sessions until the time is over.
 func openSessions(ctx context.Context, addr, token string, r *report) {
-	c := client()
+	c := client(attacker)
 	for ctx.Err() == nil {
 		every(ctx, 10*time.Millisecond)
 		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+addr+"/mcp", strings.NewReader(`{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-11-25","capabilities":{},"clientInfo":{"name":"x","version":"1"}}}`))
@@ -497,7 +497,7 @@ func openSessions(ctx context.Context, addr, token string, r *report) {
 
 // sendTokens sends tokens whose keys nobody knows, each with another.
 func sendTokens(ctx context.Context, addr, token string, r *report) {
-	c := client()
+	c := client(attacker)
 	_, rest, _ := strings.Cut(token, ".")
 	for ctx.Err() == nil {
 		every(ctx, 10*time.Millisecond)

@@ -35,7 +35,7 @@ func slow(ctx context.Context, s *stage) error {
 		if err != nil {
 			return err
 		}
-		s.figure("connections, most held", <-watched, perPeer+2*neighbours, "")
+		s.figure("connections, most held", <-watched, perPeer+2*neighbours+callers, "")
 		for _, kind := range kinds[:len(kinds)-1] {
 			r := reports[kind]
 			if r["cut"] == 0 {

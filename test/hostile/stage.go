@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -52,10 +53,16 @@ func (s *stage) wrong(format string, args ...any) {
 	}
 }
 
-// figure writes a number down, and that it is too large if it is; most 0: it may be anything.
+// figure writes a number down, in place of one that another trial wrote, and that it is too large if it
+// is; most 0: it may be anything.
 func (s *stage) figure(name string, value, most float64, unit string) {
+	f := figure{s.name, name, value, most, unit}
 	s.mu.Lock()
-	s.figures = append(s.figures, figure{s.name, name, value, most, unit})
+	if i := slices.IndexFunc(s.figures, func(g figure) bool { return g.Name == name }); i >= 0 {
+		s.figures[i] = f
+	} else {
+		s.figures = append(s.figures, f)
+	}
 	s.mu.Unlock()
 	if most > 0 && value > most {
 		s.wrong("%s is %.4g %s, more than %.4g", name, value, unit, most)
