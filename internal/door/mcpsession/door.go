@@ -34,6 +34,7 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
+	"newel.dev/newel/internal/line"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/task"
 )
@@ -62,6 +63,8 @@ type Options struct {
 	// ForwardTimeout is how long the node that has a session may take until it begins to answer. A stream
 	// that is resumed and has nothing to say for that long has to be asked for again. [66 s]
 	ForwardTimeout time.Duration
+
+	Lines *line.Lines // streams that have left the HTTP server: Run waits for them. Nil: its own
 
 	Crowded func() bool // while it says so no session begins; nil: it never does
 
@@ -96,7 +99,6 @@ type Door struct {
 	adopted     map[string]*adopted
 	lost        map[copyOf]struct{} // copies of sessions that other nodes have; some may have ended
 
-	lines    lines
 	adopting sync.Mutex      // one at a time
 	leaving  context.Context // ends when sessions are left to other nodes
 	leave    context.CancelFunc
@@ -189,6 +191,9 @@ func setDefaults(o *Options) {
 	}
 	if o.MaxMessageBytes == 0 {
 		o.MaxMessageBytes = 4 << 20
+	}
+	if o.Lines == nil {
+		o.Lines = &line.Lines{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -407,7 +412,7 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions and waits until their
 // streams have said so.
 func (d *Door) Run(ctx context.Context) error {
-	defer d.lines.wait()
+	defer d.o.Lines.Wait()
 	defer d.Close()
 	if d.o.Tasks != nil {
 		var telling sync.WaitGroup

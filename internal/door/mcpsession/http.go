@@ -258,7 +258,6 @@ type writer struct {
 	w        http.ResponseWriter
 	id       jsontext.Value
 	timeout  time.Duration
-	line     *line           // takes the connection when a stream begins; nil: that stays where it is
 	had      context.Context // ends when nothing may be said any more; nil: never
 	mu       sync.Mutex      // one write at a time: events are never interleaved with comments
 	status   int
@@ -294,10 +293,6 @@ func (w *writer) begin(status int) {
 		w.stream = true
 		w.written = time.Now()
 		h.Set("X-Accel-Buffering", "no")
-		if w.line != nil && w.line.take(h, status) {
-			w.w = w.line
-			return
-		}
 	}
 	w.w.WriteHeader(status)
 }
