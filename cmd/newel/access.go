@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -11,6 +13,7 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -20,10 +23,14 @@ import (
 	"newel.dev/newel/internal/config"
 	"newel.dev/newel/internal/egress"
 	"newel.dev/newel/internal/identity/devserver"
+	"newel.dev/newel/internal/identity/dpop"
+	"newel.dev/newel/internal/identity/issuer"
 	"newel.dev/newel/internal/identity/verify"
 	"newel.dev/newel/internal/policy"
 	"newel.dev/newel/internal/policy/cedar"
 	"newel.dev/newel/internal/policy/opa"
+	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/store/redis"
 )
 
 // publicURL is the address of the server as clients write it, without path.
@@ -37,9 +44,54 @@ func publicURL(c *config.Config, listen net.Addr) string {
 	return scheme(c) + "://" + c.Listen
 }
 
+// together is what nodes that serve one address know together of who calls.
+type together struct {
+	proofs *dpop.Shared
+	logins issuer.Store // nil: this server has no logins of its own
+	cookie []byte       // seals logins under way
+}
+
+// common opens that; what is nil each node knows by itself. Nodes need what only they can read: the same
+// Redis, and the same key.
+func common(f *config.File, base string, shared *redis.DB) (*together, error) {
+	c := &f.Config
+	if shared == nil || c.State.Engine == "memory" {
+		return &together{}, nil
+	}
+	key, err := secret.OpenKey(from(f.Dir, c.State.KeyFile))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Position("state.key_file"), err)
+	}
+	nonces, err := key.Derive("newel dpop nonces")
+	if err != nil {
+		return nil, err
+	}
+	known := &together{proofs: &dpop.Shared{Key: nonces, Store: shared.Proofs()}}
+	if c.Auth.Mode != "broker" {
+		return known, nil
+	}
+	if known.cookie, err = key.Derive("newel login cookie"); err != nil {
+		return nil, err
+	}
+	known.logins, err = shared.Logins(key, base+" "+grants(c, base))
+	return known, err
+}
+
+// grants stands for the settings that decide what people get who log in: with others they log in again.
+// Nodes differ in the rest, such as their folders.
+func grants(c *config.Config, base string) string {
+	b := c.Auth.Broker
+	b.StateDir, b.SigningKeys, b.Provider.ClientSecret = "", nil, secret.String{}
+	h := sha256.New()
+	for _, v := range []any{b, c.Auth.DPoP, c.Auth.Scopes, resourcesOf(c, base), tenantsOf(c, base+"/mcp")} {
+		stamp(h, reflect.ValueOf(v))
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 // identities makes what tells who is calling; nil means that nobody is asked. Positions of what is
 // wrong come from f.
-func identities(f *config.File, base string, fed *federation) (*assembly.Identities, *assembly.Access, error) {
+func identities(f *config.File, base string, fed *federation, proofs *dpop.Shared) (*assembly.Identities, *assembly.Access, error) {
 	c := &f.Config
 	a := &c.Auth
 	if a.Mode == "none" {
@@ -79,7 +131,7 @@ func identities(f *config.File, base string, fed *federation) (*assembly.Identit
 	if err != nil {
 		return nil, nil, err
 	}
-	tokens, err := verify.New(verify.Options{Resource: resources[0], Tenants: tenantsOf(c, resources[0]), Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required"})
+	tokens, err := verify.New(verify.Options{Resource: resources[0], Tenants: tenantsOf(c, resources[0]), Issuers: issuers, Private: private, DPoPRequired: a.DPoP == "required", Proofs: proofs})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", f.Position("auth"), err)
 	}
@@ -118,10 +170,10 @@ var developers = []devserver.User{
 }
 
 // loginServer makes the authorization server, or nil. scopes are those that exist.
-func loginServer(f *config.File, base string, scopes []string, fed *federation, logger *slog.Logger) (http.Handler, error) {
+func loginServer(f *config.File, base string, scopes []string, fed *federation, known *together, logger *slog.Logger) (http.Handler, error) {
 	c := &f.Config
 	if fed != nil {
-		return fed.server(f, base, scopes, logger)
+		return fed.server(f, base, scopes, known, logger)
 	}
 	if c.Auth.Mode != "dev" {
 		return nil, nil

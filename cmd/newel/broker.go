@@ -89,16 +89,16 @@ func (fed *federation) own(f *config.File, base string, resources []string) veri
 }
 
 // server makes the authorization server. scopes are those that exist.
-func (fed *federation) server(f *config.File, base string, scopes []string, logger *slog.Logger) (http.Handler, error) {
+func (fed *federation) server(f *config.File, base string, scopes []string, known *together, logger *slog.Logger) (http.Handler, error) {
 	a := &f.Config.Auth
 	c := &a.Broker
 	o := broker.Options{
 		Issuer: issuer.Options{
 			URL: base, Resources: resourcesOf(&f.Config, base), Scopes: scopes, Keys: fed.keys, Register: c.Registration,
-			TokenLife: c.TokenLife, LoginLife: c.LoginLife, DPoPRequired: a.DPoP == "required", Logger: logger,
+			TokenLife: c.TokenLife, LoginLife: c.LoginLife, DPoPRequired: a.DPoP == "required", Proofs: known.proofs, Store: known.logins, Logger: logger,
 		},
 		Provider:    broker.Provider{URL: c.Provider.URL, ClientID: c.Provider.ClientID, Secret: c.Provider.ClientSecret, Scopes: c.Provider.Scopes},
-		TenantClaim: c.TenantClaim, GroupsClaim: c.GroupsClaim, Signatures: fed.signatures, HTTP: fed.http,
+		TenantClaim: c.TenantClaim, GroupsClaim: c.GroupsClaim, Signatures: fed.signatures, CookieKey: known.cookie, HTTP: fed.http,
 	}
 	if len(a.Scopes) > 0 {
 		o.Issuer.Default = a.Scopes

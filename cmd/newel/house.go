@@ -89,6 +89,17 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
+	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
+	known, err := reuse(o, before, "common", []any{c.Auth.Mode, grants(c, base)}, func() (*together, func(context.Context) error, error) {
+		known, err := common(f, base, shared)
+		return known, nil, err
+	})
+	if err != nil {
+		return nil, exit(exitFailed, err)
+	}
 	// Who logged in stays so, and keys of issuers that cannot be asked now are still known.
 	authSettings := []any{c.Auth, base, resourcesOf(c, base), tenantsOf(c, base+"/mcp"), digest(signingKeys(f)...)}
 	door, err := reuse(o, before, "auth", authSettings, func() (*doorkeeper, func(context.Context) error, error) {
@@ -96,7 +107,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		if err != nil {
 			return nil, nil, err
 		}
-		who, access, err := identities(f, base, fed)
+		who, access, err := identities(f, base, fed, known.proofs)
 		return &doorkeeper{who, access, fed}, nil, err
 	})
 	if err != nil {
@@ -195,10 +206,6 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 	if err != nil {
 		return nil, exit(exitFailed, err)
 	}
-	shared, err := reuse(o, before, "redis", nil, func() (*redis.DB, func(context.Context) error, error) { return sharedStore(f) })
-	if err != nil {
-		return nil, exit(exitFailed, err)
-	}
 	counted, err := limiter(f, o, before, shared, t)
 	if err != nil {
 		return nil, exit(exitFailed, err)
@@ -240,7 +247,7 @@ func (e *environment) openParts(ctx context.Context, f *config.File, listen net.
 		return nil, exit(exitFailed, err)
 	}
 	authorization, err := reuse(o, before, "login", []any{authSettings, scopes}, func() (http.Handler, func(context.Context) error, error) {
-		h, err := loginServer(f, base, scopes, door.fed, t.logger)
+		h, err := loginServer(f, base, scopes, door.fed, known, t.logger)
 		return h, nil, err
 	})
 	if err != nil {

@@ -19,8 +19,8 @@ type Broker struct {
 	TenantClaim  string         `yaml:"tenant_claim" doc:"Claim of the provider that names the tenant; dots lead into objects. Default: that of the entries of access."`
 	GroupsClaim  string         `yaml:"groups_claim" default:"groups" doc:"Claim of the provider that lists groups; dots lead into objects."`
 	Clients      []BrokerClient `yaml:"clients" doc:"Clients that are known. Others are described by the document at their id (client id metadata documents)."`
-	Registration bool           `yaml:"registration" doc:"Whether anybody may register a client (RFC 7591); at most 60 in a minute, kept in memory."`
-	StateDir     string         `yaml:"state_dir" doc:"Folder in which it makes and turns its signing keys; relative to this file. Nobody else may read what is in it."`
+	Registration bool           `yaml:"registration" doc:"Whether anybody may register a client (RFC 7591); at most 60 in a minute. They are kept in Redis, with redis.url, or in memory."`
+	StateDir     string         `yaml:"state_dir" doc:"Folder in which it makes and turns its signing keys; relative to this file. Nobody else may read what is in it. All nodes need the same folder, or signing_keys."`
 	SigningKeys  []string       `yaml:"signing_keys" doc:"PEM files of private keys instead (P-256, Ed25519, RSA): the first signs, all are published."`
 	TokenLife    time.Duration  `yaml:"token_life" default:"5m" doc:"How long an access token counts, at most 1h."`
 	LoginLife    time.Duration  `yaml:"login_life" default:"24h" doc:"After this long people log in again, however often tokens were refreshed: what the provider has changed about them counts from then on."`

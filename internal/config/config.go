@@ -265,7 +265,7 @@ type Redis struct {
 	Sessions  bool          `yaml:"sessions" doc:"Whether nodes share the sessions of older protocol revisions: a request goes to the node that has its session, and a session whose node is gone goes on at another. The nodes need the same state.key_file."`
 	Advertise string        `yaml:"advertise" doc:"With sessions: address at which other nodes reach this one, such as http://10.0.3.7:8080."`
 	Private   []string      `yaml:"private_ranges" doc:"With sessions: private address ranges in which the other nodes are, such as 10.0.3.0/24."`
-	URL       secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself."`
+	URL       secret.String `yaml:"url" doc:"Address of a Redis or Valkey server that nodes share, such as redis://:password@host:6379/0, or rediss:// for TLS. Without one, every node counts by itself, takes DPoP proofs of its own nonces, and has its own logins (auth.mode broker). Proofs and logins need the same state.key_file too."`
 }
 
 // Telemetry is logs, traces and metrics.

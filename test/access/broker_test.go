@@ -20,11 +20,9 @@ import (
 	"newel.dev/newel/test/program"
 )
 
-// broker starts a server whose people log in at the provider, where it registers itself.
-func (p *idp) broker(more string) *world {
+// brokered configures a server at base whose people log in at the provider, where it registers itself.
+func (p *idp) brokered(base, keys, life string) string {
 	p.t.Helper()
-	address := program.Address(p.t) // the provider has to know it before the server starts
-	base := "http://" + address
 	body := fmt.Sprintf(`{"application_type":"native","redirect_uris":["%s/oauth/callback"],"response_types":["code"],"grant_types":["authorization_code"],"token_endpoint_auth_method":"client_secret_basic"}`, base)
 	resp, err := http.Post(p.issuer+"/reg", "application/json", strings.NewReader(body))
 	if err != nil {
@@ -43,7 +41,7 @@ func (p *idp) broker(more string) *world {
 	if err := os.WriteFile(secret, []byte(client.Secret), 0o600); err != nil {
 		p.t.Fatal(err)
 	}
-	return serveNotes(p.t, fmt.Sprintf(`
+	return fmt.Sprintf(`
 auth:
   mode: broker
   public_url: %q
@@ -51,11 +49,18 @@ auth:
   broker:
     provider: {url: %q, client_id: %q, client_secret: "${file:%s}"}
     access: [{scopes: ["a:read", "a:admin"]}]
-    state_dir: keys
+    state_dir: %s
     registration: true
-    token_life: 3s
+    token_life: %s
     clients: [{id: desk, name: Desk, redirects: ["http://127.0.0.1/callback"]}]
-%s`, base, p.issuer, client.ID, secret, more), "--listen", address)
+`, base, p.issuer, client.ID, secret, keys, life)
+}
+
+// broker starts such a server.
+func (p *idp) broker(more string) *world {
+	p.t.Helper()
+	address := program.Address(p.t) // the provider has to know it before the server starts
+	return serveNotes(p.t, p.brokered("http://"+address, "keys", "3s")+more, "--listen", address)
 }
 
 // The official client logs a person in at a provider that is not ours, through our own authorization
@@ -72,37 +77,55 @@ func TestClientAtBroker(t *testing.T) {
 			q := *p
 			q.t = t
 			w := q.broker("")
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-			defer cancel()
-			var out, complaints bytes.Buffer
-			cmd := node(ctx, append([]string{"client.mjs", tt.mode, w.base + "/mcp"}, strings.Fields(tt.bound)...)...)
-			cmd.Stdout, cmd.Stderr = &out, &complaints
-			if err := cmd.Run(); err != nil {
-				t.Fatalf("%v\n%s%s", errors.Join(err, ctx.Err()), complaints.Bytes(), out.Bytes())
-			}
-			var got struct {
-				Revision, Type, Subject, Audience, Read, Later, Changed, Scope string
-				Refreshed                                                      bool
-				Pages                                                          []string
-			}
-			if err := json.Unmarshal(out.Bytes(), &got); err != nil {
-				t.Fatalf("%v\n%s", err, out.Bytes())
-			}
-			wantType := "Bearer"
-			if tt.bound != "" {
-				wantType = "DPoP"
-			}
-			if got.Revision != tt.revision || got.Type != wantType || got.Subject != p.issuer+"#ada" || got.Audience != w.base+"/mcp" {
-				t.Errorf("%+v", got)
-			}
-			if !strings.Contains(got.Read, "first") || !strings.Contains(got.Later, "first") || !got.Refreshed || !strings.Contains(got.Changed, tt.mode) || !strings.Contains(got.Scope, "a:admin") {
-				t.Errorf("%+v", got)
-			}
-			if all := strings.Join(got.Pages, " "); !strings.HasPrefix(all, "login consent allow") || strings.Count(all, "allow") != 2 {
-				t.Errorf("the person saw %v", got.Pages)
-			}
+			q.officialClient(w, tt.revision, tt.mode, tt.bound)
 		})
 	}
+}
+
+// officialClient has the official client log a person in at w, read and change notes, renew its tokens
+// and step up.
+func (p *idp) officialClient(w *world, revision, mode, bound string) {
+	t := p.t
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	var out, complaints bytes.Buffer
+	cmd := node(ctx, append([]string{"client.mjs", mode, w.base + "/mcp"}, strings.Fields(bound)...)...)
+	cmd.Stdout, cmd.Stderr = &out, &complaints
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s%s", errors.Join(err, ctx.Err()), complaints.Bytes(), out.Bytes())
+	}
+	var got struct {
+		Revision, Type, Subject, Audience, Read, Later, Changed, Scope string
+		Refreshed                                                      bool
+		Pages                                                          []string
+	}
+	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
+		t.Fatalf("%v\n%s", err, out.Bytes())
+	}
+	wantType := "Bearer"
+	if bound != "" {
+		wantType = "DPoP"
+	}
+	if got.Revision != revision || got.Type != wantType || got.Subject != p.issuer+"#ada" || got.Audience != w.base+"/mcp" {
+		t.Errorf("%+v", got)
+	}
+	if !strings.Contains(got.Read, "first") || !strings.Contains(got.Later, "first") || !got.Refreshed || !strings.Contains(got.Changed, mode) || !strings.Contains(got.Scope, "a:admin") {
+		t.Errorf("%+v", got)
+	}
+	if all := strings.Join(got.Pages, " "); !strings.HasPrefix(all, "login consent allow") || strings.Count(all, "allow") != 2 {
+		t.Errorf("the person saw %v", got.Pages)
+	}
+}
+
+// newBrowser is one person's. It follows no redirect by itself.
+func newBrowser(t *testing.T) *http.Client {
+	t.Helper()
+	jar, err := cookiejar.New(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &http.Client{Jar: jar, CheckRedirect: still.CheckRedirect}
 }
 
 var formAction = regexp.MustCompile(`<form[^>]* action="([^"]+)"`)
@@ -169,13 +192,7 @@ func TestAnswersOfRealProvider(t *testing.T) {
 	t.Parallel()
 	p := startIDP(t)
 	w := p.broker("")
-	browser := func() *http.Client {
-		jar, err := cookiejar.New(nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return &http.Client{Jar: jar, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	}
+	browser := func() *http.Client { return newBrowser(t) }
 	status := func(c *http.Client, address string) (int, string) {
 		t.Helper()
 		resp, err := c.Get(address)

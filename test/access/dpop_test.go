@@ -97,6 +97,15 @@ func (is *boundIssuer) hold(w *world) *holder {
 	return h
 }
 
+// token is one that is bound to nothing.
+func (is *boundIssuer) token(subject, audience string) string {
+	is.t.Helper()
+	now := time.Now().Unix()
+	return sign(is.t, is.key, (&jose.SignerOptions{}).WithType("at+jwt"), map[string]any{
+		"iss": is.url, "sub": subject, "aud": audience, "exp": now + 300, "iat": now, "jti": "free", "client_id": "c", "scope": "a:read",
+	})
+}
+
 // headers present the token with a fresh proof.
 func (h *holder) headers(method string) []string { return h.headersAt(method, "/mcp") }
 

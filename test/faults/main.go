@@ -46,7 +46,7 @@ type options struct {
 	first   bool // end at the first violation
 	quiet   bool
 	resume  string // file that remembers what was done
-	mutant  string // part of the names of mutants
+	mutant  string // parts of the names of mutants
 
 	building *sync.Mutex // of the program before this one
 }
@@ -81,7 +81,7 @@ func main() {
 	flag.BoolVar(&o.keep, "keep", false, "keep the files of a run that succeeds, too")
 	flag.BoolVar(&mutants, "mutants", false, "build programs with a mistake each, and show that every mistake is found")
 	flag.StringVar(&o.resume, "resume", "", "do the crashes in runs of 500, remember in this file what was done, and go on from there")
-	flag.StringVar(&o.mutant, "mutant", "", "with -mutants: those with this in their name")
+	flag.StringVar(&o.mutant, "mutant", "", "with -mutants: those with one of these in their name, with commas")
 	flag.Parse()
 	o.engines = strings.Split(engine, ",")
 	do := suite

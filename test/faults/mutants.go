@@ -8,7 +8,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -172,6 +174,9 @@ func mutants() []mutant {
 	}
 }
 
+// mutantsAtOnce is how many are built and run side by side.
+const mutantsAtOnce = 3
+
 // runMutants builds each program with a mistake and runs the part of the suite that should see it.
 func runMutants(ctx context.Context, o *options, out io.Writer) error {
 	type outcome struct {
@@ -180,25 +185,41 @@ func runMutants(ctx context.Context, o *options, out io.Writer) error {
 		By      string `json:"by,omitempty"`
 		Seconds int    `json:"seconds"`
 	}
-	var all []outcome
-	missed := 0
+	var chosen []mutant
 	for _, m := range mutants() {
-		if !strings.Contains(m.name, o.mutant) {
-			continue
+		if slices.ContainsFunc(strings.Split(o.mutant, ","), func(part string) bool { return strings.Contains(m.name, part) }) {
+			chosen = append(chosen, m)
 		}
-		begun := time.Now()
-		by, err := m.run(ctx, o)
-		if err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
-		}
-		got := outcome{m.name, by != "", by, int(time.Since(begun).Seconds())}
-		verdict := "caught by " + by
-		if by == "" {
-			missed++
-			verdict = "NOT CAUGHT"
-		}
-		fmt.Fprintf(out, "%-42s %4ds  %s\n", m.name, got.Seconds, verdict)
-		all = append(all, got)
+	}
+	all, failures := make([]outcome, len(chosen)), make([]error, len(chosen))
+	room := make(chan struct{}, mutantsAtOnce)
+	var mu sync.Mutex // of out and missed
+	var running sync.WaitGroup
+	missed := 0
+	for i, m := range chosen {
+		running.Go(func() {
+			room <- struct{}{}
+			defer func() { <-room }()
+			begun := time.Now()
+			by, err := m.run(ctx, o)
+			if err != nil {
+				failures[i] = fmt.Errorf("%s: %w", m.name, err)
+				return
+			}
+			all[i] = outcome{m.name, by != "", by, int(time.Since(begun).Seconds())}
+			mu.Lock()
+			defer mu.Unlock()
+			verdict := "caught by " + by
+			if by == "" {
+				missed++
+				verdict = "NOT CAUGHT"
+			}
+			fmt.Fprintf(out, "%-42s %4ds  %s\n", m.name, all[i].Seconds, verdict)
+		})
+	}
+	running.Wait()
+	if err := errors.Join(failures...); err != nil {
+		return err
 	}
 	b, err := json.Marshal(map[string]any{"mutants": all, "caught": len(all) - missed, "missed": missed})
 	if err != nil {

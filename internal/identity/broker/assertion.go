@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -61,8 +62,15 @@ func (b *Broker) assertion(ctx context.Context, client, token string) (*issuer.A
 	if err != nil {
 		return nil, err
 	}
-	if !b.spend("jag "+c.Issuer+" "+c.ID, expires.Add(skew)) { // last: only one that is good is used up
-		return nil, errors.New("it was used before, or too many are in use")
+	ok, err := b.spend(ctx, "jag "+c.Issuer+" "+c.ID, expires.Add(skew)) // last: only one that is good is used up
+	switch {
+	case errors.Is(err, issuer.ErrFull):
+		return nil, errors.New("too many are in use")
+	case err != nil:
+		b.logger.LogAttrs(ctx, slog.LevelWarn, "what is known of assertions cannot be read or written", slog.Any("error", err))
+		return nil, issuer.Away
+	case !ok:
+		return nil, errors.New("it was used before")
 	}
 	return &issuer.Assertion{Person: p, Resource: c.Resource[0], Scope: c.Scope, Thumbprint: c.Bound.Thumbprint}, nil
 }

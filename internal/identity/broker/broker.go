@@ -14,11 +14,13 @@
 // minutes, or that another provider answers; ID tokens that are not for this server and this login;
 // people whom no rule names. Needs: the provider at every login. While it is down nobody logs in;
 // who has is not affected until the login ends. A login under way is in a sealed cookie, so
-// strangers can leave nothing here; consents and finished logins are in memory, bounded.
+// strangers can leave nothing here; consents and finished logins are in the store of the issuer, where
+// nodes that share it and the key of the cookie find them: any of them goes on with a login.
 package broker
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
@@ -28,7 +30,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"newel.dev/newel/internal/egress"
@@ -67,6 +68,7 @@ type Options struct {
 	GroupsClaim string     // claim that lists groups; default: groups
 	Assertions  []string   // issuers whose ID-JAGs are accepted (draft-ietf-oauth-identity-assertion-authz-grant)
 	Signatures  Signatures // of the provider and of those issuers
+	CookieKey   []byte     // 32 bytes, seals logins under way; nodes that share it go on with each other's; default: random
 	HTTP        *http.Client
 }
 
@@ -74,10 +76,14 @@ type Options struct {
 const (
 	loginLife   = 10 * time.Minute // from the first request of a browser to the answer of its person
 	consentLife = 30 * 24 * time.Hour
-	maxSpent    = 100_000 // finished logins that are remembered, and assertions
-	maxConsents = 100_000
 	skew        = 30 * time.Second
 	callback    = "/oauth/callback"
+)
+
+// What is kept in the store of the issuer.
+var (
+	spent    = &issuer.Kind{Name: "spent", Most: 100_000} // finished logins, and assertions
+	consents = &issuer.Kind{Name: "consent", Most: 100_000, Forget: true}
 )
 
 // A Broker is an authorization server. It is safe for concurrent use.
@@ -88,17 +94,13 @@ type Broker struct {
 	cookie   *cookie
 	now      func() time.Time
 	logger   *slog.Logger
-
-	mu       sync.Mutex           // guards what is below
-	spent    map[string]time.Time // logins and assertions that are done with, until they expire
-	swept    time.Time
-	consents map[[32]byte]consent
+	store    issuer.Store
 }
 
 // consent is what somebody allowed a client before.
 type consent struct {
-	scopes  []string
-	expires time.Time
+	Scopes  []string  `json:"o"`
+	Expires time.Time `json:"e"`
 }
 
 // New checks the options; nothing is asked for yet.
@@ -123,12 +125,19 @@ func New(o Options) (*Broker, error) {
 	if o.Issuer.Logger == nil {
 		o.Issuer.Logger = slog.New(slog.DiscardHandler)
 	}
+	if o.Issuer.Store == nil {
+		o.Issuer.Store = issuer.NewMemory(o.Issuer.Now)
+	}
+	if o.CookieKey == nil {
+		o.CookieKey = make([]byte, 32)
+		_, _ = rand.Read(o.CookieKey) // never fails
+	}
 	if o.HTTP == nil {
 		o.HTTP = egress.Client(egress.Options{})
 	}
-	b := &Broker{o: o, now: o.Issuer.Now, logger: o.Issuer.Logger, spent: map[string]time.Time{}, consents: map[[32]byte]consent{}}
+	b := &Broker{o: o, now: o.Issuer.Now, logger: o.Issuer.Logger, store: o.Issuer.Store}
 	b.provider = &provider{Provider: o.Provider, redirect: o.Issuer.URL + callback, http: o.HTTP, now: b.now, signatures: o.Signatures}
-	if b.cookie, err = newCookie(u.Scheme == "https"); err != nil {
+	if b.cookie, err = newCookie(u.Scheme == "https", o.CookieKey); err != nil {
 		return nil, err
 	}
 	if len(o.Assertions) > 0 {
@@ -151,6 +160,10 @@ func (b *Broker) Handler() http.Handler {
 func (b *Broker) authorize(w http.ResponseWriter, r *http.Request) {
 	a, refusal, err := b.issuer.Read(r.Context(), r.URL.Query())
 	switch {
+	case errors.Is(err, issuer.ErrAway):
+		w.Header().Set("Retry-After", "1")
+		fail(w, http.StatusServiceUnavailable, "Nobody can log in now. Try again in a moment.")
+		return
 	case err != nil:
 		fail(w, http.StatusBadRequest, err.Error())
 		return
@@ -229,7 +242,12 @@ func (b *Broker) callback(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	l.agreed(person, said.name(), now.Add(loginLife))
-	if b.consented(l.Ask, person) {
+	allowed, err := b.consented(r.Context(), l.Ask, person)
+	if err != nil {
+		b.away(w, r, l, err)
+		return
+	}
+	if allowed {
 		b.grant(w, r, l)
 		return
 	}
@@ -253,12 +271,9 @@ func (b *Broker) consent(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.PostFormValue("answer") != "allow" {
-		if !b.spend(l.ID, l.Expires) {
-			fail(w, http.StatusBadRequest, again)
-			return
+		if b.done(w, r, l) {
+			b.issuer.Back(w, r, l.Ask, &issuer.Refusal{Code: "access_denied", Why: "the person said no"})
 		}
-		b.cookie.clear(w)
-		b.issuer.Back(w, r, l.Ask, &issuer.Refusal{Code: "access_denied", Why: "the person said no"})
 		return
 	}
 	b.grant(w, r, l)
@@ -266,39 +281,45 @@ func (b *Broker) consent(w http.ResponseWriter, r *http.Request) {
 
 // grant ends a login, once.
 func (b *Broker) grant(w http.ResponseWriter, r *http.Request, l *login) {
-	if !b.spend(l.ID, l.Expires) {
-		fail(w, http.StatusBadRequest, again)
+	if !b.done(w, r, l) {
 		return
 	}
-	b.remember(l.Ask, l.Person)
-	b.cookie.clear(w)
+	if err := b.remember(r.Context(), l.Ask, l.Person); err != nil {
+		b.log(r, "what a person allowed is not remembered; they are asked again", err)
+	}
 	b.issuer.Grant(w, r, l.Ask, l.Person)
 }
 
-// spend notes that something is done with; ok is false if it was before, or if there is no room to
-// note it. Only what somebody we trust signed comes here, so strangers cannot fill it.
-func (b *Broker) spend(id string, until time.Time) (ok bool) {
-	now := b.now()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.spent) > 0 && now.Sub(b.swept) > time.Minute {
-		b.swept = now
-		for k, expires := range b.spent {
-			if now.After(expires) {
-				delete(b.spent, k)
-			}
-		}
+// done ends a login in its browser. ok is false if it was answered: it ended before, or nobody can tell.
+func (b *Broker) done(w http.ResponseWriter, r *http.Request, l *login) (ok bool) {
+	ok, err := b.spend(r.Context(), l.ID, l.Expires)
+	switch {
+	case err != nil:
+		b.away(w, r, l, err)
+	case !ok:
+		fail(w, http.StatusBadRequest, again)
+	default:
+		b.cookie.clear(w)
 	}
-	if _, done := b.spent[id]; done || len(b.spent) >= maxSpent {
-		return false
-	}
-	b.spent[id] = until
-	return true
+	return ok && err == nil
 }
 
-// consentKey tells what somebody allowed to whom.
-func consentKey(a *issuer.Ask, p *issuer.Person) [32]byte {
-	return sha256.Sum256([]byte(strings.Join([]string{p.Tenant, p.Subject, a.ClientID, issuer.HostOf(a.Redirect), a.Resource}, "\x00")))
+// away sends somebody back whose login cannot be finished now.
+func (b *Broker) away(w http.ResponseWriter, r *http.Request, l *login, err error) {
+	b.log(r, "what is known of logins cannot be read or written", err)
+	b.cookie.clear(w)
+	b.issuer.Back(w, r, l.Ask, issuer.Away)
+}
+
+// spend notes that something is done with; ok is false if it was before. Only what somebody we trust
+// signed comes here, so strangers cannot fill the room for it.
+func (b *Broker) spend(ctx context.Context, id string, until time.Time) (ok bool, err error) {
+	return issuer.Keep(ctx, b.store, issuer.Place{Kind: spent, Name: id}, true, until.Sub(b.now()))
+}
+
+// consentOf is where it stands what somebody allowed to whom.
+func consentOf(a *issuer.Ask, p *issuer.Person) issuer.Place {
+	return issuer.Place{Kind: consents, Name: hash(strings.Join([]string{p.Tenant, p.Subject, a.ClientID, issuer.HostOf(a.Redirect), a.Resource}, "\x00"))}
 }
 
 // lasts reports whether an answer may be remembered. On loopback, and with a scheme that any app can
@@ -309,37 +330,33 @@ func lasts(a *issuer.Ask) bool {
 	return err == nil && u.Scheme == "https" && !issuer.Loopback(u.Hostname())
 }
 
-func (b *Broker) consented(a *issuer.Ask, p *issuer.Person) bool {
-	b.mu.Lock()
-	c, ok := b.consents[consentKey(a, p)]
-	b.mu.Unlock()
-	return ok && b.now().Before(c.expires) && !slices.ContainsFunc(p.Allowed(a.Scopes), func(s string) bool { return !slices.Contains(c.scopes, s) })
+func (b *Broker) consented(ctx context.Context, a *issuer.Ask, p *issuer.Person) (bool, error) {
+	var c consent
+	found, err := issuer.Change(ctx, b.store, consentOf(a, p), func(kept *consent) time.Duration {
+		c = *kept
+		return 0
+	})
+	return found && b.now().Before(c.Expires) && !slices.ContainsFunc(p.Allowed(a.Scopes), func(s string) bool { return !slices.Contains(c.Scopes, s) }), err
 }
 
-func (b *Broker) remember(a *issuer.Ask, p *issuer.Person) {
+func (b *Broker) remember(ctx context.Context, a *issuer.Ask, p *issuer.Person) error {
 	if !lasts(a) {
-		return
+		return nil
 	}
-	k := consentKey(a, p)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if _, known := b.consents[k]; !known && len(b.consents) >= maxConsents {
-		for old := range b.consents { // any: somebody is asked once more
-			delete(b.consents, old)
-			break
+	until := b.now().Add(consentLife)
+	found, err := issuer.Change(ctx, b.store, consentOf(a, p), func(kept *consent) time.Duration {
+		for _, s := range p.Allowed(a.Scopes) {
+			if !slices.Contains(kept.Scopes, s) {
+				kept.Scopes = append(kept.Scopes, s)
+			}
 		}
+		kept.Expires = until
+		return consentLife
+	})
+	if err == nil && !found { // another one who adds it now is asked again at worst
+		_, err = issuer.Keep(ctx, b.store, consentOf(a, p), &consent{p.Allowed(a.Scopes), until}, consentLife)
 	}
-	c := b.consents[k]
-	if !b.now().Before(c.expires) {
-		c.scopes = nil
-	}
-	for _, s := range p.Allowed(a.Scopes) {
-		if !slices.Contains(c.scopes, s) {
-			c.scopes = append(slices.Clone(c.scopes), s)
-		}
-	}
-	c.expires = b.now().Add(consentLife)
-	b.consents[k] = c
+	return err
 }
 
 // log records why: who is refused learns less.

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"io"
 	"maps"
 	"net/http"
@@ -793,23 +794,23 @@ func TestAssertions(t *testing.T) {
 // What is done with is remembered in bounded room; when there is none nothing passes.
 func TestBounds(t *testing.T) {
 	w := newWorld(t, nil)
-	for range maxSpent {
-		if !w.b.spend(rand.Text(), w.now().Add(time.Minute)) {
-			t.Fatal("no room")
+	for range spent.Most {
+		if ok, err := w.b.spend(t.Context(), rand.Text(), w.now().Add(time.Minute)); !ok || err != nil {
+			t.Fatalf("no room: %v", err)
 		}
 	}
-	if w.b.spend("one more", w.now().Add(time.Minute)) {
-		t.Error("there is no bound")
+	if _, err := w.b.spend(t.Context(), "one more", w.now().Add(time.Minute)); !errors.Is(err, issuer.ErrFull) {
+		t.Errorf("there is no bound: %v", err)
+	}
+	b := w.browser()
+	_, token := b.toConsent("app", redirect)
+	p := b.post(w.url+"/oauth/consent", url.Values{"token": {token}, "answer": {"allow"}}, "Sec-Fetch-Site", "same-origin", "Origin", w.url)
+	if p.to == nil || p.to.Query().Get("error") != "temporarily_unavailable" || p.to.Query().Has("code") {
+		t.Errorf("a login when there is no room: sent to %v", p.to)
 	}
 	w.pass(2 * time.Minute)
-	if !w.b.spend("one more", w.now().Add(time.Minute)) || len(w.b.spent) != 1 {
-		t.Errorf("what has expired stays: %d", len(w.b.spent))
-	}
-	for range maxConsents + 10 {
-		w.b.remember(&issuer.Ask{ClientID: rand.Text(), Redirect: redirect}, &issuer.Person{})
-	}
-	if len(w.b.consents) != maxConsents {
-		t.Errorf("%d consents", len(w.b.consents))
+	if ok, err := w.b.spend(t.Context(), "one more", w.now().Add(time.Minute)); !ok || err != nil {
+		t.Errorf("what has expired stays: %v", err)
 	}
 }
 

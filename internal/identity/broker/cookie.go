@@ -40,18 +40,14 @@ func (l *login) agreed(p *issuer.Person, name string, expires time.Time) {
 // 6.1, says 4096 bytes).
 const maxCookie = 3900
 
-// cookie seals logins with a key of this process.
+// cookie seals logins.
 type cookie struct {
 	name   string
 	secure bool
 	aead   cipher.AEAD
 }
 
-func newCookie(secure bool) (*cookie, error) {
-	key := make([]byte, 32)
-	if _, err := rand.Read(key); err != nil {
-		return nil, err
-	}
+func newCookie(secure bool, key []byte) (*cookie, error) {
 	block, err := aes.NewCipher(key)
 	if err != nil {
 		return nil, err

@@ -2,10 +2,13 @@
 //
 // Start reading at [Checker.Judge]. A proof counts for one request, of the last minute, with a
 // nonce that this server handed out, and once: what was shown is remembered for as long as it could
-// be shown again, in bounded room; when there is none left nothing passes.
+// be shown again, in bounded room; when there is none left nothing passes. Nodes that serve one address
+// remember in one place: see [Shared]. While that does not answer nothing passes either.
 package dpop
 
 import (
+	"cmp"
+	"context"
 	"crypto"
 	"crypto/hmac"
 	"crypto/rand"
@@ -38,6 +41,8 @@ const (
 	Window    = time.Minute
 	NonceLife = 5 * time.Minute
 	maxSeen   = 100_000 // proofs remembered of each window
+	storeTime = time.Second
+	storeLife = 3 * Window // two minutes, and one for clocks that differ
 )
 
 // UseNonce is the OAuth error that asks for a proof with the nonce that comes along (RFC 9449,
@@ -48,8 +53,26 @@ var (
 	// ErrNonce is of a proof that is good but for its nonce: the client is to try again with a new one.
 	ErrNonce = errors.New("the proof has no nonce of this server, or an old one")
 	// ErrBusy is of a proof that cannot be remembered now.
-	ErrBusy = errors.New("too many proofs at once")
+	ErrBusy = errors.New("the proof cannot be remembered now")
 )
+
+// An Era stands for what a [Store] remembers. The zero value is none.
+type Era [8]byte
+
+// A Store remembers proofs for all nodes. It is safe for concurrent use.
+type Store interface {
+	// Era returns the era. It is another one as soon as the store may have forgotten a proof before its time.
+	Era(ctx context.Context) (Era, error)
+	// Take notes for ttl that a proof was shown, and returns whether that is the first time. It notes
+	// nothing if the era, which it returns, is another one than given.
+	Take(ctx context.Context, given Era, proof string, ttl time.Duration) (first bool, era Era, err error)
+}
+
+// Shared is what nodes that serve one address have in common.
+type Shared struct {
+	Key   []byte // seals nonces
+	Store Store
+}
 
 // A Request is what a proof was sent with.
 type Request struct {
@@ -60,30 +83,63 @@ type Request struct {
 
 // A Checker checks proofs and remembers them. It is safe for concurrent use.
 type Checker struct {
+	name   string
 	nonces nonces
 	proofs seen
+	store  Store // nil: proofs
+
+	mu  sync.Mutex // guards what is below
+	era Era        // of the store, as far as is known
 }
 
-// New returns a Checker. key seals nonces: nodes that share it take each other's; nil: a random one.
-func New(key []byte) *Checker {
-	if key == nil {
-		key = []byte(rand.Text())
+// New returns a Checker. The name is that of the place at which proofs are shown: they count once at
+// each. shared is nil for one node: then proofs end with the process, because its nonces do.
+func New(name string, shared *Shared) *Checker {
+	if shared == nil {
+		return &Checker{nonces: nonces{[]byte(rand.Text())}}
 	}
-	return &Checker{nonces: nonces{key}}
+	return &Checker{name: name, nonces: nonces{shared.Key}, store: shared.Store}
 }
 
 // Nonce returns a nonce for the next proof of a client.
-func (c *Checker) Nonce(now time.Time) string { return c.nonces.mint(now) }
+func (c *Checker) Nonce(now time.Time) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.nonces.mint(c.era, now)
+}
+
+// learn asks the store for its era, so that the next nonce is a good one.
+func (c *Checker) learn(ctx context.Context) error {
+	if c.store == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTime)
+	defer cancel()
+	era, err := c.store.Era(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrBusy, err)
+	}
+	c.know(era)
+	return nil
+}
+
+func (c *Checker) know(era Era) {
+	c.mu.Lock()
+	c.era = era
+	c.mu.Unlock()
+}
 
 // A Proof is one that is good, but for that it may have been shown before.
 type Proof struct {
 	Thumbprint string // of its key (RFC 7638, SHA-256, base64url)
 	id         string
+	era        Era
 }
 
 // Judge checks a proof (RFC 9449, section 4.3), but not whether it was shown before: see Spend. With
-// want, its key must have that thumbprint.
-func (c *Checker) Judge(r *Request, want string, now time.Time) (*Proof, error) {
+// want, its key must have that thumbprint. After ErrNonce, Nonce returns one that will do; it fails
+// with ErrBusy if there can be none now.
+func (c *Checker) Judge(ctx context.Context, r *Request, want string, now time.Time) (*Proof, error) {
 	if len(r.Proofs) != 1 || len(r.Proofs[0]) > MaxProof {
 		return nil, errors.New("there must be exactly one proof, of bounded length")
 	}
@@ -115,17 +171,38 @@ func (c *Checker) Judge(r *Request, want string, now time.Time) (*Proof, error) 
 		return nil, errors.New("the proof is for another token")
 	case said.Issued == nil || !(math.Abs(*said.Issued-float64(now.UnixMilli())/1000) <= Window.Seconds()): // NaN is none either
 		return nil, errors.New("the proof is not of now")
-	case !c.nonces.fresh(said.Nonce, now):
-		return nil, ErrNonce
 	}
-	return &Proof{thumbprint, said.ID}, nil
+	era, ok := c.nonces.fresh(said.Nonce, now)
+	if !ok || c.store != nil && era == (Era{}) { // of a node that did not know the era yet
+		return nil, cmp.Or(c.learn(ctx), ErrNonce)
+	}
+	return &Proof{thumbprint, said.ID, era}, nil
 }
 
-// Spend remembers a proof; it fails if it was shown before, or with ErrBusy. Whoever can make us
-// remember can fill the room for it, so the caller asks last: when all else that came with the proof
-// is good.
-func (c *Checker) Spend(p *Proof, now time.Time) error {
-	return c.proofs.first(p.Thumbprint+" "+p.id, now)
+var errShown = errors.New("the proof was shown before")
+
+// Spend remembers a proof; it fails if it was shown before, with ErrNonce if the store of all nodes may
+// have forgotten that, or with ErrBusy. Whoever can make us remember can fill the room for it, so the
+// caller asks last: when all else that came with the proof is good.
+func (c *Checker) Spend(ctx context.Context, p *Proof, now time.Time) error {
+	if c.store == nil {
+		return c.proofs.first(p.Thumbprint+" "+p.id, now)
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTime)
+	defer cancel()
+	sum := sha256.Sum256([]byte(c.name + " " + p.Thumbprint + " " + p.id)) // ids are as their clients like
+	first, era, err := c.store.Take(ctx, p.era, base64.RawURLEncoding.EncodeToString(sum[:]), storeLife)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrBusy, err)
+	}
+	c.know(era)
+	switch {
+	case era != p.era:
+		return ErrNonce
+	case !first:
+		return errShown
+	}
+	return nil
 }
 
 // open checks the signature of a proof.
@@ -182,11 +259,13 @@ func sameURL(a, b string) bool {
 }
 
 // nonces are values that a proof has to hold to be of now (RFC 9449, section 8). They say when they
-// were made, sealed with a key, so that nothing is kept and every node that has the key takes them.
+// were made, and in which era, sealed with a key, so that nothing is kept and every node that has the
+// key takes them.
 type nonces struct{ key []byte }
 
-func (n *nonces) mint(now time.Time) string {
+func (n *nonces) mint(era Era, now time.Time) string {
 	b := binary.BigEndian.AppendUint64(nil, uint64(now.Unix())) //nolint:gosec // after 1970
+	b = append(b, era[:]...)
 	return base64.RawURLEncoding.EncodeToString(append(b, n.seal(b)...))
 }
 
@@ -197,13 +276,13 @@ func (n *nonces) seal(b []byte) []byte {
 	return h.Sum(nil)[:16]
 }
 
-func (n *nonces) fresh(nonce string, now time.Time) bool {
+func (n *nonces) fresh(nonce string, now time.Time) (Era, bool) {
 	b, err := base64.RawURLEncoding.Strict().DecodeString(nonce)
-	if err != nil || len(b) != 24 || subtle.ConstantTimeCompare(b[8:], n.seal(b[:8])) != 1 {
-		return false
+	if err != nil || len(b) != 32 || subtle.ConstantTimeCompare(b[16:], n.seal(b[:16])) != 1 {
+		return Era{}, false
 	}
 	age := now.Sub(time.Unix(int64(binary.BigEndian.Uint64(b)), 0)) //nolint:gosec // it is ours
-	return age >= -Window && age <= NonceLife
+	return Era(b[8:16]), age >= -Window && age <= NonceLife
 }
 
 // seen remembers proofs for as long as they could be shown again, in two generations.
@@ -224,7 +303,7 @@ func (s *seen) first(id string, now time.Time) error {
 	_, b := s.old[id]
 	switch {
 	case a || b:
-		return errors.New("the proof was shown before")
+		return errShown
 	case len(s.now) >= maxSeen:
 		return ErrBusy
 	}

@@ -1,6 +1,7 @@
 package issuer
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -28,13 +29,17 @@ type Ask struct {
 var single = []string{"client_id", "redirect_uri", "response_type", "state", "scope", "code_challenge", "code_challenge_method", "dpop_jkt"}
 
 // Read checks an authorization request. Before the redirect is known to be the client's, errors
-// stay here: err. After that they go there, with [Server.Back]: refusal.
+// stay here: err, which may be ErrAway. After that they go there, with [Server.Back]: refusal.
 func (s *Server) Read(ctx context.Context, q url.Values) (a *Ask, refusal *Refusal, err error) {
 	if i := slices.IndexFunc(single, func(p string) bool { return len(q[p]) > 1 }); i >= 0 {
 		return nil, nil, errors.New("the parameter " + single[i] + " is there twice")
 	}
 	c, err := s.clients.find(ctx, q.Get("client_id"))
 	if err != nil {
+		if errors.Is(err, ErrAway) {
+			s.away(ctx, err)
+			return nil, nil, ErrAway
+		}
 		if errors.Is(err, errUnread) {
 			s.log(ctx, "a client is not described at its id", err)
 			err = errUnread // what the way there looks like is not told
@@ -96,16 +101,14 @@ func (p *Person) Allowed(scopes []string) []string {
 // Grant sends the browser to the client with a code, in the name of a person who has agreed.
 func (s *Server) Grant(w http.ResponseWriter, r *http.Request, a *Ask, p *Person) {
 	id := rand.Text()
-	c := &code{ask: *a, person: *p, scopes: p.Allowed(a.Scopes), expires: s.o.Now().Add(codeLife)}
-	s.mu.Lock()
-	s.sweep()
-	full := len(s.codes) >= maxCodes
-	if !full {
-		s.codes[digest(id)] = c
-	}
-	s.mu.Unlock()
-	if full {
+	c := &code{Ask: *a, Person: *p, Scopes: p.Allowed(a.Scopes), Expires: s.o.Now().Add(codeLife)}
+	ok, err := Keep(r.Context(), s.o.Store, Place{Kind: codes, Name: digest(id)}, c, codeLife)
+	switch {
+	case errors.Is(err, ErrFull):
 		s.Back(w, r, a, &Refusal{"temporarily_unavailable", "too many log in at once; try again in a minute"})
+		return
+	case err != nil || !ok: // it is nobody's
+		s.Back(w, r, a, s.away(r.Context(), cmp.Or(err, ErrAway)))
 		return
 	}
 	s.send(w, r, a, url.Values{"code": {id}})

@@ -33,12 +33,13 @@ type Client struct {
 
 // Bounds of what strangers may make this server keep and do.
 const (
-	maxClients   = 1000
+	maxCards     = 1000
 	maxRedirects = 10
 	maxName      = 100 // characters
 	maxFetches   = 8   // at once
 	clientIdle   = 30 * 24 * time.Hour
-	registerMost = 60 // in a minute, by everybody together
+	clientUsed   = time.Minute // how exactly it is known when a client was here last
+	registerMost = 60          // in a minute, by everybody together
 	cardLife     = 5 * time.Minute
 	cardRetry    = 30 * time.Second // after a document that could not be read
 )
@@ -48,20 +49,25 @@ const (
 type registry struct {
 	fetch *http.Client
 	now   func() time.Time
+	store Store              // of registered clients
 	known map[string]*Client // by configuration
 	busy  chan struct{}      // one element per fetch under way
 
-	mu         sync.Mutex // guards what is below
-	registered map[string]*registered
-	cards      map[string]card // client id metadata documents, by address
-	minute     time.Time
-	count      int // registrations since minute
+	mu     sync.Mutex      // guards what is below
+	cards  map[string]card // client id metadata documents, by address
+	minute time.Time
+	count  int // registrations since minute
 }
 
+// registered is what is kept of a client that registered itself.
 type registered struct {
-	Client
-	used time.Time
+	Name      string    `json:"n"`
+	Redirects []string  `json:"r"`
+	Used      time.Time `json:"u"`
 }
+
+// registeredID begins the ids of clients that registered themselves.
+const registeredID = "dyn-"
 
 // card is what was found at a client's id.
 type card struct {
@@ -72,8 +78,8 @@ type card struct {
 
 func newRegistry(o *Options) (*registry, error) {
 	r := &registry{
-		fetch: o.Fetch, now: o.Now, busy: make(chan struct{}, maxFetches),
-		known: map[string]*Client{}, registered: map[string]*registered{}, cards: map[string]card{},
+		fetch: o.Fetch, now: o.Now, store: o.Store, busy: make(chan struct{}, maxFetches),
+		known: map[string]*Client{}, cards: map[string]card{},
 	}
 	for _, c := range o.Clients {
 		switch {
@@ -89,7 +95,7 @@ func newRegistry(o *Options) (*registry, error) {
 }
 
 // errUnknown is of a client that was never here, or that was forgotten.
-var errUnknown = errors.New("the client is not known; it has to register again, for this server forgets when it ends")
+var errUnknown = errors.New("the client is not known, or was forgotten; it has to register again")
 
 // errUnread is of a client whose description cannot be read; why is for the log.
 var errUnread = errors.New("the client is described at its id, and that could not be read")
@@ -100,16 +106,14 @@ func (r *registry) find(ctx context.Context, id string) (*Client, error) {
 	if c := r.known[id]; c != nil {
 		return c, nil
 	}
+	if strings.HasPrefix(id, registeredID) {
+		return r.returning(ctx, id)
+	}
 	now := r.now()
 	r.mu.Lock()
-	c, have := r.registered[id], r.cards[id]
-	if c != nil {
-		c.used = now
-	}
+	have := r.cards[id]
 	r.mu.Unlock()
 	switch {
-	case c != nil:
-		return &c.Client, nil
 	case now.Before(have.expires):
 		return have.client, have.problem
 	case !strings.HasPrefix(id, "https://"):
@@ -120,6 +124,27 @@ func (r *registry) find(ctx context.Context, id string) (*Client, error) {
 		return nil, errors.New("the client id is an address, but none of a client id metadata document")
 	}
 	return r.ask(ctx, id)
+}
+
+// returning returns a client that registered itself, and notes that it was here.
+func (r *registry) returning(ctx context.Context, id string) (*Client, error) {
+	var c registered
+	found, err := Change(ctx, r.store, Place{Kind: registrations, Name: id}, func(kept *registered) time.Duration {
+		c = *kept
+		now := r.now()
+		if now.Sub(c.Used) < clientUsed {
+			return 0
+		}
+		kept.Used = now
+		return clientIdle
+	})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrAway, err)
+	case !found:
+		return nil, errUnknown
+	}
+	return &Client{ID: id, Name: c.Name, Redirects: c.Redirects}, nil
 }
 
 // ask fetches a description and keeps what was found: strangers choose these addresses, so a bad
@@ -142,7 +167,7 @@ func (r *registry) ask(ctx context.Context, id string) (*Client, error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.cards) >= maxClients {
+	if len(r.cards) >= maxCards {
 		clear(r.cards) // it is a cache
 	}
 	r.cards[id] = one
@@ -184,32 +209,28 @@ func (r *registry) read(ctx context.Context, id string) (*Client, error) {
 	return &Client{ID: id, Name: shown(doc.Name) + " (" + HostOf(id) + ")", Redirects: doc.Redirects}, nil
 }
 
-// add registers a public client; ok is false when too many come.
-func (r *registry) add(name string, redirects []string) (id string, ok bool) {
+// errTooMany is of registrations of which there were too many in this minute.
+var errTooMany = errors.New("too many clients register; try again in a minute")
+
+// add registers a public client.
+func (r *registry) add(ctx context.Context, name string, redirects []string) (id string, err error) {
 	now := r.now()
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	if now.Sub(r.minute) >= time.Minute {
 		r.minute, r.count = now, 0
 	}
-	if r.count++; r.count > registerMost {
-		return "", false
+	r.count++
+	many := r.count > registerMost
+	r.mu.Unlock()
+	if many {
+		return "", errTooMany
 	}
-	oldest := ""
-	for other, c := range r.registered {
-		switch {
-		case now.Sub(c.used) > clientIdle:
-			delete(r.registered, other)
-		case oldest == "" || c.used.Before(r.registered[oldest].used):
-			oldest = other
-		}
+	id = registeredID + rand.Text()
+	c := &registered{Name: cmp.Or(shown(name), id), Redirects: redirects, Used: now}
+	if _, err := Keep(ctx, r.store, Place{Kind: registrations, Name: id}, c, clientIdle); err != nil {
+		return "", err
 	}
-	if len(r.registered) >= maxClients {
-		delete(r.registered, oldest)
-	}
-	id = "dyn-" + rand.Text()
-	r.registered[id] = &registered{Client: Client{ID: id, Name: cmp.Or(shown(name), id), Redirects: redirects}, used: now}
-	return id, true
+	return id, nil
 }
 
 // shown is a name that a stranger chose, made fit to be shown: short, and without characters that
@@ -242,10 +263,15 @@ func (s *Server) register(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusBadRequest, &Refusal{"invalid_redirect_uri", "redirect_uris must be one to ten addresses: https, http on loopback, or a scheme of the app's own; without fragment"})
 		return
 	}
-	id, ok := s.clients.add(in.Name, in.Redirects)
-	if !ok {
+	id, err := s.clients.add(r.Context(), in.Name, in.Redirects)
+	switch {
+	case errors.Is(err, errTooMany):
 		w.Header().Set("Retry-After", "60")
-		refuse(w, http.StatusTooManyRequests, &Refusal{"temporarily_unavailable", "too many clients register; try again in a minute"})
+		refuse(w, http.StatusTooManyRequests, &Refusal{"temporarily_unavailable", err.Error()})
+		return
+	case err != nil:
+		w.Header().Set("Retry-After", "1")
+		refuse(w, http.StatusServiceUnavailable, s.away(r.Context(), err))
 		return
 	}
 	reply(w, http.StatusCreated, map[string]any{

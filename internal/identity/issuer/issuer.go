@@ -4,7 +4,7 @@
 // Start reading at [Server.Handler], which names every endpoint. A login is what calls
 // [Server.Read], finds out who is there, and ends with [Server.Grant] or [Server.Back]. clients.go
 // knows clients, authorize.go reads their requests and sends browsers back, token.go makes tokens,
-// keys.go keeps what signs them.
+// keys.go keeps what signs them, store.go what is remembered.
 //
 // It does authorization code with PKCE (S256 only), resource indicators (RFC 8707), dynamic client
 // registration (RFC 7591), client id metadata documents, metadata (RFC 8414), the iss parameter
@@ -12,7 +12,8 @@
 // proof (RFC 9449), and rotating refresh tokens whose reuse ends the login. Everything a client or browser sends may be hostile: bodies, tables and times are
 // bounded, and who is refused learns no more than the RFC's error code and what to do. It starts
 // no goroutine: what has expired goes when something comes. Logins, codes and registered clients
-// are in memory and end with the process.
+// are in a [Store]: of one node in memory, where they end with the process, of several where all find
+// them. While that cannot be asked clients are told to try again.
 package issuer
 
 import (
@@ -22,7 +23,6 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -45,7 +45,10 @@ type Options struct {
 	TokenLife time.Duration // of access tokens [5 min], at most an hour
 	LoginLife time.Duration // after which a person logs in again, however often tokens were refreshed [24 h]
 
-	DPoPRequired bool // whether tokens are bound to a key of their client only (RFC 9449)
+	DPoPRequired bool         // whether tokens are bound to a key of their client only (RFC 9449)
+	Proofs       *dpop.Shared // with other nodes that serve URL; nil: there are none
+
+	Store Store // of logins, codes and registered clients; default: in memory
 
 	Assertion AssertionFunc // for the grant of RFC 7523; nil: it is not offered
 
@@ -77,11 +80,9 @@ type AssertionFunc func(ctx context.Context, client, assertion string) (*Asserti
 // How long things last, and how many there may be.
 const (
 	codeLife   = time.Minute
-	maxLogins  = 100_000
-	maxOfOne   = 100 // logins of one person; the oldest ends
-	maxCodes   = 10_000
-	maxBody    = 64 << 10 // bytes
-	maxParam   = 2000     // bytes of one address or state
+	endedFor   = 2 * codeLife // a login that ended before it began does not begin
+	maxBody    = 64 << 10     // bytes
+	maxParam   = 2000         // bytes of one address or state
 	maxTokens  = time.Hour
 	dayOfLogin = 24 * time.Hour
 )
@@ -91,14 +92,7 @@ type Server struct {
 	o       Options
 	host    string
 	clients *registry
-
-	proofs *dpop.Checker
-
-	mu     sync.Mutex       // guards what is below
-	codes  map[string]*code // by digest
-	logins map[string]*session
-	people map[string][]string // ids of their logins, oldest first
-	swept  time.Time
+	proofs  *dpop.Checker
 }
 
 // New checks the options.
@@ -117,7 +111,7 @@ func New(o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{o: o, host: u.Host, clients: clients, proofs: dpop.New(nil), codes: map[string]*code{}, logins: map[string]*session{}, people: map[string][]string{}}, nil
+	return &Server{o: o, host: u.Host, clients: clients, proofs: dpop.New("issuer", o.Proofs)}, nil
 }
 
 func setDefaults(o *Options) {
@@ -129,6 +123,9 @@ func setDefaults(o *Options) {
 	}
 	if o.Fetch == nil {
 		o.Fetch = egress.Client(egress.Options{Timeout: 5 * time.Second})
+	}
+	if o.Store == nil {
+		o.Store = NewMemory(o.Now)
 	}
 	if o.TokenLife == 0 {
 		o.TokenLife = 5 * time.Minute
@@ -248,6 +245,18 @@ func (s *Server) jwks(w http.ResponseWriter, r *http.Request) {
 func (s *Server) log(ctx context.Context, what string, err error) {
 	s.o.Logger.LogAttrs(ctx, slog.LevelWarn, what, slog.String("error", err.Error()))
 }
+
+// ErrAway is of what cannot be found out now, because the store does not answer.
+var ErrAway = errors.New("what is known of clients and logins cannot be read now; try again in a moment")
+
+// away is what a client is told while the store does not answer.
+func (s *Server) away(ctx context.Context, err error) *Refusal {
+	s.log(ctx, "what is known of clients and logins cannot be read or written", err)
+	return Away
+}
+
+// Away is the refusal of what fails with ErrAway.
+var Away = &Refusal{"temporarily_unavailable", ErrAway.Error()}
 
 // OwnForm reports whether a form was sent from a page of this server, as browsers tell. A request
 // that says nothing passes: it is of no browser, or of an old one.

@@ -97,6 +97,7 @@ func (w *world) authorize(client string, changes map[string]string) *url.URL {
 type answer struct {
 	status      int
 	nonce       string
+	retry       string
 	Access      string `json:"access_token"`
 	Type        string `json:"token_type"`
 	Refresh     string `json:"refresh_token"`
@@ -120,7 +121,7 @@ func (w *world) token(form url.Values, proofs ...string) *answer {
 		w.t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	out := &answer{status: resp.StatusCode, nonce: resp.Header.Get("DPoP-Nonce")}
+	out := &answer{status: resp.StatusCode, nonce: resp.Header.Get("DPoP-Nonce"), retry: resp.Header.Get("Retry-After")}
 	raw, _ := io.ReadAll(resp.Body)
 	if err := json.Unmarshal(raw, out); err != nil {
 		w.t.Fatalf("%s: %v", raw, err)
@@ -374,19 +375,115 @@ func TestLoginsEnd(t *testing.T) {
 func TestLoginsAreBounded(t *testing.T) {
 	w := newWorld(t, nil)
 	first := w.token(w.form("app", nil))
-	for range maxOfOne {
+	for range logins.OfOne {
 		w.token(w.form("app", nil))
 	}
 	if a := w.token(refreshForm("app", first.Refresh)); a.Error != "invalid_grant" {
 		t.Errorf("the oldest login of one person lives on: %+v", a)
 	}
-	if n := len(w.s.logins); n != maxOfOne {
+	kept := w.s.o.Store.(*Memory)
+	if n := len(kept.kinds[logins]); n != logins.OfOne {
 		t.Errorf("%d logins", n)
 	}
 	w.now = w.now.Add(25 * time.Hour)
 	w.token(w.form("app", nil))
-	if len(w.s.logins) != 1 || len(w.s.people) != 1 || len(w.s.codes) != 1 {
-		t.Errorf("what has expired stays: %d, %d, %d", len(w.s.logins), len(w.s.people), len(w.s.codes))
+	if len(kept.kinds[logins]) != 1 || len(kept.owners) != 1 || len(kept.kinds[codes]) != 1 {
+		t.Errorf("what has expired stays: %d, %d, %d", len(kept.kinds[logins]), len(kept.owners), len(kept.kinds[codes]))
+	}
+}
+
+// between is a store in which something happens before a login begins.
+type between struct {
+	Store
+	happens func()
+}
+
+func (b *between) Add(ctx context.Context, at Place, value []byte, ttl time.Duration) (bool, error) {
+	if do := b.happens; at.Kind == logins && do != nil {
+		b.happens = nil
+		do()
+	}
+	return b.Store.Add(ctx, at, value, ttl)
+}
+
+// A code that comes again while its login begins ends that login all the same.
+func TestCodeUsedMeanwhile(t *testing.T) {
+	store := &between{Store: NewMemory(nil)}
+	w := newWorld(t, func(o *Options) { o.Store = store })
+	form := w.form("app", nil)
+	var second *answer
+	store.happens = func() { second = w.token(form) }
+	first := w.token(form)
+	if second == nil || second.Error != "invalid_grant" || first.Error != "invalid_grant" || first.Access != "" {
+		t.Errorf("%+v, %+v", first, second)
+	}
+	if again := w.token(w.form("app", nil)); again.status != http.StatusOK {
+		t.Errorf("another code: %+v", again)
+	}
+}
+
+// away is a store that does not answer while it is.
+type away struct {
+	Store
+	is bool
+}
+
+var errTold = errors.New("the store is away")
+
+func (a *away) Add(ctx context.Context, at Place, value []byte, ttl time.Duration) (bool, error) {
+	if a.is {
+		return false, errTold
+	}
+	return a.Store.Add(ctx, at, value, ttl)
+}
+
+func (a *away) Change(ctx context.Context, at Place, change func([]byte) ([]byte, time.Duration, error)) error {
+	if a.is {
+		return errTold
+	}
+	return a.Store.Change(ctx, at, change)
+}
+
+func (a *away) End(ctx context.Context, at Place, ttl time.Duration) error {
+	if a.is {
+		return errTold
+	}
+	return a.Store.End(ctx, at, ttl)
+}
+
+// While the store is away clients are told to try again, and what they brought is not used up by that.
+func TestStoreIsAway(t *testing.T) {
+	store := &away{Store: NewMemory(nil)}
+	w := newWorld(t, func(o *Options) { o.Store, o.Register = store, true })
+	login, code := w.token(w.form("app", nil)), w.form("app", nil)
+	later := func(what string, a *answer) {
+		t.Helper()
+		if a.status != http.StatusServiceUnavailable || a.Error != "temporarily_unavailable" || a.retry == "" || strings.Contains(a.Description, errTold.Error()) {
+			t.Errorf("%s: %+v", what, a)
+		}
+	}
+	store.is = true
+	later("a code", w.token(code))
+	later("a refresh token", w.token(refreshForm("app", login.Refresh)))
+	if to := w.authorize("app", nil); to == nil || to.Query().Get("error") != "temporarily_unavailable" || to.Query().Has("code") {
+		t.Errorf("a known client: sent to %v", to)
+	}
+	if to := w.authorize("dyn-x", nil); to != nil {
+		t.Errorf("a client that nobody can tell: sent to %v", to)
+	}
+	resp, err := http.Post(w.url+"/oauth/register", "application/json", strings.NewReader(`{"redirect_uris":["`+redirect+`"]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("registered: %s", resp.Status)
+	}
+	store.is = false
+	for what, form := range map[string]url.Values{"a code": code, "a refresh token": refreshForm("app", login.Refresh)} {
+		if a := w.token(form); a.status != http.StatusOK {
+			t.Errorf("%s, later: %+v", what, a)
+		}
 	}
 }
 

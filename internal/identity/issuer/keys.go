@@ -1,6 +1,7 @@
 package issuer
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -30,10 +31,10 @@ import (
 // How long keys live.
 const (
 	rotateEvery = 30 * 24 * time.Hour
-	publishLead = time.Hour     // a new key is shown before it signs, so that who checks knows it by then
-	keepAfter   = 2 * maxTokens // and after it has stopped, until what it signed has expired
-	lookEvery   = time.Minute   // in the directory: others may have turned the keys
-	maxKeyFile  = 64 << 10      // bytes
+	publishLead = time.Hour        // a new key is shown before it signs, so that who checks knows it by then
+	keepAfter   = 2 * maxTokens    // and after it has stopped, until what it signed has expired
+	lookEvery   = 10 * time.Second // in the directory: others may have turned the keys
+	maxKeyFile  = 64 << 10         // bytes
 	maxKeyFiles = 20
 )
 
@@ -202,38 +203,40 @@ func (ks *Keys) look() ([]key, error) {
 		k.created, k.file = time.Unix(seconds, 0), name
 		all = append(all, k)
 	}
-	slices.SortFunc(all, func(a, b key) int { return a.created.Compare(b.created) })
+	slices.SortFunc(all, func(a, b key) int { // by name where two processes made one in the same second
+		return cmp.Or(a.created.Compare(b.created), strings.Compare(filepath.Base(a.file), filepath.Base(b.file)))
+	})
 	return all, nil
 }
 
 // make makes a new key in the directory.
-func (ks *Keys) make(now time.Time) (key, error) {
+func (ks *Keys) make(now time.Time) error {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return key{}, err
+		return err
 	}
 	k, err := newKey(private)
 	if err != nil {
-		return key{}, err
+		return err
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(private)
 	if err != nil {
-		return key{}, err
+		return err
 	}
 	// CreateTemp makes it readable by us alone; whoever looks meanwhile sees all of it or nothing.
 	f, err := os.CreateTemp(ks.dir, ".new-*")
 	if err != nil {
-		return key{}, err
+		return err
 	}
-	k.created, k.file = time.Unix(now.Unix(), 0), filepath.Join(ks.dir, fmt.Sprintf("%s%d-%s%s", keyPrefix, now.Unix(), k.jwk.KeyID[:16], keySuffix))
+	file := filepath.Join(ks.dir, fmt.Sprintf("%s%d-%s%s", keyPrefix, now.Unix(), k.jwk.KeyID[:16], keySuffix))
 	err = errors.Join(pem.Encode(f, &pem.Block{Type: "PRIVATE KEY", Bytes: der}), f.Sync(), f.Close())
 	if err == nil {
-		err = os.Rename(f.Name(), k.file)
+		err = os.Rename(f.Name(), file)
 	}
 	if err != nil {
-		return key{}, errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, os.Remove(f.Name()))
 	}
-	return k, nil
+	return nil
 }
 
 // turn makes a new key if it is time, and forgets those that nobody needs. What fails leaves the
@@ -251,11 +254,12 @@ func (ks *Keys) turn() error {
 		return err
 	}
 	if n := len(all); n == 0 || now.Sub(all[n-1].created) >= rotateEvery {
-		k, err := ks.make(now)
-		if err != nil {
+		if err := ks.make(now); err != nil {
 			return fmt.Errorf("a new signing key: %w", err)
 		}
-		all = append(all, k)
+		if all, err = ks.look(); err != nil { // others may have made one at the same time
+			return err
+		}
 	}
 	for len(all) > 1 && now.Sub(all[1].created) > publishLead+keepAfter {
 		if err := os.Remove(all[0].file); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -50,6 +51,35 @@ func signs(t *testing.T, ks *Keys) (kid string, shown []string) {
 		t.Fatal(err)
 	}
 	return kid, shown
+}
+
+// Processes that start at the same time may each make a key. They agree on one as soon as they look again.
+func TestKeysMadeAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	now := time.Unix(1_800_000_000, 0)
+	var nodes [4]*Keys
+	var all sync.WaitGroup
+	for i := range nodes {
+		all.Go(func() {
+			var err error
+			if nodes[i], err = OpenKeys(dir, func() time.Time { return now }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if t.Failed() {
+		return
+	}
+	for _, wait := range []time.Duration{lookEvery, publishLead} {
+		now = now.Add(wait)
+		first, shown := signs(t, nodes[0])
+		for _, ks := range nodes[1:] {
+			if kid, all := signs(t, ks); kid != first || !slices.Equal(all, shown) {
+				t.Errorf("after %v: %s of %v, and %s of %v", wait, first, shown, kid, all)
+			}
+		}
+	}
 }
 
 func TestKeysTurn(t *testing.T) {

@@ -1,6 +1,7 @@
 package issuer
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -21,25 +22,23 @@ const grantAssertion = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 // code is an authorization code. It stays until it expires, so that a second use is seen.
 type code struct {
-	ask     Ask
-	person  Person
-	scopes  []string
-	expires time.Time
-	used    bool
-	login   string // that came of it
+	Ask     Ask       `json:"a"`
+	Person  Person    `json:"p"`
+	Scopes  []string  `json:"o,omitempty"`
+	Expires time.Time `json:"e"`
+	Login   string    `json:"l,omitzero"` // id of what came of it; "": it was not used
 }
 
 // session is one login of one person with one client. Its refresh token is its id and a secret that
 // changes with every use.
 type session struct {
-	id         string
-	client     string
-	resource   string
-	person     Person
-	scopes     []string
-	thumbprint string // of the key its refresh token is bound to, or ""
-	secret     string // digest of the one that is good now
-	expires    time.Time
+	Client     string    `json:"c"`
+	Resource   string    `json:"t"`
+	Person     Person    `json:"p"`
+	Scopes     []string  `json:"o,omitempty"`
+	Thumbprint string    `json:"k,omitzero"` // of the key its refresh token is bound to, or ""
+	Secret     string    `json:"s"`          // digest of the one that is good now
+	Expires    time.Time `json:"e"`
 }
 
 // issue is an access token to be signed, and what comes with it.
@@ -64,67 +63,26 @@ func digest(s string) string {
 
 func equal(a, b string) bool { return subtle.ConstantTimeCompare([]byte(a), []byte(b)) == 1 }
 
-// sweep drops what has expired, at most once in ten seconds. mu is held.
-func (s *Server) sweep() {
-	now := s.o.Now()
-	if now.Sub(s.swept) < 10*time.Second && now.After(s.swept) {
-		return
-	}
-	s.swept = now
-	for k, c := range s.codes {
-		if now.After(c.expires) {
-			delete(s.codes, k)
-		}
-	}
-	for _, l := range s.logins {
-		if now.After(l.expires) {
-			s.end(l.id)
-		}
-	}
+// end ends a login, or keeps it from beginning.
+func (s *Server) end(ctx context.Context, id string, p *Person) error {
+	return s.o.Store.End(ctx, Place{logins, id, p.key()}, endedFor)
 }
 
-// end ends a login. mu is held.
-func (s *Server) end(id string) {
-	l := s.logins[id]
-	if l == nil {
-		return
-	}
-	delete(s.logins, id)
-	key := l.person.key()
-	if rest := slices.DeleteFunc(s.people[key], func(one string) bool { return one == id }); len(rest) > 0 {
-		s.people[key] = rest
-	} else {
-		delete(s.people, key)
-	}
-}
-
-// begin keeps a login and returns its refresh token. mu is held.
-func (s *Server) begin(l *session) (refresh string) {
-	s.sweep()
-	key := l.person.key()
-	if mine := s.people[key]; len(mine) >= maxOfOne {
-		s.end(mine[0])
-	}
-	if len(s.logins) >= maxLogins { // the map hands out any: nobody can choose
-		for id := range s.logins {
-			s.end(id)
-			break
-		}
-	}
-	l.id = rand.Text()
+// begin keeps a login and returns its refresh token. Of one person the oldest ends when there are too
+// many. ok is false if it was ended already.
+func (s *Server) begin(ctx context.Context, id string, l *session) (refresh string, ok bool, err error) {
 	secret := rand.Text()
-	l.secret = digest(secret)
-	s.logins[l.id] = l
-	s.people[key] = append(s.people[key], l.id)
-	return l.id + "." + secret
+	l.Secret = digest(secret)
+	ok, err = Keep(ctx, s.o.Store, Place{logins, id, l.Person.key()}, l, l.Expires.Sub(s.o.Now()))
+	return id + "." + secret, ok, err
 }
 
 // key tells people apart.
 func (p *Person) key() string { return p.Tenant + "\x00" + p.Subject }
 
 func (s *Server) token(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("DPoP-Nonce", s.proofs.Nonce(s.o.Now())) // RFC 9449, section 8.2
 	i, p, problem := s.answer(r)
+	w.Header().Set("DPoP-Nonce", s.proofs.Nonce(s.o.Now())) // RFC 9449, section 8.2
 	if problem != nil {
 		status := http.StatusBadRequest
 		switch problem.Code {
@@ -133,6 +91,7 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("WWW-Authenticate", "Basic")
 		case "temporarily_unavailable":
 			status = http.StatusServiceUnavailable
+			w.Header().Set("Retry-After", "1")
 		}
 		refuse(w, status, problem)
 		return
@@ -172,100 +131,140 @@ func (s *Server) answer(r *http.Request) (*issue, *presenter, *Refusal) {
 	var proof *dpop.Proof
 	if proofs := r.Header.Values("DPoP"); proofs != nil || s.o.DPoPRequired {
 		var err error
-		proof, err = s.proofs.Judge(&dpop.Request{Proofs: proofs, Method: http.MethodPost, URL: s.o.URL + "/oauth/token"}, "", s.o.Now())
-		switch {
-		case errors.Is(err, dpop.ErrNonce):
-			return nil, nil, &Refusal{dpop.UseNonce, "the proof needs the nonce that comes with this answer"}
-		case err != nil:
-			s.log(r.Context(), "a DPoP proof is refused", err)
-			return nil, nil, badProof
+		proof, err = s.proofs.Judge(r.Context(), &dpop.Request{Proofs: proofs, Method: http.MethodPost, URL: s.o.URL + "/oauth/token"}, "", s.o.Now())
+		if err != nil {
+			return nil, nil, s.refuseProof(r, err)
 		}
 		p.thumbprint = proof.Thumbprint
 	}
 	var i *issue
 	switch grant := f.Get("grant_type"); {
 	case grant == "authorization_code":
-		i, problem = s.redeem(f, p)
+		i, problem = s.redeem(r.Context(), f, p)
 	case grant == "refresh_token":
-		i, problem = s.renew(f, p)
+		i, problem = s.renew(r.Context(), f, p)
 	case grant == grantAssertion && s.o.Assertion != nil:
 		i, problem = s.accept(r, f, p)
 	default:
 		problem = &Refusal{"unsupported_grant_type", "grant_type must be one of those in the metadata of this server"}
 	}
 	if proof != nil && problem == nil { // now it is no stranger who makes us remember it
-		if err := s.proofs.Spend(proof, s.o.Now()); err != nil {
-			s.log(r.Context(), "a DPoP proof is refused", err)
-			return nil, nil, badProof
+		if err := s.proofs.Spend(r.Context(), proof, s.o.Now()); err != nil {
+			return nil, nil, s.refuseProof(r, err)
 		}
 	}
 	return i, p, problem
 }
 
-var badProof = &Refusal{"invalid_dpop_proof", "the DPoP proof is missing or not valid"}
+// refuseProof says what is wrong with a DPoP proof, as far as its client is told.
+func (s *Server) refuseProof(r *http.Request, err error) *Refusal {
+	if errors.Is(err, dpop.ErrNonce) {
+		return &Refusal{dpop.UseNonce, "the proof needs the nonce that comes with this answer"}
+	}
+	s.log(r.Context(), "a DPoP proof is refused", err)
+	if errors.Is(err, dpop.ErrBusy) {
+		return &Refusal{"temporarily_unavailable", "the DPoP proof cannot be remembered now; try again in a moment"}
+	}
+	return &Refusal{"invalid_dpop_proof", "the DPoP proof is missing or not valid"}
+}
 
 func bad(why string) *Refusal { return &Refusal{"invalid_grant", why} }
 
 // redeem takes a code, once: a second time everything that came of it ends.
-func (s *Server) redeem(f url.Values, p *presenter) (*issue, *Refusal) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c := s.codes[digest(f.Get("code"))]
+func (s *Server) redeem(ctx context.Context, f url.Values, p *presenter) (*issue, *Refusal) {
+	var c code
+	id := rand.Text()
+	found, err := Change(ctx, s.o.Store, Place{Kind: codes, Name: digest(f.Get("code"))}, func(kept *code) time.Duration {
+		c = *kept
+		if c.Login != "" {
+			return 0
+		}
+		kept.Login = id // whatever happens now: a code is for one try
+		return kept.Expires.Sub(s.o.Now())
+	})
 	switch {
-	case c == nil || s.o.Now().After(c.expires):
+	case err != nil:
+		return nil, s.away(ctx, err)
+	case !found || s.o.Now().After(c.Expires):
 		return nil, bad("the code is not known, or has expired")
-	case c.used:
-		s.end(c.login)
-		return nil, bad("the code was used before")
+	case c.Login != "":
+		if err := s.end(ctx, c.Login, &c.Person); err != nil {
+			return nil, s.away(ctx, err)
+		}
+		return nil, errCodeUsed
 	}
-	c.used = true // whatever happens now: a code is for one try
 	switch verifier := f.Get("code_verifier"); {
-	case p.client != c.ask.ClientID:
+	case p.client != c.Ask.ClientID:
 		return nil, bad("the code is another client's")
-	case f.Has("redirect_uri") && f.Get("redirect_uri") != c.ask.Redirect:
+	case f.Has("redirect_uri") && f.Get("redirect_uri") != c.Ask.Redirect:
 		return nil, bad("the redirect_uri is not the one of the authorization request")
-	case len(verifier) < 43 || len(verifier) > 128 || !equal(digest(verifier), c.ask.Challenge):
+	case len(verifier) < 43 || len(verifier) > 128 || !equal(digest(verifier), c.Ask.Challenge):
 		return nil, bad("the code_verifier does not fit")
-	case f.Has("resource") && canonical(f.Get("resource")) != c.ask.Resource:
+	case f.Has("resource") && canonical(f.Get("resource")) != c.Ask.Resource:
 		return nil, bad("the resource is not the one of the authorization request")
-	case c.ask.Thumbprint != "" && !equal(c.ask.Thumbprint, p.thumbprint):
+	case c.Ask.Thumbprint != "" && !equal(c.Ask.Thumbprint, p.thumbprint):
 		return nil, bad("the code is bound to another key")
 	}
-	l := &session{client: p.client, resource: c.ask.Resource, person: c.person, scopes: c.scopes, expires: s.o.Now().Add(s.o.LoginLife)}
+	l := &session{Client: p.client, Resource: c.Ask.Resource, Person: c.Person, Scopes: c.Scopes, Expires: s.o.Now().Add(s.o.LoginLife)}
 	if !p.proved {
-		l.thumbprint = p.thumbprint // RFC 9449, section 5: of public clients refresh tokens are bound too
+		l.Thumbprint = p.thumbprint // RFC 9449, section 5: of public clients refresh tokens are bound too
 	}
-	refresh := s.begin(l)
-	c.login = l.id
-	return &issue{client: l.client, resource: l.resource, person: &l.person, scopes: l.scopes, refresh: refresh}, nil
+	refresh, ok, err := s.begin(ctx, id, l)
+	switch {
+	case err != nil:
+		return nil, s.away(ctx, err)
+	case !ok: // somebody came with the code meanwhile
+		return nil, errCodeUsed
+	}
+	return &issue{client: l.Client, resource: l.Resource, person: &l.Person, scopes: l.Scopes, refresh: refresh}, nil
 }
+
+var errCodeUsed = bad("the code was used before")
 
 // renew takes a refresh token, once: if it comes again somebody has a copy, and the login ends
 // (OAuth 2.1, section 4.3.1).
-func (s *Server) renew(f url.Values, p *presenter) (*issue, *Refusal) {
+func (s *Server) renew(ctx context.Context, f url.Values, p *presenter) (*issue, *Refusal) {
 	id, secret, _ := strings.Cut(f.Get("refresh_token"), ".")
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	l := s.logins[id]
-	switch {
-	case l == nil || s.o.Now().After(l.expires) || l.client != p.client:
-		return nil, bad("the refresh token is not known, or has expired; log in again")
-	case !equal(l.secret, digest(secret)):
-		s.end(id)
-		return nil, bad("the refresh token was used before; log in again")
-	case l.thumbprint != "" && !equal(l.thumbprint, p.thumbprint):
-		return nil, bad("the refresh token is bound to another key")
-	case f.Has("resource") && canonical(f.Get("resource")) != l.resource:
-		return nil, &Refusal{"invalid_target", "the login was for another resource"}
+	next := rand.Text()
+	var l session
+	var problem *Refusal
+	copied := false
+	found, err := Change(ctx, s.o.Store, Place{Kind: logins, Name: id}, func(kept *session) time.Duration {
+		l, problem, copied = *kept, nil, false
+		switch {
+		case s.o.Now().After(l.Expires) || l.Client != p.client:
+			problem = errNoLogin
+		case !equal(l.Secret, digest(secret)):
+			problem, copied = bad("the refresh token was used before; log in again"), true
+		case l.Thumbprint != "" && !equal(l.Thumbprint, p.thumbprint):
+			problem = bad("the refresh token is bound to another key")
+		case f.Has("resource") && canonical(f.Get("resource")) != l.Resource:
+			problem = &Refusal{"invalid_target", "the login was for another resource"}
+		default:
+			kept.Secret = digest(next)
+			return kept.Expires.Sub(s.o.Now())
+		}
+		return 0
+	})
+	if err == nil && copied {
+		err = s.end(ctx, id, &l.Person)
 	}
-	scopes := l.scopes
+	switch {
+	case err != nil:
+		return nil, s.away(ctx, err)
+	case !found:
+		return nil, errNoLogin
+	case problem != nil:
+		return nil, problem
+	}
+	scopes := l.Scopes
 	if asked := strings.Fields(f.Get("scope")); len(asked) > 0 { // less, never more
 		scopes = slices.DeleteFunc(slices.Clone(scopes), func(have string) bool { return !slices.Contains(asked, have) })
 	}
-	next := rand.Text()
-	l.secret = digest(next)
-	return &issue{client: l.client, resource: l.resource, person: &l.person, scopes: scopes, refresh: id + "." + next}, nil
+	return &issue{client: l.Client, resource: l.Resource, person: &l.Person, scopes: scopes, refresh: id + "." + next}, nil
 }
+
+var errNoLogin = bad("the refresh token is not known, or has expired; log in again")
 
 // accept takes the assertion of somebody else (RFC 7523, section 2.1). No refresh token comes of it:
 // whoever asserts is asked again.

@@ -108,6 +108,8 @@ func (k *keySet) find(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 		switch {
 		case err != nil:
 			return nil, err
+		case len(found) == 0 && k.local != nil:
+			return nil, fmt.Errorf("%w: the token is forged, or of a node with other signing keys, which all nodes must have", errNoKey)
 		case len(found) == 0:
 			return nil, errNoKey
 		}

@@ -1,6 +1,7 @@
 package verify
 
 import (
+	"context"
 	"crypto/subtle"
 	"errors"
 	"fmt"
@@ -22,7 +23,7 @@ type Presented struct {
 }
 
 // confirmed checks that who presents a token is whom it is bound to.
-func (v *Verifier) confirmed(c *claims, p *Presented, now time.Time) error {
+func (v *Verifier) confirmed(ctx context.Context, c *claims, p *Presented, now time.Time) error {
 	var bound struct {
 		Thumbprint  string `json:"jkt"`
 		Certificate string `json:"x5t#S256"`
@@ -47,9 +48,9 @@ func (v *Verifier) confirmed(c *claims, p *Presented, now time.Time) error {
 	case p.Proofs == nil:
 		return errors.New("it is bound to a key, and was presented without a proof (RFC 9449, section 7.2)")
 	}
-	proof, err := v.proofs.Judge(&dpop.Request{Proofs: p.Proofs, Method: p.Method, URL: p.URL, Token: p.Token}, bound.Thumbprint, now)
+	proof, err := v.proofs.Judge(ctx, &dpop.Request{Proofs: p.Proofs, Method: p.Method, URL: p.URL, Token: p.Token}, bound.Thumbprint, now)
 	if err == nil {
-		err = v.proofs.Spend(proof, now)
+		err = v.proofs.Spend(ctx, proof, now)
 	}
 	switch {
 	case errors.Is(err, dpop.ErrNonce):

@@ -189,17 +189,6 @@ func TestNonces(t *testing.T) {
 	if err := ask(old); code(err) != call.Unauthenticated || call.AsError(err).OAuth != dpop.UseNonce {
 		t.Errorf("an old nonce: %v", err)
 	}
-	shared := func() *Verifier {
-		v, err := New(Options{Resource: resource, Issuers: []Issuer{{URL: w.url}}, Now: w.clock, NonceKey: []byte("a key that nodes share")})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-	proof := p.proof(token, shared().Nonce(), "dpop+jwt", nil)
-	if _, err := shared().VerifyPresented(t.Context(), presented(token, proof)); err != nil {
-		t.Errorf("another node's nonce: %v", err)
-	}
 }
 
 func TestBoundToCertificates(t *testing.T) {

@@ -63,7 +63,7 @@ type Options struct {
 	Issuers  []Issuer
 	// DPoPRequired refuses tokens that are bound to no key of their client (RFC 9449).
 	DPoPRequired bool
-	NonceKey     []byte           // seals nonces of proofs; nodes that share it take each other's; default: random
+	Proofs       *dpop.Shared     // with other nodes that serve this address; nil: there are none
 	Private      []netip.Prefix   // private ranges in which issuers may be
 	HTTP         *http.Client     // default: one that reaches public addresses, those ranges, and loopback if an issuer is there
 	Now          func() time.Time // default: time.Now
@@ -122,7 +122,7 @@ func New(o Options) (*Verifier, error) {
 	if o.Now == nil {
 		o.Now = faultpoint.Now
 	}
-	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, proofs: dpop.New(o.NonceKey), dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
+	v := &Verifier{issuers: map[string]*issuer{}, now: o.Now, http: o.HTTP, proofs: dpop.New("resource", o.Proofs), dpopRequired: o.DPoPRequired, verified: map[[32]byte]remembered{}}
 	var problems []error
 	for _, given := range o.Issuers {
 		is := &issuer{Issuer: given, tenants: o.Tenants}
@@ -245,7 +245,8 @@ func (v *Verifier) Verify(ctx context.Context, token string) (*Identity, error) 
 }
 
 // VerifyPresented returns who a token speaks for. It fails with Unauthenticated, or with
-// Unavailable while an issuer cannot be asked. A proof is good for one time.
+// Unavailable while an issuer cannot be asked, or proofs cannot be remembered for all nodes. A proof is
+// good for one time.
 func (v *Verifier) VerifyPresented(ctx context.Context, p *Presented) (*Identity, error) {
 	if p.Token == "" || len(p.Token) > maxToken {
 		return nil, errInvalid(errors.New("no token, or one too long"))
@@ -269,7 +270,7 @@ func (v *Verifier) VerifyPresented(ctx context.Context, p *Presented) (*Identity
 		return nil, errInvalid(err)
 	}
 	if p.Proofs != nil || known.claims.Bound != nil || v.dpopRequired {
-		if err := v.confirmed(known.claims, p, now); err != nil {
+		if err := v.confirmed(ctx, known.claims, p, now); err != nil {
 			return nil, v.refusal(err)
 		}
 	}

@@ -1,8 +1,10 @@
-// Package redis keeps in Redis or Valkey what all nodes share and may forget: counts of limits.
+// Package redis keeps in Redis or Valkey what all nodes share and may forget: counts of limits, sessions,
+// results, logins, and DPoP proofs that were used.
 //
-// Start reading at [Open]; quota.go counts. Nothing here is durable, and nothing rests on it: when
-// Redis is away its users fall back to something stricter. All keys begin with a prefix and hold a
-// hash tag, so that one script finds them on one node of a cluster.
+// Start reading at [Open]; then there is a file for each of these. Nothing here is durable, and nothing
+// rests on it: when Redis is away its users fall back to something stricter, and for logins and proofs that
+// is to refuse. All keys begin with a prefix and hold a hash tag, so that one script finds them on one node
+// of a cluster.
 package redis
 
 import (
