@@ -16,9 +16,9 @@ import (
 	"newel.dev/newel/internal/guard/admit"
 	"newel.dev/newel/internal/guard/cache"
 	"newel.dev/newel/internal/guard/observe"
-	"newel.dev/newel/internal/line"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/stream"
 	"newel.dev/newel/internal/task"
 )
 
@@ -39,7 +39,7 @@ type kept struct {
 type place struct {
 	hub        *catalog.Hub
 	identified bool
-	lines      line.Lines // streams of all revisions
+	streams    stream.Set // streams of all revisions
 
 	mu       sync.Mutex       // guards what is below
 	sessions *mcpsession.Door // nil until the first server is there

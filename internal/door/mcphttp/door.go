@@ -22,8 +22,8 @@ import (
 
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
-	"newel.dev/newel/internal/line"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/stream"
 )
 
 // Options configure a Door. Codec and Sessions are required.
@@ -50,7 +50,7 @@ type Options struct {
 	// so. Nil: there are no other nodes.
 	Forwarded func(r *http.Request) (who *call.Principal, ok bool, err error)
 	Access    *Access      // nil: clients are not told how to get a token
-	Lines     *line.Lines  // subscriptions that have left the HTTP server; somebody waits for them. Nil: nobody does
+	Streams   *stream.Set  // subscriptions that have left the HTTP server; somebody waits for them. Nil: nobody does
 	Logger    *slog.Logger // nil discards
 	// Draining ends open subscriptions with a result when it ends; nil never does.
 	Draining context.Context
@@ -81,8 +81,8 @@ func New(o Options) (*Door, error) {
 	if o.BodyTimeout <= 0 {
 		o.BodyTimeout = time.Minute
 	}
-	if o.Lines == nil {
-		o.Lines = &line.Lines{}
+	if o.Streams == nil {
+		o.Streams = &stream.Set{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -197,7 +197,7 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, body []byte) {
 			d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "a subscription needs Accept: text/event-stream", Cause: call.Malformed}, len(body))
 			return
 		}
-		d.opts.Lines.Serve(w, r, d.opts.Logger, func(ctx context.Context, w http.ResponseWriter) {
+		d.opts.Streams.Serve(w, r, d.opts.Logger, func(ctx context.Context, w http.ResponseWriter) {
 			out.w = w
 			ctx, stop := d.follow(ctx, out)
 			defer stop()

@@ -34,8 +34,8 @@ import (
 	"newel.dev/newel/call"
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
-	"newel.dev/newel/internal/line"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/stream"
 	"newel.dev/newel/internal/task"
 )
 
@@ -64,7 +64,7 @@ type Options struct {
 	// that is resumed and has nothing to say for that long has to be asked for again. [66 s]
 	ForwardTimeout time.Duration
 
-	Lines *line.Lines // streams that have left the HTTP server: Run waits for them. Nil: its own
+	Streams *stream.Set // streams that have left the HTTP server: Run waits for them. Nil: its own
 
 	Crowded func() bool // while it says so no session begins; nil: it never does
 
@@ -192,8 +192,8 @@ func setDefaults(o *Options) {
 	if o.MaxMessageBytes == 0 {
 		o.MaxMessageBytes = 4 << 20
 	}
-	if o.Lines == nil {
-		o.Lines = &line.Lines{}
+	if o.Streams == nil {
+		o.Streams = &stream.Set{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -412,7 +412,7 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions and waits until their
 // streams have said so.
 func (d *Door) Run(ctx context.Context) error {
-	defer d.o.Lines.Wait()
+	defer d.o.Streams.Wait()
 	defer d.Close()
 	if d.o.Tasks != nil {
 		var telling sync.WaitGroup

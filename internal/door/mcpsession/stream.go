@@ -8,7 +8,7 @@ import (
 // stream serves a GET: what is said in a session beside the answers to its requests, or what was
 // missed of one. It returns when w is not needed any more; the stream may go on.
 func (d *Door) stream(w http.ResponseWriter, r *http.Request, out *writer, session string) {
-	d.o.Lines.Serve(w, r, d.o.Logger, func(ctx context.Context, w http.ResponseWriter) {
+	d.o.Streams.Serve(w, r, d.o.Logger, func(ctx context.Context, w http.ResponseWriter) {
 		out.w = w
 		ctx, end := d.attend(ctx, out, session)
 		defer end()

@@ -61,7 +61,7 @@ func until(t *testing.T, what string, f func() bool) {
 func (w *world) streamsOpen() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.o.Lines.Open() + len(w.streams)
+	return w.o.Streams.Open() + len(w.streams)
 }
 
 // A stream is an answer as HTTP/1.1 has it, from its first byte to its last, though no server writes it.
@@ -132,7 +132,7 @@ func TestStreamsAtTheEnd(t *testing.T) {
 		open = append(open, bufio.NewReader(io.MultiReader(strings.NewReader(said), conn)))
 	}
 	w.Close()
-	w.o.Lines.Wait()
+	w.o.Streams.Wait()
 	if n := w.streamsOpen(); n != 0 {
 		t.Errorf("%d streams are open", n)
 	}

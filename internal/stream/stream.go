@@ -1,4 +1,4 @@
-// Package line lets event streams leave the HTTP server that their request came to.
+// Package stream lets event streams leave the HTTP server that their request came to.
 //
 // Streams that clients listen on are many, and silent for most of their life. What an HTTP server
 // holds for a request that runs (its buffers, and the stack of all that the request went through) is
@@ -6,9 +6,9 @@
 // begins (http.Hijacker), and the handler returns: what stays is a goroutine that waits for the end,
 // and one that waits for the client to go away.
 //
-// Start reading at [Lines.Serve]. An answer that is no event stream stays with the server, and so do
+// Start reading at [Set.Serve]. An answer that is no event stream stays with the server, and so do
 // streams where the connection is not their own.
-package line
+package stream
 
 import (
 	"bytes"
@@ -34,7 +34,7 @@ const (
 // Serve calls f to answer r, and returns when w is not needed any more: f may go on then, with an event
 // stream. Its context has what that of the request has, and ends when the client goes away. Only one
 // goroutine at a time may use its writer; log is told of panics.
-func (l *Lines) Serve(w http.ResponseWriter, r *http.Request, log *slog.Logger, f func(ctx context.Context, w http.ResponseWriter)) {
+func (s *Set) Serve(w http.ResponseWriter, r *http.Request, log *slog.Logger, f func(ctx context.Context, w http.ResponseWriter)) {
 	// Whoever wraps w and does not offer the connection itself may count on what is written through it.
 	// HTTP/1.0 has no chunks, and in HTTP/2 a connection is not a stream's own.
 	server, ok := w.(http.Hijacker)
@@ -45,8 +45,8 @@ func (l *Lines) Serve(w http.ResponseWriter, r *http.Request, log *slog.Logger, 
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context())) // that ends with the handler
 	taken, served := make(chan struct{}), make(chan bool, 1)
 	out := &line{ResponseWriter: w, server: server, taken: taken, gone: cancel}
-	l.begin()
-	go l.serve(ctx, cancel, out, log, f, served)
+	s.begin()
+	go s.serve(ctx, cancel, out, log, f, served)
 	for gone := r.Context().Done(); ; gone = nil {
 		select {
 		case <-gone:
@@ -63,7 +63,7 @@ func (l *Lines) Serve(w http.ResponseWriter, r *http.Request, log *slog.Logger, 
 }
 
 // serve calls f for an answer that may take its connection. It says whether it ended well.
-func (l *Lines) serve(ctx context.Context, cancel context.CancelFunc, out *line, log *slog.Logger, f func(context.Context, http.ResponseWriter), served chan<- bool) {
+func (s *Set) serve(ctx context.Context, cancel context.CancelFunc, out *line, log *slog.Logger, f func(context.Context, http.ResponseWriter), served chan<- bool) {
 	ok := false
 	defer cancel()
 	defer func() {
@@ -71,7 +71,7 @@ func (l *Lines) serve(ctx context.Context, cancel context.CancelFunc, out *line,
 			log.LogAttrs(ctx, slog.LevelError, "a stream failed", slog.Any("panic", v), slog.String("stack", string(debug.Stack())))
 		}
 		out.part(ok)
-		l.end()
+		s.end()
 		served <- ok
 		out.close()
 	}()
@@ -228,49 +228,49 @@ func (l *line) close() {
 	l.watching.Wait()
 }
 
-// Lines counts streams that may have left their HTTP server, which does not wait for those. The zero
+// A Set counts streams that may have left their HTTP server, which does not wait for those. The zero
 // value is ready. It is safe for concurrent use.
-type Lines struct {
+type Set struct {
 	mu   sync.Mutex // guards what is below
 	open int
 	none chan struct{} // not nil while somebody waits; closed when none is open
 }
 
-func (l *Lines) begin() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.open++
+func (s *Set) begin() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open++
 }
 
-func (l *Lines) end() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.open--; l.open == 0 && l.none != nil {
-		close(l.none)
-		l.none = nil
+func (s *Set) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open--; s.open == 0 && s.none != nil {
+		close(s.none)
+		s.none = nil
 	}
 }
 
 // Open returns how many there are.
-func (l *Lines) Open() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.open
+func (s *Set) Open() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.open
 }
 
 // Wait waits until none is open, or for five seconds: then they have been told that it ends.
-func (l *Lines) Wait() {
-	l.mu.Lock()
-	none := l.none
+func (s *Set) Wait() {
+	s.mu.Lock()
+	none := s.none
 	if none == nil {
 		none = make(chan struct{})
-		if l.open == 0 {
+		if s.open == 0 {
 			close(none)
 		} else {
-			l.none = none
+			s.none = none
 		}
 	}
-	l.mu.Unlock()
+	s.mu.Unlock()
 	limit := time.NewTimer(partingTimeout)
 	defer limit.Stop()
 	select {

@@ -1,4 +1,4 @@
-package line
+package stream
 
 import (
 	"bufio"
@@ -16,7 +16,7 @@ import (
 
 // world is a server that answers with f, and says when the handlers of its requests return.
 type world struct {
-	lines Lines
+	lines Set
 	left  chan struct{}
 	srv   *httptest.Server
 }
