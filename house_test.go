@@ -23,7 +23,7 @@ var floors = []string{
 	"internal/module internal/catalog internal/process internal/policy internal/audit internal/redact internal/answer internal/identity/dpop",
 	"internal/identity/issuer internal/redact/*",
 	"internal/config internal/guard/* internal/task internal/backend/* internal/identity/* internal/toolsearch internal/policy/*",
-	"internal/guard internal/mcpwire internal/cluster internal/durable internal/slo",
+	"internal/guard internal/mcpwire internal/cluster internal/stream internal/durable internal/slo",
 	"internal/door/* internal/store/*",
 	"internal/assembly",
 	".",

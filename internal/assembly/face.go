@@ -231,7 +231,7 @@ func (f *face) openDoors(h *House) error {
 		Name: name, Title: f.server.Title, Version: o.Version, Instructions: f.server.Instructions,
 		Path: f.path, Hub: f.place.hub, Has: f.has(), Tasks: f.tasks, Readable: f.readable, Shown: f.shown, Crowded: h.gate.Crowded,
 		MaxSessions: o.Limits.Sessions, MaxSessionsPerPeer: o.Limits.SessionsPerPeer, WriteTimeout: o.Limits.Connections.Write, MaxStreamsPerSession: o.Limits.SessionStreams, IdleTimeout: o.Limits.SessionIdle,
-		MaxMessageBytes: o.Limits.MessageBytes, Logger: o.Logger, Identified: f.place.identified,
+		MaxMessageBytes: o.Limits.MessageBytes, Streams: &f.place.streams, Logger: o.Logger, Identified: f.place.identified,
 		Cluster: o.Cluster, Events: o.Events, Scope: f.server.Host + f.server.Path,
 		ForwardTimeout: h.gate.Longest() + time.Second, // after what the other node says itself when the time is over
 	})
@@ -254,7 +254,7 @@ func (f *face) openDoors(h *House) error {
 		},
 		MaxMessageBytes: o.Limits.MessageBytes, BodyTimeout: o.Limits.Connections.Body, WriteTimeout: o.Limits.Connections.Write,
 		AllowedHosts: hosts, AllowedOrigins: o.AllowedOrigins,
-		Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
+		Streams: &f.place.streams, Logger: o.Logger, Draining: h.drain.begun, AbsentHeaders: slices.Contains(o.Compatibility, AbsentHeaders),
 		Check: f.check(o), Access: f.access(o), Forwarded: forwarded,
 	})
 	return err

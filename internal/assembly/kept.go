@@ -18,6 +18,7 @@ import (
 	"newel.dev/newel/internal/guard/observe"
 	"newel.dev/newel/internal/mcpwire"
 	"newel.dev/newel/internal/secret"
+	"newel.dev/newel/internal/stream"
 	"newel.dev/newel/internal/task"
 )
 
@@ -38,6 +39,7 @@ type kept struct {
 type place struct {
 	hub        *catalog.Hub
 	identified bool
+	streams    stream.Set // streams of all revisions
 
 	mu       sync.Mutex       // guards what is below
 	sessions *mcpsession.Door // nil until the first server is there

@@ -5,6 +5,9 @@
 // two seconds. A request that is passed on carries who sent it, sealed with a key that all nodes
 // share, so that nobody else can say so: a proof that came with it is good for one time only.
 //
+// A node that was stopped, and counted as gone meanwhile, is in another [Cluster.Term] when it goes on:
+// it asks whose its sessions are before it uses them.
+//
 // Fails: while the store is away a node serves its own sessions, and says of others that it cannot
 // tell. It keeps nothing durable.
 package cluster
@@ -17,11 +20,14 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -49,15 +55,16 @@ type Store interface {
 	Alive(ctx context.Context, n Node, ttl time.Duration) error
 	// Gone says that a node is not there any more.
 	Gone(ctx context.Context, name string) error
-	// Keep writes a session of its owner, for ttl. It changes nothing if another node has it by now.
-	Keep(ctx context.Context, s Session, ttl time.Duration) error
+	// Keep writes a session of its owner, for ttl. It changes nothing if another node has it by now; then
+	// mine is false.
+	Keep(ctx context.Context, s Session, ttl time.Duration) (mine bool, err error)
 	// Find returns a session and its node; the node has no name if it is gone. ok is false if there is
 	// no such session.
 	Find(ctx context.Context, id string) (s Session, n Node, ok bool, err error)
 	// TakeOver makes to the owner of a session, if from still is and is gone.
 	TakeOver(ctx context.Context, id, from, to string) (bool, error)
-	// Forget ends a session.
-	Forget(ctx context.Context, id string) error
+	// Forget ends a session of owner. It changes nothing if another node has it by now.
+	Forget(ctx context.Context, id, owner string) error
 }
 
 // Options configure a Cluster. All but Logger are required.
@@ -81,6 +88,14 @@ const (
 type Cluster struct {
 	o    Options
 	node Node
+
+	mu    sync.Mutex // guards what is below
+	term  uint64
+	held  bool      // nobody else takes sessions of this node
+	until time.Time // while that lasts, without another word to the store
+	tried time.Time // to say so again after it was over
+	gone  bool      // it was said that this node is not there any more
+	away  time.Time // it failed: until then it is not asked to keep anything
 }
 
 // New checks the options.
@@ -108,6 +123,9 @@ func (c *Cluster) Run(ctx context.Context) error {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
+			c.mu.Lock()
+			c.gone = true
+			c.mu.Unlock()
 			limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTime)
 			defer cancel()
 			if err := c.o.Store.Gone(limited, c.node.Name); err != nil {
@@ -119,9 +137,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 }
 
 func (c *Cluster) alive(ctx context.Context) {
-	limited, cancel := context.WithTimeout(ctx, storeTime)
-	defer cancel()
-	if err := c.o.Store.Alive(limited, c.node, aliveFor); err != nil && ctx.Err() == nil {
+	if err := c.Start(ctx); err != nil && ctx.Err() == nil {
 		c.o.Logger.LogAttrs(ctx, slog.LevelWarn, "the other nodes cannot be told that this one is there", slog.String("error", err.Error()))
 	}
 }
@@ -130,22 +146,86 @@ func (c *Cluster) alive(ctx context.Context) {
 func (c *Cluster) Start(ctx context.Context) error {
 	limited, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	return c.o.Store.Alive(limited, c.node, aliveFor)
+	said := time.Now()
+	if err := c.o.Store.Alive(limited, c.node, aliveFor); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.look()
+	if !c.held {
+		c.term++
+	}
+	c.held, c.until = true, said.Add(aliveFor)
+	return nil
 }
 
-// Keep writes a session of this node, for ttl.
-func (c *Cluster) Keep(ctx context.Context, s Session, ttl time.Duration) error {
+// Term returns a number that is another one after this node may have counted as gone, as one does that was
+// stopped for a while: what it had before may be another node's by now, and [Cluster.Keep] says so. It
+// says first that this node is there again, so that what Keep says then lasts.
+func (c *Cluster) Term(ctx context.Context) uint64 {
+	c.mu.Lock()
+	c.look()
+	again := !c.held && !c.gone && time.Since(c.tried) > storeTime // in vain once a second
+	if again {
+		c.tried = time.Now()
+	}
+	c.mu.Unlock()
+	if again {
+		c.alive(ctx)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.gone {
+		c.term++ // anything may be taken at any time
+	}
+	return c.term
+}
+
+// look finds out whether the time is over. It is over by either clock: a machine that sleeps may stop the
+// one, and the other one may be set. mu is held.
+func (c *Cluster) look() {
+	if now := time.Now(); c.held && (now.After(c.until) || now.Round(0).After(c.until.Round(0))) {
+		c.held = false
+		c.term++
+	}
+}
+
+// ErrAway says that the store has just failed, and was not asked.
+var ErrAway = errors.New("the store has just failed")
+
+// Keep writes a session of this node, for ttl. mine is false if another node has it by now. After the store
+// failed it is asked again once a second, for one session: there are many. For all others it is [ErrAway]
+// until it answers.
+func (c *Cluster) Keep(ctx context.Context, s Session, ttl time.Duration) (mine bool, err error) {
+	c.mu.Lock()
+	now := time.Now()
+	away := now.Before(c.away)
+	if !away && !c.away.IsZero() {
+		c.away = now.Add(2 * storeTime) // this one asks
+	}
+	c.mu.Unlock()
+	if away {
+		return false, ErrAway
+	}
 	s.Owner = c.node.Name
 	limited, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	return c.o.Store.Keep(limited, s, ttl)
+	mine, err = c.o.Store.Keep(limited, s, ttl)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.away = time.Time{}
+	if err != nil {
+		c.away = time.Now().Add(storeTime)
+	}
+	return mine, err
 }
 
-// Forget ends a session.
+// Forget ends a session of this node.
 func (c *Cluster) Forget(ctx context.Context, id string) error {
 	limited, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
-	return c.o.Store.Forget(limited, id)
+	return c.o.Store.Forget(limited, id, c.node.Name)
 }
 
 // Found is where a session is.
@@ -197,10 +277,21 @@ type passed struct {
 // asked for.
 var ErrSilent = errors.New("it did not begin to answer in time")
 
-// Forward passes a request on to another node and its answer back. The answer has to begin within
-// limit, which counts from here; how long it then goes on is not bounded. failed answers the request
-// when it does not, with [ErrSilent], or when the node cannot be reached.
-func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, session string, who *call.Principal, limit time.Duration, failed func(err error)) {
+// errFroze is why an answer that had begun is given up.
+var errFroze = errors.New("it says nothing any more")
+
+// Patience is how long another node may say nothing.
+type Patience struct {
+	Begin time.Duration // until its answer begins, from when it is asked
+	Quiet time.Duration // while that goes on: an event stream has to give signs of life more often
+}
+
+// Forward passes a request on to another node and its answer back. failed answers the request when
+// that does not begin in time, with [ErrSilent], or when the node cannot be reached. An answer that has
+// begun may go on for as long as it likes. When nothing comes of it any more it ends here as if the
+// node had died: the connection breaks before the end of the answer, so that the client knows that there
+// is more to it, and Forward panics with [http.ErrAbortHandler].
+func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, session string, who *call.Principal, p Patience, failed func(err error)) {
 	target, err := url.Parse(to.Address)
 	if err != nil {
 		failed(err)
@@ -214,20 +305,24 @@ func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, sessi
 	// Not the transport's own bound, which begins when all is sent: a node that reads nothing is silent too.
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	silent := time.AfterFunc(limit, func() { cancel(ErrSilent) })
+	silent := time.AfterFunc(p.Begin, func() { cancel(ErrSilent) })
 	defer silent.Stop()
 	proxy := &httputil.ReverseProxy{
 		Transport: c.o.Transport, FlushInterval: -1,
 		ErrorLog: slog.NewLogLogger(c.o.Logger.Handler(), slog.LevelDebug),
-		Rewrite: func(p *httputil.ProxyRequest) {
-			p.SetURL(target)
-			p.Out.Host = p.In.Host // the name that the client used: the other node checks it too
-			p.Out.Header.Set(header, token)
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.SetURL(target)
+			pr.Out.Host = pr.In.Host // the name that the client used: the other node checks it too
+			pr.Out.Header.Set(header, token)
 		},
-		ModifyResponse: func(*http.Response) error {
+		ModifyResponse: func(resp *http.Response) error {
 			if !silent.Stop() {
 				return ErrSilent
 			}
+			resp.Body = watch(resp.Body, p.Quiet, func() {
+				c.o.Logger.LogAttrs(r.Context(), slog.LevelWarn, "a session's node says nothing any more, and its answer is given up", slog.String("node", to.Address), slog.Duration("silence", p.Quiet))
+				cancel(errFroze)
+			})
 			return nil
 		},
 		ErrorHandler: func(_ http.ResponseWriter, _ *http.Request, err error) {
@@ -239,6 +334,25 @@ func (c *Cluster) Forward(w http.ResponseWriter, r *http.Request, to Node, sessi
 		},
 	}
 	proxy.ServeHTTP(w, r.WithContext(ctx))
+}
+
+// watched is an answer of which something has to come now and then. No goroutine waits for that: there
+// are many streams. While the client takes what came before, the node owes nothing.
+type watched struct {
+	io.ReadCloser
+	quiet time.Duration
+	froze *time.Timer // runs while something is waited for
+}
+
+func watch(answer io.ReadCloser, quiet time.Duration, froze func()) *watched {
+	return &watched{answer, quiet, time.AfterFunc(math.MaxInt64, froze)}
+}
+
+// Read implements io.Reader.
+func (w *watched) Read(b []byte) (int, error) {
+	w.froze.Reset(w.quiet)
+	defer w.froze.Stop()
+	return w.ReadCloser.Read(b)
 }
 
 // Accept returns who sent a request that another node passed on; ok is false if none did. It fails if

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"math"
 	"mime"
 	"net/http"
@@ -23,6 +24,7 @@ import (
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/lane"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/stream"
 )
 
 // Options configure a Door. Codec and Sessions are required.
@@ -48,7 +50,9 @@ type Options struct {
 	// Forwarded returns who sent a request that another node passed on, and fails if somebody else says
 	// so. Nil: there are no other nodes.
 	Forwarded func(r *http.Request) (who *call.Principal, ok bool, err error)
-	Access    *Access // nil: clients are not told how to get a token
+	Access    *Access      // nil: clients are not told how to get a token
+	Streams   *stream.Set  // subscriptions that have left the HTTP server; somebody waits for them. Nil: nobody does
+	Logger    *slog.Logger // nil discards
 	// Draining ends open subscriptions with a result when it ends; nil never does.
 	Draining context.Context
 }
@@ -77,6 +81,12 @@ func New(o Options) (*Door, error) {
 	}
 	if o.BodyTimeout <= 0 {
 		o.BodyTimeout = time.Minute
+	}
+	if o.Streams == nil {
+		o.Streams = &stream.Set{}
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.ParamHeaders == nil {
 		o.ParamHeaders = func(string) []catalog.ParamHeader { return nil }
@@ -226,15 +236,24 @@ func (d *Door) stateless(w http.ResponseWriter, r *http.Request, m *mcpwire.Mess
 			d.refuse(w, r, &mcpwire.Failure{ID: m.ID, Status: http.StatusNotAcceptable, Code: -32600, Message: "a subscription needs Accept: text/event-stream", Cause: call.Malformed}, m.Size)
 			return
 		}
-		var stop func()
-		ctx, stop = d.follow(ctx, out)
-		defer stop()
+		d.opts.Streams.Serve(w, r, d.opts.Logger, func(ctx context.Context, w http.ResponseWriter) {
+			out.w = w
+			ctx, stop := d.follow(ctx, out)
+			defer stop()
+			d.answer(ctx, out, m, c)
+		})
+		return
 	}
+	d.answer(ctx, out, m, c)
+}
+
+// answer has a call served, and writes its answer.
+func (d *Door) answer(ctx context.Context, out *reply, m *mcpwire.Message, c *call.Call) {
 	scratch := buffers.Get().(*bytes.Buffer)
 	scratch.Reset()
 	frame, f := d.opts.Codec.Serve(ctx, m, c, scratch.AvailableBuffer())
 	if c.Event.Correlation != "" {
-		w.Header()["X-Correlation-Id"] = out.value(&out.correlation, c.Event.Correlation)
+		out.w.Header()["X-Correlation-Id"] = out.value(&out.correlation, c.Event.Correlation)
 	}
 	if f != nil {
 		out.failure(f)

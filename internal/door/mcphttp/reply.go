@@ -50,7 +50,10 @@ func (p *reply) event(message []byte) error {
 
 // send writes one event. mu is held.
 func (p *reply) send(message []byte) error {
-	return p.writeAndFlush([]byte("event: message\ndata: "), mcpwire.OneLine(message), []byte("\n\n"))
+	line := mcpwire.OneLine(message)
+	b := make([]byte, 0, len(line)+32) // in one: whatever is written to a stream of its own is sent at once
+	b = append(append(append(b, "event: message\ndata: "...), line...), "\n\n"...)
+	return p.writeAndFlush(b)
 }
 
 // comment keeps an idle stream open; before the stream has begun it does nothing.
@@ -75,14 +78,12 @@ func (p *reply) end() {
 	p.ended = true
 }
 
-// writeAndFlush writes parts under a deadline. mu is held.
-func (p *reply) writeAndFlush(parts ...[]byte) error {
+// writeAndFlush writes under a deadline. mu is held.
+func (p *reply) writeAndFlush(b []byte) error {
 	rc := http.NewResponseController(p.w)
 	_ = rc.SetWriteDeadline(time.Now().Add(p.timeout)) // not every writer has deadlines: in-memory ones need none
-	for _, b := range parts {
-		if _, err := p.w.Write(b); err != nil {
-			return err
-		}
+	if _, err := p.w.Write(b); err != nil {
+		return err
 	}
 	err := rc.Flush()
 	_ = rc.SetWriteDeadline(time.Time{})

@@ -35,6 +35,7 @@ import (
 	"newel.dev/newel/internal/catalog"
 	"newel.dev/newel/internal/cluster"
 	"newel.dev/newel/internal/mcpwire"
+	"newel.dev/newel/internal/stream"
 	"newel.dev/newel/internal/task"
 )
 
@@ -62,6 +63,8 @@ type Options struct {
 	// ForwardTimeout is how long the node that has a session may take until it begins to answer. A stream
 	// that is resumed and has nothing to say for that long has to be asked for again. [66 s]
 	ForwardTimeout time.Duration
+
+	Streams *stream.Set // streams that have left the HTTP server: Run waits for them. Nil: its own
 
 	Crowded func() bool // while it says so no session begins; nil: it never does
 
@@ -94,8 +97,8 @@ type Door struct {
 	servers     []*server
 	kept        map[string]*kept
 	adopted     map[string]*adopted
+	lost        map[copyOf]struct{} // copies of sessions that other nodes have; some may have ended
 
-	lines    lines
 	adopting sync.Mutex      // one at a time
 	leaving  context.Context // ends when sessions are left to other nodes
 	leave    context.CancelFunc
@@ -123,7 +126,7 @@ func New(o Options) (*Door, error) {
 	setDefaults(&o)
 	d := &Door{
 		o: o, streams: map[string]int{}, owners: map[string]string{}, running: map[string]int{}, generations: map[string]*Generation{},
-		kept: map[string]*kept{}, adopted: map[string]*adopted{}, tasks: newFollowed(o.Tasks),
+		kept: map[string]*kept{}, adopted: map[string]*adopted{}, lost: map[copyOf]struct{}{}, tasks: newFollowed(o.Tasks),
 		shown: shown{sessions: map[*mcp.ServerSession]map[string]*view{}},
 	}
 	d.leaving, d.leave = context.WithCancel(context.Background())
@@ -135,8 +138,12 @@ func New(o Options) (*Door, error) {
 	if o.Events == nil {
 		d.o.Events = newReplay(o.RetainBytes)
 	}
+	store := d.o.Events
+	if o.Cluster != nil {
+		store = &events{d.o.Events, d, nil}
+	}
 	d.handler = mcp.NewStreamableHTTPHandler(func(r *http.Request) *mcp.Server { return d.generation(r.Header).server.Server }, &mcp.StreamableHTTPOptions{
-		EventStore:                 d.o.Events,
+		EventStore:                 store,
 		SessionTimeout:             o.IdleTimeout,
 		MaxRequestBodyBytes:        -1,   // read has bounded it
 		DisableLocalhostProtection: true, // the HTTP door has checked Host and Origin
@@ -184,6 +191,9 @@ func setDefaults(o *Options) {
 	}
 	if o.MaxMessageBytes == 0 {
 		o.MaxMessageBytes = 4 << 20
+	}
+	if o.Streams == nil {
+		o.Streams = &stream.Set{}
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -404,7 +414,7 @@ func (d *Door) Close() {
 // Run passes changes on to sessions until ctx ends, then ends all sessions and waits until their
 // streams have said so.
 func (d *Door) Run(ctx context.Context) error {
-	defer d.lines.wait()
+	defer d.o.Streams.Wait()
 	defer d.Close()
 	if d.o.Tasks != nil {
 		var telling sync.WaitGroup

@@ -24,7 +24,7 @@ type Generation struct {
 }
 
 // Next prepares another generation; nothing uses it before [Generation.Begin] or its own
-// ServeHTTP. Of the options, Hub, Tasks, Identified, Cluster, Events, Scope, IdleTimeout, KeepAlive,
+// ServeHTTP. Of the options, Hub, Tasks, Identified, Cluster, Events, Scope, Streams, IdleTimeout, KeepAlive,
 // RetainBytes and Logger stay those of the door.
 func (d *Door) Next(o Options) (*Generation, error) {
 	if o.Path == nil {

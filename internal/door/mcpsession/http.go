@@ -2,6 +2,7 @@ package mcpsession
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"math"
@@ -40,11 +41,8 @@ func (d *Door) serve(g *Generation, w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if d.o.Cluster != nil && session != "" {
-		if !d.here(session) && d.elsewhere(w, r, session, &message, g.o.ForwardTimeout) {
-			return
-		}
-		d.remember(r.Context(), session, nil)
+	if session != "" && !d.remember(r.Context(), session, nil) && d.elsewhere(w, r, session, &message, g.o.ForwardTimeout) {
+		return
 	}
 	if session != "" {
 		if !d.open(session, g.o.MaxStreamsPerSession) {
@@ -314,8 +312,8 @@ type writer struct {
 	w        http.ResponseWriter
 	id       jsontext.Value
 	timeout  time.Duration
-	line     *line      // takes the connection when a stream begins; nil: that stays where it is
-	mu       sync.Mutex // one write at a time: events are never interleaved with comments
+	had      context.Context // ends when nothing may be said any more; nil: never
+	mu       sync.Mutex      // one write at a time: events are never interleaved with comments
 	status   int
 	plain    *bytes.Buffer // a plain-text error, held back
 	stream   bool
@@ -349,10 +347,6 @@ func (w *writer) begin(status int) {
 		w.stream = true
 		w.written = time.Now()
 		h.Set("X-Accel-Buffering", "no")
-		if w.line != nil && w.line.take(h, status) {
-			w.w = w.line
-			return
-		}
 	}
 	w.w.WriteHeader(status)
 }
@@ -364,6 +358,9 @@ func (w *writer) Write(b []byte) (int, error) {
 	w.begin(http.StatusOK)
 	if w.plain != nil {
 		return w.plain.Write(b)
+	}
+	if w.had != nil && w.had.Err() != nil {
+		return 0, context.Cause(w.had)
 	}
 	w.written = time.Now()
 	if w.stream {

@@ -59,11 +59,9 @@ func until(t *testing.T, what string, f func() bool) {
 
 // streamsOpen are those that some goroutine still serves, and those that count against their session.
 func (w *world) streamsOpen() int {
-	w.lines.mu.Lock()
-	defer w.lines.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.lines.open + len(w.streams)
+	return w.o.Streams.Open() + len(w.streams)
 }
 
 // A stream is an answer as HTTP/1.1 has it, from its first byte to its last, though no server writes it.
@@ -134,7 +132,7 @@ func TestStreamsAtTheEnd(t *testing.T) {
 		open = append(open, bufio.NewReader(io.MultiReader(strings.NewReader(said), conn)))
 	}
 	w.Close()
-	w.lines.wait()
+	w.o.Streams.Wait()
 	if n := w.streamsOpen(); n != 0 {
 		t.Errorf("%d streams are open", n)
 	}

@@ -36,8 +36,9 @@ return 1
 `)
 
 // Keep implements cluster.Store.
-func (db *DB) Keep(ctx context.Context, s cluster.Session, ttl time.Duration) error {
-	return wrap(keep.Run(ctx, db.client, []string{db.session(s.ID)}, s.Owner, s.User, s.State, ttl.Milliseconds()).Err())
+func (db *DB) Keep(ctx context.Context, s cluster.Session, ttl time.Duration) (bool, error) {
+	n, err := keep.Run(ctx, db.client, []string{db.session(s.ID)}, s.Owner, s.User, s.State, ttl.Milliseconds()).Int()
+	return n == 1, wrap(err)
 }
 
 // Find implements cluster.Store.
@@ -70,9 +71,15 @@ func (db *DB) TakeOver(ctx context.Context, id, from, to string) (bool, error) {
 	return n == 1, wrap(err)
 }
 
+// forget ends a session unless another node has it.
+var forget = redis.NewScript(`
+if redis.call('HGET', KEYS[1], 'owner') == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
+`)
+
 // Forget implements cluster.Store.
-func (db *DB) Forget(ctx context.Context, id string) error {
-	return wrap(db.client.Del(ctx, db.session(id)).Err())
+func (db *DB) Forget(ctx context.Context, id, owner string) error {
+	return wrap(forget.Run(ctx, db.client, []string{db.session(id)}, owner).Err())
 }
 
 func wrap(err error) error {
