@@ -18,8 +18,9 @@ help: ## list the targets
 build: ## build dist/newel
 	go build -o dist/newel ./cmd/newel
 
+# Four packages at a time: tests of real servers wait most of the time.
 test: ## run all tests, real databases and clients included (needs postgresql, npm)
-	go test ./...
+	go test -p 4 ./...
 	cd test/bench && go test ./...
 	cd test/opa && go test ./...
 	cd test/acme && go test ./...
@@ -68,7 +69,7 @@ bench-peers: ## the same against other SDKs and gateways, from npm and PyPI (ten
 supervisor-soak: ## 1,000 sessions and 200 crashes of a child process; nothing may be left (Linux)
 	@go run ./test/supervisor
 
-faults: ## crash a real server 500 times, at every moment of a call, on both engines, and break all around it; then attack it (Linux; needs postgresql, redis and the history; ten minutes)
+faults: ## crash a real server 500 times, at every moment of a call, on both engines, and break all around it; then attack it (Linux; needs postgresql, redis and the history; five minutes)
 	@mkdir -p dist && go build -o dist/faults ./test/faults && dist/faults $(FAULTSFLAGS)
 	@go build -o dist/hostile ./test/hostile && dist/hostile $(HOSTILEFLAGS)
 
