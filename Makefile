@@ -4,7 +4,7 @@ SHELL := bash -o pipefail
 
 # All is built in one way, that of releases, so that what one target has compiled is there for the next.
 export CGO_ENABLED := 0
-export GOFLAGS += -trimpath
+export GOFLAGS := $(shell go env GOFLAGS) -trimpath
 
 FUZZTIME ?= 20s
 BENCHFLAGS ?=

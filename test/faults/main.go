@@ -384,16 +384,9 @@ func (o *options) tasks() (all []task) {
 			}
 		}
 	}
-	slices.SortStableFunc(all, func(a, b task) int {
-		switch {
-		case a.long == b.long:
-			return 0
-		case a.long:
-			return -1
-		}
-		return 1
-	})
-	return all
+	isLong := func(t task) bool { return t.long }
+	isShort := func(t task) bool { return !t.long }
+	return slices.Concat(slices.DeleteFunc(slices.Clone(all), isShort), slices.DeleteFunc(all, isLong))
 }
 
 // wants reports whether a scenario was asked for.

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -186,9 +185,15 @@ func runMutants(ctx context.Context, o *options, out io.Writer) error {
 		Seconds int    `json:"seconds"`
 	}
 	var chosen []mutant
-	for _, m := range mutants() {
-		if slices.ContainsFunc(strings.Split(o.mutant, ","), func(part string) bool { return strings.Contains(m.name, part) }) {
-			chosen = append(chosen, m)
+	for part := range strings.SplitSeq(o.mutant, ",") {
+		before := len(chosen)
+		for _, m := range mutants() {
+			if strings.Contains(m.name, part) {
+				chosen = append(chosen, m)
+			}
+		}
+		if len(chosen) == before {
+			return fmt.Errorf("there is no mutant with %q in its name", part)
 		}
 	}
 	all, failures := make([]outcome, len(chosen)), make([]error, len(chosen))

@@ -80,7 +80,7 @@ backends:
 			})
 		}
 	}
-	over, worst := 0, 0.0
+	over, worst, late := 0, 0.0, 0
 	// phase lets d pass and counts the calls that were let through within it. changes are how often the
 	// store came or went: what a node grants by itself and what all grant together have a burst each.
 	// While it is there, a loaded machine may have it answer too late: that is a change too, and logged.
@@ -99,6 +99,7 @@ backends:
 			return err
 		} else if there {
 			changes += now - fell
+			late += now - fell
 		}
 		mu.Lock()
 		defer mu.Unlock()
@@ -166,7 +167,7 @@ backends:
 	if refusals < asked/4 {
 		return fmt.Errorf("%d of %d calls were refused: this shows nothing", refusals, asked)
 	}
-	l.measure("E17", "requests over quota %d; %d calls of two nodes, %d let through; the fullest phase had %.0f %% of what it may", over, asked, asked-refusals, 100*worst)
+	l.measure("E17", "requests over quota %d; %d calls of two nodes, %d let through; the fullest phase had %.0f %% of what it may; a node fell back %d times while Redis was there", over, asked, asked-refusals, 100*worst, late)
 	return nil
 }
 

@@ -25,7 +25,6 @@ import (
 // Where several nodes serve one address, a request goes to the node that has its session. When that
 // is gone, another one goes on with it: with what was agreed at its beginning, its log level and its
 // subscriptions. Calls that ran there are lost; what they had sent can be read from the events.
-
 //
 // A node that was stopped for a while may come back after that. It has lost the session then, and finds
 // out before it does anything with it: requests go to the node that has it, streams end so that their
